@@ -1,0 +1,132 @@
+"""Rotary positions and grouped-query attention, with or without a cache.
+
+B batch, T positions, D width, H query heads, G key-value heads, S cache slots read.
+Knows nothing of layers or experts. Next: `cache.py` (what is remembered), `decoder.py` (who calls).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layerskip_moe.nn.cache import KVCache
+from layerskip_moe.nn.config import ModelConfig
+
+
+class Places(NamedTuple):
+    """Where the B x T states of one run stand: made once, used by every layer of the run.
+
+    cos, sin: [B, 1, T, head_dim] float32, the rotary angles
+    slots:    [B * T] int64, the cache slots they are written to; None without a cache
+    mask:     [B, 1, (H / G) * T, S] bool, the cache slots each query may read; None without a cache
+    """
+
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor | None = None
+    mask: Tensor | None = None
+
+
+def locate(positions: Tensor, config: ModelConfig, cache: KVCache | None = None) -> Places:
+    """Places of positions [B, T].
+
+    Rotary angles as in RoPE (arXiv 2104.09864), the two halves of a head forming the rotated pairs, as
+    Hugging Face stores its weights.
+    """
+    width = config.head_width
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
+    angles = positions[:, None, :, None].float() * config.rope_theta**-exponents
+    angles = torch.cat([angles, angles], dim=-1)
+    if cache is None:
+        return Places(angles.cos(), angles.sin())
+    seen = torch.arange(int(positions.max()) + 1, device=positions.device)
+    mask = (seen <= positions[:, :, None]).repeat(1, config.n_heads // config.kv_heads, 1)[:, None]
+    return Places(angles.cos(), angles.sin(), cache.slots(positions), mask)
+
+
+def rotate(x: Tensor, places: Places) -> Tensor:
+    """Turn x [B, heads, T, head_dim] by its positions' angles."""
+    first, second = x.chunk(2, dim=-1)
+    return x * places.cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * places.sin.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (arXiv 2305.13245) with optional query/key norm.
+
+    qkv: [(H + 2 G) * head_dim, D], the query rows first, then key, then value.
+    output: [D, H * head_dim]
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.kv_heads, config.head_width
+        self.qk_norm = config.qk_norm
+        width = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+        self.qkv = nn.Linear(config.d_model, width, bias=config.qkv_bias)
+        self.output = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
+        if config.qk_norm is not None:
+            heads = (self.n_heads, self.n_kv_heads) if config.qk_norm == "full" else (1, 1)
+            self.query_norm = nn.RMSNorm(heads[0] * self.head_dim, eps=config.norm_eps)
+            self.key_norm = nn.RMSNorm(heads[1] * self.head_dim, eps=config.norm_eps)
+
+    def _split_heads(self, x: Tensor, heads: int) -> Tensor:
+        return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+
+    def _queries(self, q: Tensor, places: Places) -> Tensor:
+        """Projected queries [B, T, H * head_dim] -> normed and rotated [B, H, T, head_dim]."""
+        if self.qk_norm == "full":
+            q = self.query_norm(q)
+        q = self._split_heads(q, self.n_heads)
+        if self.qk_norm == "head":
+            q = self.query_norm(q)
+        return rotate(q, places)
+
+    def _keys(self, k: Tensor, places: Places) -> Tensor:
+        """Projected keys [B, T, G * head_dim] -> normed and rotated [B, G, T, head_dim]."""
+        if self.qk_norm == "full":
+            k = self.key_norm(k)
+        k = self._split_heads(k, self.n_kv_heads)
+        if self.qk_norm == "head":
+            k = self.key_norm(k)
+        return rotate(k, places)
+
+    def forward(self, x: Tensor, places: Places, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        """x [B, T, D] -> [B, T, D].
+
+        Without a cache the T positions attend causally among themselves. With one they are written to
+        `layer`'s slots first, then attend to every slot up to their own position.
+        """
+        queries, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        q, k, v = self.qkv(x).split([queries, keys, keys], dim=-1)
+        q, k, v = self._queries(q, places), self._keys(k, places), self._split_heads(v, self.n_kv_heads)
+        if cache is None:
+            # The norms of queries and keys run in float32 under autocast; attention wants one type.
+            q, k = q.to(v.dtype), k.to(v.dtype)
+            grouped = self.n_heads != self.n_kv_heads
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        else:
+            assert places.slots is not None and places.mask is not None
+            cache.write(layer, places.slots, k, v)
+            mixed = self._attend_to_cache(q, *cache.read(layer, places.mask.shape[-1]), places.mask)
+        return self.output(mixed.transpose(1, 2).flatten(2))
+
+    def _attend_to_cache(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """Few queries over many slots: [B, H, T, .] x [B, G, S, .] -> [B, H, T, .].
+
+        The queries that share a key-value head are laid along T, so that the cache is read as it lies
+        instead of being repeated H / G times.
+        """
+        stacked = q.reshape(q.shape[0], self.n_kv_heads, -1, self.head_dim).to(keys.dtype)
+        scale = 1.0 / math.sqrt(self.head_dim)
+        mixed = F.scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=scale)
+        return mixed.reshape(q.shape)
+
+    def fill(self, x: Tensor, places: Places, cache: KVCache, layer: int) -> None:
+        """Only write the keys and values of x [B, T, D]; no query is computed."""
+        assert places.slots is not None
+        queries = self.n_heads * self.head_dim
+        bias = None if self.qkv.bias is None else self.qkv.bias[queries:]
+        k, v = F.linear(x, self.qkv.weight[queries:], bias).chunk(2, dim=-1)
+        cache.write(layer, places.slots, self._keys(k, places), self._split_heads(v, self.n_kv_heads))

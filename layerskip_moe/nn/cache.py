@@ -1,0 +1,75 @@
+"""KVCache: the keys and values of past positions, in static buffers.
+
+A token at position p lives in slot p of its row, and a query at position p reads slots 0..p. That one rule
+carries everything decoding needs: rows of different lengths need no padding mask, several rows can be
+verified at once, and taking back drafted tokens is forgetting that they were there; what lies beyond a
+row's length is overwritten before any query can read it.
+
+Knows nothing of who writes or why. Next: `attention.py`, which writes and reads it.
+"""
+
+import torch
+from torch import Tensor
+
+from layerskip_moe.nn.config import ModelConfig
+
+
+class KVCache:
+    """Keys and values of all layers for B rows of up to `capacity` positions.
+
+    keys, values: [L, B, capacity, G, head_dim]
+    lengths:      [B] int64, how many leading positions of each row are complete in every layer. `run` does
+                  not move them (a draft fills early layers only); who decodes does, by `extend` and `crop`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (config.n_layers, batch_size, capacity, config.kv_heads, config.head_width)
+        # Zeros, not `empty`: a masked slot still enters a product with weight 0, and 0 * NaN is NaN.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+
+    @property
+    def capacity(self) -> int:
+        """Positions each row has room for."""
+        return self.keys.shape[2]
+
+    def slots(self, positions: Tensor) -> Tensor:
+        """Where positions [B, T] lie when rows and slots are counted through: [B * T]."""
+        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        return (rows * self.capacity + positions).flatten()
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store keys and values [B, G, T, head_dim] of one layer in slots [B * T], as `slots` counts them."""
+        for buffer, new in ((self.keys, keys), (self.values, values)):
+            buffer[layer].flatten(0, 1).index_copy_(0, slots, new.transpose(1, 2).flatten(0, 1).to(buffer.dtype))
+
+    def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, G, length, head_dim] of one layer's first `length` positions (views)."""
+        return (
+            self.keys[layer, :, :length].transpose(1, 2),
+            self.values[layer, :, :length].transpose(1, 2),
+        )
+
+    def extend(self, counts: Tensor) -> None:
+        """Count the next counts [B] positions of each row as complete."""
+        self.lengths = self.lengths + counts
+
+    def crop(self, lengths: Tensor) -> None:
+        """Forget every position at or beyond lengths [B]; no row can grow by it."""
+        assert bool((lengths <= self.lengths).all()), "crop cannot lengthen a row"
+        self.lengths = lengths
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only the given rows (int64 indices), in that order."""
+        self.keys = self.keys[:, rows]
+        self.values = self.values[:, rows]
+        self.lengths = self.lengths[rows]

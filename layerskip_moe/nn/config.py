@@ -1,0 +1,160 @@
+"""What the network is: its sizes and switches, checked in one place.
+
+Knows nothing of how the network is trained or decoded. Next: `decoder.py`, which builds it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and switches of a decoder. The defaults are Qwen3-MoE's arithmetic, the native network.
+
+    Fields left at None follow from the others and are filled in at construction, so that reading
+    `config.head_dim` always gives a number. Raises ValueError, naming the field, for sizes that do not fit
+    together.
+
+    vocab_size:        V, rows of the embedding and of the head
+    n_layers:          L
+    d_model:           D, width of the residual stream
+    n_heads:           H, query heads
+    n_kv_heads:        G, key-value heads; H is a multiple of it (default: n_heads)
+    head_dim:          width of one head, even (default: d_model / n_heads)
+    d_ff:              F, hidden width of each expert, and of dense layers unless dense_d_ff is set
+                       (default: 2 * d_model)
+    dense_d_ff:        hidden width of layers without experts (default: d_ff)
+    num_experts:       E; 0 gives a dense network
+    top_k:             K, experts chosen per token
+    moe_layers:        which layers hold experts: "all", "every other" (layers 1, 3, 5, ..., as Qwen3-MoE's
+                       decoder_sparse_step=2 has it), or the layers' indices
+    shared_expert_d_ff: hidden width of an expert that every token passes through; 0: none
+    shared_expert_gate: scale the shared expert by a sigmoid gate, as Qwen2-MoE does
+    normalize_top_k:   divide the chosen weights by their sum (Mixtral, Qwen3-MoE yes; OLMoE no)
+    bias_balancing:    keep a bias per expert that steers the choice but not the weights (DeepSeek-V3)
+    qk_norm:           RMSNorm of queries and keys: per "head" (Qwen3), over the "full" width (OLMoE), or None
+    qkv_bias:          biases on the query, key and value projections (Qwen2)
+    tie_embeddings:    the head is the embedding
+    rope_theta, norm_eps: base of the rotary frequencies; epsilon of every RMSNorm
+    max_seq_len:       positions the model may be run at; more are refused
+    dropout:           probability of zeroing elements of each sublayer's output, in training mode only
+    init_std:          standard deviation of the initial weights; the projections that write into the
+                       residual stream get init_std / sqrt(2 L) (GPT-2)
+    """
+
+    vocab_size: int
+    n_layers: int = 8
+    d_model: int = 256
+    n_heads: int = 4
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    d_ff: int | None = None
+    dense_d_ff: int | None = None
+    num_experts: int = 8
+    top_k: int = 2
+    moe_layers: Literal["all", "every other"] | tuple[int, ...] = "all"
+    shared_expert_d_ff: int = 0
+    shared_expert_gate: bool = False
+    normalize_top_k: bool = True
+    bias_balancing: bool = False
+    qk_norm: Literal["head", "full"] | None = "head"
+    qkv_bias: bool = False
+    tie_embeddings: bool = False
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    max_seq_len: int = 1024
+    dropout: float = 0.0
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_layers", "d_model", "n_heads", "max_seq_len"):
+            _require_whole(name, getattr(self, name), at_least=1)
+        for name in ("n_kv_heads", "head_dim", "d_ff", "dense_d_ff"):
+            if getattr(self, name) is not None:
+                _require_whole(name, getattr(self, name), at_least=1)
+        for name in ("num_experts", "shared_expert_d_ff"):
+            _require_whole(name, getattr(self, name), at_least=0)
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise ValueError(
+                f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; "
+                "change one of them or give head_dim."
+            )
+        self._fill("n_kv_heads", self.n_heads)
+        self._fill("head_dim", self.d_model // self.n_heads)
+        self._fill("d_ff", 2 * self.d_model)
+        self._fill("dense_d_ff", self.d_ff)
+        if self.n_heads % self.kv_heads:
+            raise ValueError(
+                f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}, "
+                "so the query heads cannot be shared out evenly."
+            )
+        if self.head_width % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions rotate pairs, so it must be even.")
+        if isinstance(self.moe_layers, list):
+            object.__setattr__(self, "moe_layers", tuple(self.moe_layers))
+        self._check_experts()
+        if self.qk_norm not in ("head", "full", None):
+            raise ValueError(f"qk_norm={self.qk_norm!r} is unknown; it is 'head', 'full' or None.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout} is not a probability below 1.")
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+
+    def _fill(self, name: str, value: int | None) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
+
+    def _check_experts(self) -> None:
+        if isinstance(self.moe_layers, tuple):
+            outside = [i for i in self.moe_layers if not isinstance(i, int) or not 0 <= i < self.n_layers]
+            if outside:
+                raise ValueError(f"moe_layers names {outside}, but layers are 0 to {self.n_layers - 1}.")
+        elif self.moe_layers not in ("all", "every other"):
+            raise ValueError(
+                f"moe_layers={self.moe_layers!r} is unknown; it is 'all', 'every other' or a list of layer indices."
+            )
+        if self.num_experts == 0:
+            if self.shared_expert_d_ff or self.bias_balancing:
+                raise ValueError("shared_expert_d_ff and bias_balancing need experts, but num_experts is 0.")
+            return
+        _require_whole("top_k", self.top_k, at_least=1)
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k={self.top_k} experts cannot be chosen from num_experts={self.num_experts}; "
+                "lower top_k or add experts."
+            )
+        if self.shared_expert_gate and not self.shared_expert_d_ff:
+            raise ValueError("shared_expert_gate needs a shared expert: set shared_expert_d_ff.")
+
+    # The Optional fields are filled in __post_init__; these give them to a type checker as plain numbers.
+    @property
+    def kv_heads(self) -> int:
+        """G, the key-value heads."""
+        assert self.n_kv_heads is not None
+        return self.n_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+    @property
+    def expert_d_ff(self) -> int:
+        """F, hidden width of one expert."""
+        assert self.d_ff is not None
+        return self.d_ff
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether layer (0..L-1) holds experts."""
+        if self.num_experts == 0:
+            return False
+        if isinstance(self.moe_layers, tuple):
+            return layer in self.moe_layers
+        return self.moe_layers == "all" or layer % 2 == 1
+
+
+def _require_whole(name: str, value: object, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{name}={value!r} must be a whole number, {at_least} or more.")

@@ -1,0 +1,311 @@
+"""MoEDecoder: embed, run any range of layers, one shared norm and head at any depth.
+
+B batch, T positions, D width, E experts, L layers, V vocabulary. `run` is the only forward pass there is:
+training, prefill, drafting, verification, early exit and layer skipping are calls of it with different
+layers.
+Knows nothing of losses, sampling, or files. Next: `training/loop.py`, `generation/session.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layerskip_moe.nn.attention import Attention, Places, locate
+from layerskip_moe.nn.cache import KVCache
+from layerskip_moe.nn.config import ModelConfig
+from layerskip_moe.nn.experts import Experts, swiglu
+from layerskip_moe.nn.router import Router, Routing
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+@dataclass
+class RunOutput:
+    """What a range of layers gave.
+
+    hidden:    [B, T, D], after the last layer that ran
+    collected: layer index -> its output [B, T, D], for the layers asked for
+    routing:   layer index -> that MoE layer's Routing, for the tokens that reached it
+    """
+
+    hidden: Tensor
+    collected: dict[int, Tensor] = field(default_factory=dict)
+    routing: dict[int, Routing] = field(default_factory=dict)
+
+
+class DenseMLP(nn.Module):
+    """SwiGLU with fused weights: gate_up [2F, D] (gate first), down [D, F]."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.down(swiglu(self.gate_up(x)))
+
+
+class MoEMLP(nn.Module):
+    """Router and experts, and a shared expert that every token passes through where there is one."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.shared = DenseMLP(config.d_model, config.shared_expert_d_ff) if config.shared_expert_d_ff else None
+        self.shared_gate = nn.Linear(config.d_model, 1, bias=False) if config.shared_expert_gate else None
+
+    def forward(self, x: Tensor, expert_mask: Tensor | None, top_k: int | None) -> tuple[Tensor, Routing]:
+        """x [B, T, D] -> [B, T, D] and the routing of its B * T tokens."""
+        tokens = x.flatten(0, 1)
+        routing = self.router(tokens, expert_mask=expert_mask, top_k=top_k)
+        out = self.experts(tokens, routing)
+        if self.shared is not None:
+            shared = self.shared(tokens)
+            if self.shared_gate is not None:
+                shared = self.shared_gate(tokens).sigmoid() * shared
+            out = out + shared
+        return out.view(x.shape), routing
+
+
+class Block(nn.Module):
+    """One layer, pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        dense = config.dense_d_ff or config.expert_d_ff
+        self.mlp: MoEMLP | DenseMLP = MoEMLP(config) if config.is_moe(layer) else DenseMLP(config.d_model, dense)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        places: Places,
+        *,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        expert_rows: Tensor | None = None,
+        expert_mask: Tensor | None = None,
+        top_k: int | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """x [B, T, D] -> its output [B, T, D], and the routing where there was any.
+
+        expert_rows: the samples the second sublayer runs for (None: all); the others pass it by.
+        """
+        x = x + self.dropout(self.attention(self.attention_norm(x), places, cache, layer))
+        if expert_rows is None:
+            return self._transform(x, expert_mask, top_k)
+        if len(expert_rows) == 0:
+            return x, None
+        transformed, routing = self._transform(x[expert_rows], expert_mask, top_k)
+        return x.index_copy(0, expert_rows, transformed), routing
+
+    def _transform(self, x: Tensor, expert_mask: Tensor | None, top_k: int | None) -> tuple[Tensor, Routing | None]:
+        normed = self.mlp_norm(x)
+        if isinstance(self.mlp, MoEMLP):
+            out, routing = self.mlp(normed, expert_mask, top_k)
+            return x + self.dropout(out), routing
+        return x + self.dropout(self.mlp(normed)), None
+
+
+class MoEDecoder(nn.Module):
+    """A decoder whose layers hold experts, and whose every layer can be followed by the head.
+
+    Weights start as normal(0, init_std); `attention.output` and every `down`, which write into the residual
+    stream, as normal(0, init_std / sqrt(2 L)); norms at 1, biases at 0. The draws come from `seed`.
+    """
+
+    def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.initialize(seed)
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Draw all weights anew, as the class docstring says."""
+        generator = torch.Generator().manual_seed(seed)
+        into_stream = self.config.init_std / (2 * self.config.n_layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                writes = name.endswith(("attention.output.weight", ".down.weight", ".down"))
+                drawn = torch.empty(parameter.shape).normal_(
+                    0.0, into_stream if writes else self.config.init_std, generator=generator
+                )
+                parameter.copy_(drawn)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's weight [V, D]: the embedding's own when they are tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' type."""
+        return self.embedding.weight.dtype
+
+    def parameter_counts(self) -> tuple[int, int]:
+        """(all parameters, those one token uses: K of the E experts in each MoE layer)."""
+        total = sum(p.numel() for p in self.parameters())
+        share = 1 - self.config.top_k / max(self.config.num_experts, 1)
+        idle = sum(p.numel() for m in self.modules() if isinstance(m, Experts) for p in m.parameters()) * share
+        return total, total - round(idle)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids [B, T] -> hidden states [B, T, D]."""
+        return self.embedding(tokens)
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] after any layer -> logits [..., V], through the one norm and head."""
+        return F.linear(self.norm(hidden), self.head_weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids [B, T] -> logits [B, T, V] of the whole model, without a cache."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        return self.unembed(self.run(self.embed(tokens), range(self.config.n_layers), positions=positions).hidden)
+
+    def run(
+        self,
+        hidden: Tensor,
+        layers: Sequence[int],
+        *,
+        positions: Tensor,
+        cache: KVCache | None = None,
+        keep: Tensor | None = None,
+        keep_experts: Tensor | None = None,
+        expert_mask: Tensor | None = None,
+        top_k: int | None = None,
+        collect: Sequence[int] = (),
+    ) -> RunOutput:
+        """Run some layers over hidden states: the one way through the network.
+
+        hidden:       [B, T, D]
+        layers:       indices 0..L-1 in rising order, gaps allowed; empty gives hidden back
+        positions:    [B, T] int64, where each state stands in its row. Without a cache they are 0..T-1.
+        cache:        written at `positions` in each layer that runs; a state reads every slot up to its own
+                      position, so those must have been written before, by this call or an earlier one
+        keep:         [len(layers), B] bool on the CPU: the samples that stay; the others pass a layer by
+                      and cost nothing (layer dropout)
+        keep_experts: the same for the MLP or expert sublayer alone
+        expert_mask:  [E] or [len(layers), E] bool: the active experts (expert dropout)
+        top_k:        fewer experts per token than the model was built with, for drafting
+        collect:      layers (among `layers`) whose output is wanted
+
+        Raises ValueError for positions past max_seq_len or the cache's end, and for masks or a top_k that
+        leave a token without experts.
+        """
+        layers = list(layers)
+        self._check_run(layers, positions, cache, keep, expert_mask, top_k)
+        places = locate(positions, self.config, cache)
+        output = RunOutput(hidden)
+        for index, layer in enumerate(layers):
+            rows = _rows(keep, index, hidden.device)  # the samples that stay; None: all of them
+            if rows is None or len(rows):
+                output.hidden, routing = self._run_block(
+                    layer,
+                    output.hidden,
+                    places,
+                    rows=rows,
+                    cache=cache,
+                    expert_rows=_rows(keep_experts, index, hidden.device, among=rows),
+                    expert_mask=expert_mask if expert_mask is None or expert_mask.dim() == 1 else expert_mask[index],
+                    top_k=top_k,
+                )
+                if routing is not None:
+                    output.routing[layer] = routing
+            if layer in collect:
+                output.collected[layer] = output.hidden
+        return output
+
+    def _run_block(
+        self, layer: int, hidden: Tensor, places: Places, *, rows: Tensor | None, **how: Any
+    ) -> tuple[Tensor, Routing | None]:
+        if rows is None:
+            return self.blocks[layer](hidden, places, layer=layer, **how)
+        part = Places(places.cos[rows], places.sin[rows])  # there is no cache where samples are dropped
+        ran, routing = self.blocks[layer](hidden[rows], part, layer=layer, **how)
+        return hidden.index_copy(0, rows, ran), routing
+
+    def fill(self, hidden: Tensor, layers: Sequence[int], *, positions: Tensor, cache: KVCache) -> None:
+        """Write only the keys and values of skipped layers, all from the same exit state hidden [B, T, D]
+        (CALM's state propagation, arXiv 2207.07061)."""
+        places = locate(positions, self.config, cache)
+        for layer in layers:
+            block = self.blocks[layer]
+            assert isinstance(block, Block)
+            block.attention.fill(block.attention_norm(hidden), places, cache, layer)
+
+    def _check_run(
+        self,
+        layers: list[int],
+        positions: Tensor,
+        cache: KVCache | None,
+        keep: Tensor | None,
+        expert_mask: Tensor | None,
+        top_k: int | None,
+    ) -> None:
+        config = self.config
+        if layers != sorted(set(layers)) or (layers and not 0 <= layers[0] <= layers[-1] < config.n_layers):
+            raise ValueError(f"layers={layers} must rise and lie within 0 to {config.n_layers - 1}.")
+        if cache is None:
+            if positions.shape[1] > config.max_seq_len:
+                raise ValueError(
+                    f"{positions.shape[1]} positions are more than max_seq_len={config.max_seq_len}; "
+                    "shorten the text, or build the model with a larger max_seq_len."
+                )
+        else:
+            if keep is not None:
+                raise ValueError("keep is for training without a cache: a skipped sample would leave holes in it.")
+            last = int(positions.max())
+            if last >= min(config.max_seq_len, cache.capacity):
+                raise ValueError(
+                    f"position {last} is past the end: max_seq_len is {config.max_seq_len} and the cache has "
+                    f"{cache.capacity} slots; ask for fewer tokens or build the model with a larger max_seq_len."
+                )
+        if top_k is not None and not 1 <= top_k <= config.num_experts:
+            raise ValueError(f"top_k={top_k} must be between 1 and num_experts={config.num_experts}.")
+        if expert_mask is not None and int(expert_mask.sum(-1).min()) < (top_k or config.top_k):
+            raise ValueError(f"expert_mask leaves fewer experts active than the top {top_k or config.top_k} to choose.")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> "MoEDecoder":
+        """Load a model written by `save_pretrained`; see `pretrained/checkpoint.py`."""
+        from layerskip_moe.pretrained.checkpoint import load_model
+
+        return load_model(folder, device=device)
+
+    def save_pretrained(self, folder: str | Path, *, tokenizer: "Tokenizer | None" = None) -> None:
+        """Write config, weights (safetensors) and, when given, the tokenizer; see `pretrained/checkpoint.py`."""
+        from layerskip_moe.pretrained.checkpoint import save_model
+
+        save_model(self, folder, tokenizer=tokenizer)
+
+
+def _rows(keep: Tensor | None, index: int, device: torch.device, among: Tensor | None = None) -> Tensor | None:
+    """Samples that keep[index] lets stay, counted within `among`; None when all do (nothing is gathered then)."""
+    if keep is None:
+        return None
+    mask = keep[index] if among is None else keep[index][among.cpu()]
+    return None if bool(mask.all()) else mask.nonzero()[:, 0].to(device)
