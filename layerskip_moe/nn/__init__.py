@@ -5,4 +5,4 @@ from layerskip_moe.nn.config import ModelConfig
 from layerskip_moe.nn.decoder import MoEDecoder, RunOutput
 from layerskip_moe.nn.router import Routing
 
-__all__ = ["KVCache", "ModelConfig", "MoEDecoder", "Routing", "RunOutput"]
+__all__ = ["KVCache", "MoEDecoder", "ModelConfig", "Routing", "RunOutput"]
