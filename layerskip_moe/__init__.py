@@ -1,0 +1,21 @@
+"""layerskip_moe: Mixture-of-Experts decoders trained with the LayerSkip recipe and decoded faster, with the
+same answers.
+
+Rooms: `nn` the network, `data` text to batches, `training` the recipe, `generation` decoding, `pretrained`
+checkpoints on disk, `analysis` what a trained model does, `bench` timings. Start at `main.py` for the story.
+"""
+
+from layerskip_moe.generation import Autoregressive, Generation, SelfSpeculative, generate
+from layerskip_moe.nn import KVCache, ModelConfig, MoEDecoder
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Autoregressive",
+    "Generation",
+    "KVCache",
+    "ModelConfig",
+    "MoEDecoder",
+    "SelfSpeculative",
+    "generate",
+]

@@ -1,0 +1,79 @@
+"""From logits to a token: temperature, top-k, top-p, and noise that belongs to a place in the text.
+
+Sampling is by the Gumbel-max trick: the token is argmax(log p + g), g Gumbel noise keyed by (seed, row,
+position) and by nothing else. Whoever proposes a token at a position meets the same noise, so the full
+model's choice there does not depend on who proposed what: the same seed gives the same text under every
+lossless strategy and batch size. Greedy is the case without noise.
+
+Knows nothing of models, caches or drafts. Next: `session.py`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layerskip_moe.nn.noise import hash_uniform
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    temperature: 0 takes the most likely token; above 0 the logits are divided by it
+    top_k:       only the k most likely tokens stay (None: all)
+    top_p:       only the most likely tokens that together reach this probability stay (None: all;
+                 nucleus sampling, arXiv 1904.09751)
+    seed:        of the noise; equal seeds give equal text
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or a number above it.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be 1 or more, or None to keep every token.")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1.")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether there is no noise."""
+        return self.temperature == 0.0
+
+
+def log_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Log-probabilities [..., V] in float64 that a sampled token follows, -inf for those filtered out.
+
+    Temperature first, then top-k, then top-p among what is left, renormalised: the order of transformers.
+    """
+    assert not sampling.greedy
+    scores = logits.double() / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < scores.shape[-1]:
+        kept = scores.topk(sampling.top_k, dim=-1)
+        scores = torch.full_like(scores, float("-inf")).scatter(-1, kept.indices, kept.values)
+    if sampling.top_p is not None and sampling.top_p < 1.0:
+        ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+        probabilities = ordered.softmax(dim=-1)
+        # A token stays while those before it have not reached top_p; so the first always stays.
+        outside = probabilities.cumsum(dim=-1) - probabilities >= sampling.top_p
+        scores = scores.masked_fill(outside.scatter(-1, order, outside), float("-inf"))
+    return scores.log_softmax(dim=-1)
+
+
+def gumbel_noise(seed: int, rows: Tensor, positions: Tensor, vocab_size: int, *, stream: int = 0) -> Tensor:
+    """Gumbel noise [A, T, V] in float64 for rows [A] and positions [A, T]; `stream` gives independent draws."""
+    tokens = torch.arange(vocab_size, device=positions.device)
+    uniform = hash_uniform(seed, stream, rows[:, None, None], positions[:, :, None], tokens)
+    return uniform.log_().neg_().log_().neg_()
+
+
+def choose(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
+    """Tokens [A, T] from logits [A, T, V] and their places' noise [A, T, V] (None when greedy)."""
+    if noise is None:
+        return logits.argmax(dim=-1)
+    return (log_probabilities(logits, sampling) + noise).argmax(dim=-1)
