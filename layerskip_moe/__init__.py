@@ -5,17 +5,24 @@ Rooms: `nn` the network, `data` text to batches, `training` the recipe, `generat
 checkpoints on disk, `analysis` what a trained model does, `bench` timings. Start at `main.py` for the story.
 """
 
+from layerskip_moe.data import Corpus, load_corpus
 from layerskip_moe.generation import Autoregressive, Generation, SelfSpeculative, generate
 from layerskip_moe.nn import KVCache, ModelConfig, MoEDecoder
+from layerskip_moe.training import TrainConfig, TrainResult, train
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Autoregressive",
+    "Corpus",
     "Generation",
     "KVCache",
-    "ModelConfig",
     "MoEDecoder",
+    "ModelConfig",
     "SelfSpeculative",
+    "TrainConfig",
+    "TrainResult",
     "generate",
+    "load_corpus",
+    "train",
 ]

@@ -52,6 +52,11 @@ def rotate(x: Tensor, places: Places) -> Tensor:
     return x * places.cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * places.sin.to(x.dtype)
 
 
+def _norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """Norm in the weight's type: under autocast that is float32, and a mixed call would warn."""
+    return norm(x.to(norm.weight.dtype))
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention (arXiv 2305.13245) with optional query/key norm.
 
@@ -77,19 +82,19 @@ class Attention(nn.Module):
     def _queries(self, q: Tensor, places: Places) -> Tensor:
         """Projected queries [B, T, H * head_dim] -> normed and rotated [B, H, T, head_dim]."""
         if self.qk_norm == "full":
-            q = self.query_norm(q)
+            q = _norm(self.query_norm, q)
         q = self._split_heads(q, self.n_heads)
         if self.qk_norm == "head":
-            q = self.query_norm(q)
+            q = _norm(self.query_norm, q)
         return rotate(q, places)
 
     def _keys(self, k: Tensor, places: Places) -> Tensor:
         """Projected keys [B, T, G * head_dim] -> normed and rotated [B, G, T, head_dim]."""
         if self.qk_norm == "full":
-            k = self.key_norm(k)
+            k = _norm(self.key_norm, k)
         k = self._split_heads(k, self.n_kv_heads)
         if self.qk_norm == "head":
-            k = self.key_norm(k)
+            k = _norm(self.key_norm, k)
         return rotate(k, places)
 
     def forward(self, x: Tensor, places: Places, cache: KVCache | None = None, layer: int = 0) -> Tensor:

@@ -1,0 +1,41 @@
+"""Training checkpoints: all that a stopped run needs to go on as if it had not been stopped.
+
+One file, `<out_dir>/checkpoint.pt`, written beside and renamed. Random state is not in it: batches and
+dropout are functions of the step. (The model other people load is `save_pretrained`'s; this is the run's own.)
+Knows nothing of the loop. Next: `loop.py`.
+"""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NAME = "checkpoint.pt"
+
+
+def save_checkpoint(out_dir: Path, state: dict[str, Any]) -> None:
+    """Write state (tensors, numbers, strings, in dicts and lists) so that a reader finds the old file or the
+    new one, never half of either."""
+    beside = out_dir / f"{NAME}.{os.getpid()}.tmp"
+    try:
+        with open(beside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, out_dir / NAME)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_checkpoint(out_dir: Path) -> dict[str, Any]:
+    """The last state written to out_dir, on the CPU. Tensors and plain values only: nothing in the file is
+    executed. Raises ValueError where there is none or it cannot be read."""
+    path = out_dir / NAME
+    if not path.exists():
+        raise ValueError(f"there is no {NAME} in {out_dir} to resume from; start without resume.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged and cannot be resumed from; remove it and start again.") from error

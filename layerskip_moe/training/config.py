@@ -1,0 +1,141 @@
+"""How a network is trained: length, optimizer, and the LayerSkip recipe's dials.
+
+Knows nothing of the network's sizes. Next: `losses.py` (what a step computes), `loop.py` (the steps).
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from layerskip_moe.training.exit_loss import Curriculum, WeightKind
+from layerskip_moe.training.torchtune_parts import Scale, check_scale
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Raises ValueError, naming the field, for values that make no sense.
+
+    Length
+    max_steps:         optimizer steps; when set it wins over epochs
+    epochs:            passes over the training split, fractions allowed
+    seq_len, batch_size: tokens per sample, samples per forward pass
+    accumulation:      forward passes per optimizer step
+
+    Optimizer (AdamW; warm-up, then a cosine down to a share of the peak)
+    learning_rate:     the peak. LayerSkip needs a higher one from scratch than plain training (paper, table 2)
+    min_learning_rate_ratio: the share of the peak left at the last step
+    warmup_steps:      None: 5% of the run, at most 500
+    weight_decay:      on matrices; norms, biases and the embedding have none
+    beta1, beta2:      of AdamW
+    max_gradient_norm: gradients are scaled down to this norm; 0 leaves them
+
+    Layer dropout (LayerSkip, arXiv 2404.16710, section 4.1)
+    layer_dropout_max: rate of the last layer at its highest, p_max; 0 turns it off
+    layer_dropout_depth, layer_dropout_time: shapes over layers and over steps; "exp" is the paper's,
+                       "uniform" in time is its fine-tuning
+    layer_dropout_part: "block" drops whole layers, "experts" only the MLP or expert sublayer
+    expert_dropout:    probability that an expert sits out a step
+
+    Early-exit loss
+    exit_weights:      "paper" or "equal" (see `exit_weights` in exit_loss.py)
+    exit_loss_scale:   e_scale
+    exit_curriculum:   "rotational", "gradual", "all" or "none" (only the last layer)
+    exit_rotation:     every how many layers one is supervised, under "rotational"
+    exit_distillation: share of an early exit's target that is the last layer's own distribution
+
+    Experts
+    moe_loss_weight:   of the load-balance loss, mean over layers
+    router_z_loss_weight: of the router z-loss, mean over layers
+    bias_update_rate:  step of the choice bias, where ModelConfig.bias_balancing is on
+
+    Run
+    precision:         "auto": bfloat16 where the hardware has it, float16 on an older GPU, else float32
+    seed:              of batches and dropout
+    validate_every:    steps between validations; None: ten times in the run; 0: only at the end
+    validation_windows: samples of the validation split used each time
+    keep_best:         end with the weights of the best validation (last layer's perplexity)
+    checkpoint_every:  steps between checkpoints; None: only at the end; 0: none
+    log_every:         steps between lines of metrics.jsonl
+    """
+
+    max_steps: int | None = None
+    epochs: float = 1.0
+    seq_len: int = 256
+    batch_size: int = 16
+    accumulation: int = 1
+
+    learning_rate: float = 1e-3
+    min_learning_rate_ratio: float = 0.1
+    warmup_steps: int | None = None
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_gradient_norm: float = 1.0
+
+    layer_dropout_max: float = 0.1
+    layer_dropout_depth: Scale = "exp"
+    layer_dropout_time: Scale = "exp"
+    layer_dropout_part: Literal["block", "experts"] = "block"
+    expert_dropout: float = 0.0
+
+    exit_weights: WeightKind = "equal"
+    exit_loss_scale: float = 1.0
+    exit_curriculum: Curriculum = "rotational"
+    exit_rotation: int = 2
+    exit_distillation: float = 0.0
+
+    moe_loss_weight: float = 0.01
+    router_z_loss_weight: float = 0.001
+    bias_update_rate: float = 0.001
+
+    precision: Precision = "auto"
+    seed: int = 0
+    validate_every: int | None = None
+    validation_windows: int = 64
+    keep_best: bool = True
+    checkpoint_every: int | None = None
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "batch_size", "accumulation", "exit_rotation", "validation_windows", "log_every"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("max_steps", "warmup_steps", "validate_every", "checkpoint_every"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1 if name == "max_steps" else 0)
+        if not self.epochs > 0:
+            raise ValueError(f"epochs={self.epochs} must be above 0.")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate} must be above 0.")
+        for name in ("layer_dropout_max", "expert_dropout", "exit_distillation", "min_learning_rate_ratio"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1.")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
+        for name in (
+            "weight_decay",
+            "max_gradient_norm",
+            "exit_loss_scale",
+            "moe_loss_weight",
+            "router_z_loss_weight",
+            "bias_update_rate",
+        ):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more.")
+        check_scale(self.layer_dropout_depth)
+        check_scale(self.layer_dropout_time)
+        _one_of("layer_dropout_part", self.layer_dropout_part, ("block", "experts"))
+        _one_of("exit_weights", self.exit_weights, get_args(WeightKind))
+        _one_of("exit_curriculum", self.exit_curriculum, get_args(Curriculum))
+        _one_of("precision", self.precision, get_args(Precision))
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number, {least} or more.")
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; it is one of {', '.join(choices)}.")

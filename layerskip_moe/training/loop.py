@@ -1,0 +1,271 @@
+"""The training loop: batches in, a trained model and its metrics out.
+
+What is random or scheduled is a function of the step alone, so stopping and resuming changes nothing.
+Knows nothing of how losses are made up. Next: `losses.py`, `checkpoint.py`.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from layerskip_moe.data import Corpus, batches, steps_per_epoch
+from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.nn.decoder import MoEMLP
+from layerskip_moe.nn.noise import hash_uniform
+from layerskip_moe.training.balance import bias_update
+from layerskip_moe.training.checkpoint import load_checkpoint, save_checkpoint
+from layerskip_moe.training.config import TrainConfig
+from layerskip_moe.training.losses import Losses, training_losses, validation_losses
+from layerskip_moe.training.metrics import MetricsWriter, train_record
+from layerskip_moe.training.optimizer import autocast_dtype, learning_rate_at, make_optimizer
+
+_DROPOUT_STREAM = 4  # of the step's random numbers; 1 to 3 are layer and expert dropout's
+
+
+@dataclass
+class TrainResult:
+    """What a training run gave; the model itself was updated in place.
+
+    metrics:  the records of metrics.jsonl, in order
+    losses:   raw parts of the last step: {"loss", "exit_losses", "balance_loss", "router_z_loss"}
+    validation: last validation's perplexity per exit layer 1..L, of the weights the model now has; empty
+              without a validation split
+    steps, tokens, seconds: optimizer steps, training tokens seen, wall time of this call
+    best_step: the step whose weights the model now has
+    """
+
+    metrics: list[dict[str, Any]]
+    losses: dict[str, Any]
+    validation: list[float]
+    steps: int
+    tokens: int
+    seconds: float
+    best_step: int
+
+
+class _Text(Protocol):
+    """What training asks of a corpus: token ids, 1-D; an empty validation split is not looked at."""
+
+    @property
+    def train(self) -> Tensor: ...
+
+    @property
+    def validation(self) -> Tensor: ...
+
+
+def train(
+    model: MoEDecoder,
+    corpus: Corpus | _Text,
+    config: TrainConfig,
+    out_dir: str | Path,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+) -> TrainResult:
+    """Train the model in place by the LayerSkip recipe.
+
+    Writes to out_dir: metrics.jsonl (a line per log_every steps and per validation), checkpoint.pt, and
+    TensorBoard files when tensorboard is installed. resume: go on from out_dir's checkpoint; the run ends
+    with the weights it would have had without the stop, bit for bit on a CPU.
+
+    The model's mode is put back at the end. Raises ValueError for a text shorter than one sample, a model
+    shorter than seq_len, and a checkpoint that is missing, damaged, or of a run with other settings.
+    """
+    if config.seq_len > model.config.max_seq_len:
+        raise ValueError(
+            f"seq_len={config.seq_len} is longer than the model's max_seq_len={model.config.max_seq_len}; "
+            "shorten seq_len, or build the model with a larger max_seq_len."
+        )
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    per_step = config.batch_size * config.accumulation
+    max_steps = config.max_steps or math.ceil(config.epochs * steps_per_epoch(corpus.train, config.seq_len, per_step))
+    run = _Run(model, config, max_steps)
+    first = run.restore(load_checkpoint(out_dir)) if resume else 0
+    validates = len(corpus.validation) > config.seq_len
+    validate_every = max(max_steps // 10, 1) if config.validate_every is None else config.validate_every
+
+    started = time.perf_counter()
+    was_training = model.training
+    model.train()
+    text = batches(
+        corpus.train,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start=first * config.accumulation,
+    )
+    losses: Losses | None = None
+    gradient_norm = 0.0
+    try:
+        with (
+            MetricsWriter(out_dir, before_step=first) as metrics,
+            tqdm(total=max_steps, initial=first, desc="training", unit="step", disable=not progress) as bar,
+        ):
+            logged_at, logged_step = time.perf_counter(), first
+            for step in range(first, max_steps):
+                losses, gradient_norm = run.step(step, [next(text) for _ in range(config.accumulation)])
+                bar.update()
+                done, last = step + 1, step + 1 == max_steps
+                if done % config.log_every == 0 or last:
+                    now = time.perf_counter()
+                    speed = (done - logged_step) * per_step * config.seq_len / (now - logged_at)
+                    record = train_record(losses, run.learning_rate, gradient_norm, speed)
+                    if not math.isfinite(record["loss"]):
+                        raise FloatingPointError(
+                            f"the loss is {record['loss']} at step {step}; lower learning_rate, or raise warmup_steps."
+                        )
+                    metrics.write("train", step, record)
+                    bar.set_postfix(loss=f"{record['loss']:.3f}", perplexity=f"{record['perplexity']:.1f}")
+                    logged_at, logged_step = now, done
+                if validates and (last or (validate_every and done % validate_every == 0)):
+                    paused = time.perf_counter()
+                    with run.autocast():
+                        metrics.write("validation", step, run.validate(corpus.validation, done))
+                    logged_at += time.perf_counter() - paused
+                checkpoint_every = config.checkpoint_every
+                if checkpoint_every != 0 and (last or (checkpoint_every and done % checkpoint_every == 0)):
+                    save_checkpoint(out_dir, run.state(done))
+        best_step = run.take_best()
+    finally:
+        model.train(was_training)
+    final = [record for record in metrics.records if record["split"] == "train"][-1]
+    kept = [r for r in metrics.records if r["split"] == "validation" and r["step"] + 1 == best_step]
+    return TrainResult(
+        metrics=metrics.records,
+        losses={name: final[name] for name in ("loss", "exit_losses", "balance_loss", "router_z_loss")},
+        validation=kept[-1]["perplexity"] if kept else [],
+        steps=max_steps,
+        tokens=max_steps * per_step * config.seq_len,
+        seconds=time.perf_counter() - started,
+        best_step=best_step,
+    )
+
+
+class _Run:
+    """Model, optimizer and best weights so far: what changes from step to step, and what a checkpoint holds."""
+
+    def __init__(self, model: MoEDecoder, config: TrainConfig, max_steps: int) -> None:
+        self.model, self.config, self.max_steps = model, config, max_steps
+        self.optimizer = make_optimizer(model, config)
+        self.dtype = autocast_dtype(config.precision, model.device)
+        # float16 gradients underflow without a scale (the T4's case); disabled, the scaler passes through.
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=self.dtype == torch.float16)
+        self.learning_rate = 0.0
+        self.best: dict[str, Any] | None = None  # {"loss", "step", "weights"}
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The number type of matrix products, on this run's device."""
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.model.device.type, dtype=self.dtype)
+
+    def step(self, step: int, text: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Losses, float]:
+        """One optimizer step over some batches; the last batch's losses and the gradient norm."""
+        model, config, device = self.model, self.config, self.model.device
+        self.learning_rate = learning_rate_at(step, self.max_steps, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        load: dict[int, Tensor] = {}
+        with _residual_dropout_seed(model, config.seed, step):
+            for inputs, labels, sample_ids in text:
+                with self.autocast():
+                    losses = training_losses(
+                        model,
+                        inputs.to(device),
+                        labels.to(device),
+                        sample_ids,
+                        config,
+                        step=step,
+                        max_steps=self.max_steps,
+                    )
+                self.scaler.scale(losses.total / len(text)).backward()
+                for layer, counts in losses.load.items():
+                    load[layer] = load.get(layer, 0) + counts
+        self.scaler.unscale_(self.optimizer)
+        limit = config.max_gradient_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._move_balance_bias(load)
+        return losses._replace(load=load), float(norm)
+
+    def _move_balance_bias(self, load: dict[int, Tensor]) -> None:
+        for layer, counts in load.items():
+            mlp = self.model.blocks[layer].mlp
+            assert isinstance(mlp, MoEMLP)
+            if mlp.router.balance_bias is not None:
+                mlp.router.balance_bias += self.config.bias_update_rate * bias_update(counts)
+
+    def validate(self, tokens: Tensor, done: int) -> dict[str, Any]:
+        """Perplexity at every exit after `done` steps; remembers the weights when the last layer's is best."""
+        entropy = validation_losses(self.model, tokens, self.config)
+        if self.config.keep_best and (self.best is None or entropy[-1] < self.best["loss"]):
+            weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+            self.best = {"loss": entropy[-1], "step": done, "weights": weights}
+        return {"perplexity": [math.exp(min(loss, 700.0)) for loss in entropy]}
+
+    def take_best(self) -> int:
+        """Give the model its best weights, if any were kept; the number of steps they had."""
+        if self.best is None:
+            return self.max_steps
+        self.model.load_state_dict(self.best["weights"])
+        return self.best["step"]
+
+    def state(self, done: int) -> dict[str, Any]:
+        """All that `restore` needs after `done` steps."""
+        return {
+            "step": done,
+            "max_steps": self.max_steps,
+            "train_config": dataclasses.asdict(self.config),
+            "model_config": dataclasses.asdict(self.model.config),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "best": self.best,
+        }
+
+    def restore(self, state: dict[str, Any]) -> int:
+        """Take up a checkpoint; the number of steps it had done."""
+        here = self.state(0)
+        free = ("log_every", "checkpoint_every")  # these do not change what is computed
+        for part in ("model_config", "train_config"):
+            changed = [
+                f"{name} was {value!r} and is now {here[part].get(name)!r}"
+                for name, value in state[part].items()
+                if name not in free and here[part].get(name) != value
+            ]
+            if changed:
+                raise ValueError(f"the run to resume had other settings: {'; '.join(changed)}; put them back.")
+        if state["max_steps"] != self.max_steps:
+            raise ValueError(
+                f"the run to resume was to take {state['max_steps']} steps, not {self.max_steps}: the text has changed."
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.best = state["best"]
+        return state["step"]
+
+
+@contextlib.contextmanager
+def _residual_dropout_seed(model: MoEDecoder, seed: int, step: int) -> Any:
+    """Seed torch's own generator for this step, and give it back as it was. Only plain residual dropout
+    draws from it; layer and expert dropout have keys of their own."""
+    if model.config.dropout == 0:
+        yield
+        return
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(int(hash_uniform(seed, _DROPOUT_STREAM, step) * 2**53))
+        yield

@@ -1,0 +1,129 @@
+"""What one forward pass of LayerSkip training computes: dropout drawn, layers run, losses added up.
+
+Everything random is a pure function of (seed, step, sample), so the same step always gives the same losses.
+Knows nothing of optimizers, files or time. Next: `exit_loss.py`, `layer_dropout.py`, `balance.py` for the
+parts, `loop.py` for what is done with the result.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from layerskip_moe.data import windows
+from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.training.balance import load_balance_loss, router_z_loss
+from layerskip_moe.training.config import TrainConfig
+from layerskip_moe.training.exit_loss import active_exits, exit_loss, exit_weights
+from layerskip_moe.training.expert_dropout import expert_mask
+from layerskip_moe.training.layer_dropout import (
+    BLOCK_STREAM,
+    EXPERT_SUBLAYER_STREAM,
+    layer_dropout_rates,
+    layer_keep,
+)
+
+
+class Losses(NamedTuple):
+    """The weighted total, and the raw parts to log (detached, in nats per token where they are entropies)."""
+
+    total: Tensor  # scalar, the one to call backward on
+    exits: dict[int, Tensor]  # exit layer (1..L) -> cross entropy, for this step's exits
+    distillation: dict[int, Tensor]  # exit layer -> cross entropy against the last layer's distribution
+    balance: Tensor  # mean over MoE layers; 1 when balanced
+    router_z: Tensor  # mean over MoE layers
+    load: dict[int, Tensor]  # MoE layer -> [E] choices per expert
+
+
+def training_losses(
+    model: MoEDecoder,
+    inputs: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor,
+    config: TrainConfig,
+    *,
+    step: int,
+    max_steps: int,
+) -> Losses:
+    """Losses of one batch at one step.
+
+    inputs, labels [B, T]; sample_ids [B]: the samples' numbers across the whole run, which key layer dropout.
+    step: 0 .. max_steps - 1, where the schedules and curricula stand.
+    """
+    n_layers = model.config.n_layers
+    active = active_exits(
+        step, max_steps, n_layers, curriculum=config.exit_curriculum, rotation=config.exit_rotation
+    )
+    weights = exit_weights(active, kind=config.exit_weights, scale=config.exit_loss_scale)
+    keep = keep_experts = experts = None
+    if config.layer_dropout_max > 0:
+        rates = layer_dropout_rates(
+            step,
+            max_steps,
+            n_layers,
+            p_max=config.layer_dropout_max,
+            depth=config.layer_dropout_depth,
+            time=config.layer_dropout_time,
+        )
+        whole = config.layer_dropout_part == "block"
+        stream = BLOCK_STREAM if whole else EXPERT_SUBLAYER_STREAM
+        drawn = layer_keep(rates, seed=config.seed, step=step, sample_ids=sample_ids, stream=stream)
+        keep, keep_experts = (drawn, None) if whole else (None, drawn)
+    if config.expert_dropout > 0 and model.config.num_experts:
+        experts = expert_mask(
+            config.expert_dropout,
+            model.config.num_experts,
+            model.config.top_k,
+            seed=config.seed,
+            step=step,
+            layers=range(n_layers),
+        ).to(inputs.device)
+    positions = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape)
+    out = model.run(
+        model.embed(inputs),
+        range(n_layers),
+        positions=positions,
+        keep=keep,
+        keep_experts=keep_experts,
+        expert_mask=experts,
+        collect=[layer for layer in range(n_layers) if weights[layer] > 0],
+    )
+    exits = exit_loss(model, out.collected, labels, weights, distillation=config.exit_distillation)
+    zero = exits.total.new_zeros(())
+    # Each layer balances by itself: pooled, one layer's imbalance could cancel another's.
+    routed = [routing for routing in out.routing.values() if len(routing.chosen)]
+    balance = sum((load_balance_loss(r.logits, r.chosen) for r in routed), zero) / max(len(routed), 1)
+    router_z = sum((router_z_loss(r.logits) for r in routed), zero) / max(len(routed), 1)
+    return Losses(
+        total=exits.total + config.moe_loss_weight * balance + config.router_z_loss_weight * router_z,
+        exits={layer + 1: loss for layer, loss in exits.cross_entropy.items()},
+        distillation={layer + 1: loss for layer, loss in exits.distillation.items()},
+        balance=balance.detach(),
+        router_z=router_z.detach(),
+        load={layer: routing.load for layer, routing in out.routing.items()},
+    )
+
+
+@torch.inference_mode()
+def validation_losses(model: MoEDecoder, tokens: Tensor, config: TrainConfig) -> list[float]:
+    """Cross entropy at every exit layer 1..L on held-out tokens (1-D), in nats per token, dropout off.
+
+    The first config.validation_windows windows of seq_len tokens. The model's mode is put back.
+    """
+    n_layers = model.config.n_layers
+    equal = torch.full((n_layers,), 1.0 / n_layers, dtype=torch.float64)
+    sums, count = torch.zeros(n_layers, dtype=torch.float64), 0
+    was_training = model.training
+    model.eval()
+    try:
+        for inputs, labels in windows(tokens, config.seq_len, config.batch_size, limit=config.validation_windows):
+            inputs, labels = inputs.to(model.device), labels.to(model.device)
+            positions = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape)
+            layers = range(n_layers)
+            out = model.run(model.embed(inputs), layers, positions=positions, collect=layers)
+            losses = exit_loss(model, out.collected, labels, equal).cross_entropy
+            sums += torch.stack([losses[layer] for layer in layers]).double().cpu() * labels.numel()
+            count += labels.numel()
+    finally:
+        model.train(was_training)
+    return (sums / count).tolist()

@@ -1,0 +1,87 @@
+"""metrics.jsonl: what training says of itself while it runs.
+
+One JSON object per line: {"split": "train", "step", "loss", "exit_losses": {exit layer: cross entropy}, ...}
+and {"split": "validation", "step", "perplexity": [per exit layer 1..L]}. Steps count from 0.
+Knows nothing of how the numbers came about. Next: `loop.py`, which writes; `analysis`, which reads.
+"""
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from layerskip_moe.training.balance import balance_metrics
+from layerskip_moe.training.losses import Losses
+
+
+def train_record(losses: Losses, learning_rate: float, gradient_norm: float, speed: float) -> dict[str, Any]:
+    """One line of metrics.jsonl about a step; `speed` in training tokens per second."""
+    exits = {str(layer): float(loss) for layer, loss in losses.exits.items()}
+    load = {str(layer): counts.tolist() for layer, counts in losses.load.items()}
+    violations = [balance_metrics(counts)["max_violation"] for counts in losses.load.values() if counts.sum()]
+    record: dict[str, Any] = {
+        "loss": float(losses.total.detach()),
+        "perplexity": math.exp(min(list(exits.values())[-1], 700.0)),
+        "exit_losses": exits,
+        "balance_loss": float(losses.balance),
+        "router_z_loss": float(losses.router_z),
+        "learning_rate": learning_rate,
+        "gradient_norm": gradient_norm,
+        "tokens_per_second": speed,
+        "load": load,
+    }
+    if losses.distillation:
+        record["distillation"] = {str(layer): float(loss) for layer, loss in losses.distillation.items()}
+    if violations:
+        record["max_violation"] = sum(violations) / len(violations)
+    return record
+
+
+class MetricsWriter:
+    """metrics.jsonl, and TensorBoard where it is installed."""
+
+    def __init__(self, out_dir: Path, *, before_step: int) -> None:
+        path = out_dir / "metrics.jsonl"
+        self.records: list[dict[str, Any]] = []
+        if before_step and path.exists():  # a resumed run takes up before what it had written after its checkpoint
+            kept = (json.loads(line) for line in path.read_text().splitlines() if line.endswith("}"))
+            self.records = [record for record in kept if record["step"] < before_step]
+        beside = path.with_name("metrics.jsonl.tmp")
+        beside.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        beside.replace(path)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
+        self._board = _tensorboard(out_dir)
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def write(self, split: str, step: int, record: dict[str, Any]) -> None:
+        """Add one record; numbers, and numbers by exit, go to TensorBoard too."""
+        self.records.append({"split": split, "step": step, **record})
+        self._file.write(json.dumps(self.records[-1]) + "\n")
+        if self._board is None:
+            return
+        for name, value in record.items():
+            if isinstance(value, float):
+                self._board.add_scalar(f"{split}/{name}", value, step)
+            elif name == "exit_losses":
+                for layer, loss in value.items():
+                    self._board.add_scalar(f"{split}/exit_loss/{layer}", loss, step)
+            elif name == "perplexity":
+                for index, perplexity in enumerate(value):
+                    self._board.add_scalar(f"{split}/perplexity/{index + 1}", perplexity, step)
+
+
+def _tensorboard(out_dir: Path) -> Any:
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out_dir / "tensorboard"))
