@@ -1,0 +1,63 @@
+"""Walking a trained model over held-out text: the part that every measurement here shares.
+
+Knows nothing of what is measured. Next: `exits.py` and `expert_use.py`, which measure.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from layerskip_moe.data import steps_per_epoch, windows
+from layerskip_moe.nn import MoEDecoder, RunOutput
+
+
+@contextmanager
+def evaluating(model: MoEDecoder) -> Iterator[None]:
+    """Evaluation mode without gradients; every module gets its own mode back, also after an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def held_out_batches(
+    model: MoEDecoder,
+    tokens: Tensor,
+    *,
+    seq_len: int,
+    batch_size: int,
+    max_windows: int | None,
+    progress: bool,
+    description: str,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(inputs [B, T], labels [B, T]) on the model's device, in order, behind a progress bar.
+
+    tokens: 1-D. max_windows: at most this many windows of seq_len tokens, all by default.
+    Raises ValueError for a text shorter than one window and for token ids the model does not have.
+    """
+    n_batches = steps_per_epoch(tokens, seq_len, batch_size)
+    if max_windows is not None:
+        n_batches = min(n_batches, -(-max_windows // batch_size))
+    pairs = windows(tokens, seq_len, batch_size, max_windows)
+    for inputs, labels in tqdm(pairs, total=n_batches, desc=description, disable=not progress, leave=False):
+        vocab_size = model.config.vocab_size
+        if max(int(inputs.max()), int(labels.max())) >= vocab_size:
+            raise ValueError(
+                f"The text holds token ids beyond the model's vocabulary of {vocab_size}; "
+                "use the tokenizer that the model was trained with."
+            )
+        yield inputs.to(model.device), labels.to(model.device)
+
+
+def run_all_layers(model: MoEDecoder, inputs: Tensor, *, collect: bool = False) -> RunOutput:
+    """One pass of inputs [B, T] through all layers, every layer's output collected if asked for."""
+    layers = range(model.config.n_layers)
+    positions = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape)
+    return model.run(model.embed(inputs), layers, positions=positions, collect=layers if collect else ())
