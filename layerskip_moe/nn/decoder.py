@@ -213,11 +213,13 @@ class MoEDecoder(nn.Module):
         top_k:        fewer experts per token than the model was built with, for drafting
         collect:      layers (among `layers`) whose output is wanted
 
-        Raises ValueError for positions past max_seq_len or the cache's end, and for masks or a top_k that
-        leave a token without experts.
+        Raises ValueError for layers that do not rise or do not exist, for positions past max_seq_len or the
+        cache's end, for masks of another number of layers, and for a mask or top_k that leaves a token without
+        experts.
         """
         layers = list(layers)
-        self._check_run(layers, positions, cache, keep, expert_mask, top_k)
+        self._check_positions(positions, cache)
+        self._check_run(layers, cache, keep, keep_experts, expert_mask, top_k, collect)
         places = locate(positions, self.config, cache)
         output = RunOutput(hidden)
         for index, layer in enumerate(layers):
@@ -250,40 +252,50 @@ class MoEDecoder(nn.Module):
 
     def fill(self, hidden: Tensor, layers: Sequence[int], *, positions: Tensor, cache: KVCache) -> None:
         """Write only the keys and values of skipped layers, all from the same exit state hidden [B, T, D]
-        (CALM's state propagation, arXiv 2207.07061)."""
+        (CALM's state propagation, arXiv 2207.07061). Raises ValueError for positions past the end, as `run`."""
+        self._check_positions(positions, cache)
         places = locate(positions, self.config, cache)
         for layer in layers:
             block = self.blocks[layer]
             assert isinstance(block, Block)
             block.attention.fill(block.attention_norm(hidden), places, cache, layer)
 
+    def _check_positions(self, positions: Tensor, cache: KVCache | None) -> None:
+        limit = self.config.max_seq_len
+        if cache is None:
+            if positions.shape[1] > limit:
+                raise ValueError(
+                    f"{positions.shape[1]} positions are more than max_seq_len={limit}; "
+                    "shorten the text, or build the model with a larger max_seq_len."
+                )
+            return
+        last = int(positions.max())
+        if last >= min(limit, cache.capacity):
+            raise ValueError(
+                f"position {last} is past the end: max_seq_len is {limit} and the cache has "
+                f"{cache.capacity} slots; ask for fewer tokens or build the model with a larger max_seq_len."
+            )
+
     def _check_run(
         self,
         layers: list[int],
-        positions: Tensor,
         cache: KVCache | None,
         keep: Tensor | None,
+        keep_experts: Tensor | None,
         expert_mask: Tensor | None,
         top_k: int | None,
+        collect: Sequence[int],
     ) -> None:
         config = self.config
         if layers != sorted(set(layers)) or (layers and not 0 <= layers[0] <= layers[-1] < config.n_layers):
             raise ValueError(f"layers={layers} must rise and lie within 0 to {config.n_layers - 1}.")
-        if cache is None:
-            if positions.shape[1] > config.max_seq_len:
-                raise ValueError(
-                    f"{positions.shape[1]} positions are more than max_seq_len={config.max_seq_len}; "
-                    "shorten the text, or build the model with a larger max_seq_len."
-                )
-        else:
-            if keep is not None:
-                raise ValueError("keep is for training without a cache: a skipped sample would leave holes in it.")
-            last = int(positions.max())
-            if last >= min(config.max_seq_len, cache.capacity):
-                raise ValueError(
-                    f"position {last} is past the end: max_seq_len is {config.max_seq_len} and the cache has "
-                    f"{cache.capacity} slots; ask for fewer tokens or build the model with a larger max_seq_len."
-                )
+        if not set(collect) <= set(layers):
+            raise ValueError(f"collect={list(collect)} names layers that do not run; layers={layers} do.")
+        for name, mask in (("keep", keep), ("keep_experts", keep_experts), ("expert_mask", expert_mask)):
+            if mask is not None and mask.dim() == 2 and len(mask) != len(layers):
+                raise ValueError(f"{name} has {len(mask)} rows but {len(layers)} layers run; give one row for each.")
+        if keep is not None and cache is not None:
+            raise ValueError("keep is for training without a cache: a skipped sample would leave holes in it.")
         if top_k is not None and not 1 <= top_k <= config.num_experts:
             raise ValueError(f"top_k={top_k} must be between 1 and num_experts={config.num_experts}.")
         if expert_mask is not None and int(expert_mask.sum(-1).min()) < (top_k or config.top_k):
