@@ -56,5 +56,6 @@ def hash_uniform(*keys: int | Tensor) -> Tensor:
         else:
             state = _mix_int((state ^ _wrap(key)) + _GOLDEN)
     bits = state if isinstance(state, Tensor) else torch.tensor(state)
-    # 53 random bits, centred in their cells, so that neither 0 nor 1 can come out (log needs that).
-    return (_shift_right(bits, 11).to(torch.float64) + 0.5) * 2.0**-53
+    # 52 random bits, centred in their cells, so that neither 0 nor 1 can come out (log needs that); with 53
+    # the half would not fit into a float64, and the last cell would round to 1.
+    return (_shift_right(bits, 12).to(torch.float64) + 0.5) * 2.0**-52
