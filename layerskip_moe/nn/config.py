@@ -3,6 +3,7 @@
 Knows nothing of how the network is trained or decoded. Next: `decoder.py`, which builds it.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,6 +75,9 @@ class ModelConfig:
                 _require_whole(name, getattr(self, name), at_least=1)
         for name in ("num_experts", "shared_expert_d_ff"):
             _require_whole(name, getattr(self, name), at_least=0)
+        for name in ("shared_expert_gate", "normalize_top_k", "bias_balancing", "qkv_bias", "tie_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(
                 f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; "
@@ -95,8 +99,10 @@ class ModelConfig:
         self._check_experts()
         if self.qk_norm not in ("head", "full", None):
             raise ValueError(f"qk_norm={self.qk_norm!r} is unknown; it is 'head', 'full' or None.")
+        for name in ("dropout", "rope_theta", "norm_eps", "init_std"):
+            _require_number(name, getattr(self, name))
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout={self.dropout} is not a probability below 1.")
+            raise ValueError(f"dropout={self.dropout} must be a probability, 0 or more and below 1.")
         for name in ("rope_theta", "norm_eps", "init_std"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
@@ -115,8 +121,10 @@ class ModelConfig:
                 f"moe_layers={self.moe_layers!r} is unknown; it is 'all', 'every other' or a list of layer indices."
             )
         if self.num_experts == 0:
-            if self.shared_expert_d_ff or self.bias_balancing:
-                raise ValueError("shared_expert_d_ff and bias_balancing need experts, but num_experts is 0.")
+            if self.shared_expert_d_ff or self.shared_expert_gate or self.bias_balancing:
+                raise ValueError(
+                    "shared_expert_d_ff, shared_expert_gate and bias_balancing need experts, but num_experts is 0."
+                )
             return
         _require_whole("top_k", self.top_k, at_least=1)
         if self.top_k > self.num_experts:
@@ -158,3 +166,8 @@ class ModelConfig:
 def _require_whole(name: str, value: object, at_least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ValueError(f"{name}={value!r} must be a whole number, {at_least} or more.")
+
+
+def _require_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} must be a finite number.")
