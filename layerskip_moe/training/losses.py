@@ -5,6 +5,7 @@ Knows nothing of optimizers, files or time. Next: `exit_loss.py`, `layer_dropout
 parts, `loop.py` for what is done with the result.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ class Losses(NamedTuple):
     balance: Tensor  # mean over MoE layers; 1 when balanced
     router_z: Tensor  # mean over MoE layers
     load: dict[int, Tensor]  # MoE layer -> [E] choices per expert
+    active_experts: Tensor | None  # [L, E] bool, on the CPU; None without expert dropout
 
 
 def training_losses(
@@ -77,7 +79,7 @@ def training_losses(
             seed=config.seed,
             step=step,
             layers=range(n_layers),
-        ).to(inputs.device)
+        )
     positions = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape)
     out = model.run(
         model.embed(inputs),
@@ -85,7 +87,7 @@ def training_losses(
         positions=positions,
         keep=keep,
         keep_experts=keep_experts,
-        expert_mask=experts,
+        expert_mask=None if experts is None else experts.to(inputs.device),
         collect=[layer for layer in range(n_layers) if weights[layer] > 0],
     )
     exits = exit_loss(model, out.collected, labels, weights, distillation=config.exit_distillation)
@@ -101,6 +103,30 @@ def training_losses(
         balance=balance.detach(),
         router_z=router_z.detach(),
         load={layer: routing.load for layer, routing in out.routing.items()},
+        active_experts=experts,
+    )
+
+
+def step_losses(parts: Sequence[Losses]) -> Losses:
+    """What a step's batches, all of one size, say together: means of their losses (detached), sums of their
+    loads. Their exits and active experts are the same, being functions of the step."""
+
+    def mean(values: Iterable[Tensor]) -> Tensor:
+        return torch.stack([value.detach() for value in values]).mean()
+
+    load: dict[int, Tensor] = {}
+    for part in parts:  # a layer that dropped a whole batch has no load there
+        for layer, counts in part.load.items():
+            load[layer] = load[layer] + counts if layer in load else counts
+    first = parts[0]
+    return Losses(
+        total=mean(part.total for part in parts),
+        exits={layer: mean(part.exits[layer] for part in parts) for layer in first.exits},
+        distillation={layer: mean(part.distillation[layer] for part in parts) for layer in first.distillation},
+        balance=mean(part.balance for part in parts),
+        router_z=mean(part.router_z for part in parts),
+        load=load,
+        active_experts=first.active_experts,
     )
 
 
