@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import math
 import time
+import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from layerskip_moe.nn.noise import hash_uniform
 from layerskip_moe.training.balance import bias_update
 from layerskip_moe.training.checkpoint import load_checkpoint, save_checkpoint
 from layerskip_moe.training.config import TrainConfig
-from layerskip_moe.training.losses import Losses, training_losses, validation_losses
+from layerskip_moe.training.losses import Losses, step_losses, training_losses, validation_losses
 from layerskip_moe.training.metrics import MetricsWriter, train_record
 from layerskip_moe.training.optimizer import autocast_dtype, learning_rate_at, make_optimizer
 
@@ -78,7 +79,8 @@ def train(
     with the weights it would have had without the stop, bit for bit on a CPU.
 
     The model's mode is put back at the end. Raises ValueError for a text shorter than one sample, a model
-    shorter than seq_len, and a checkpoint that is missing, damaged, or of a run with other settings.
+    shorter than seq_len, and a checkpoint that is missing, damaged, or of a run with other settings;
+    FloatingPointError when a loss or gradient stops being finite. Warns of a validation split too short to use.
     """
     if config.seq_len > model.config.max_seq_len:
         raise ValueError(
@@ -92,11 +94,15 @@ def train(
     run = _Run(model, config, max_steps)
     first = run.restore(load_checkpoint(out_dir)) if resume else 0
     validates = len(corpus.validation) > config.seq_len
+    if len(corpus.validation) and not validates:
+        warnings.warn(
+            f"the validation split has {len(corpus.validation)} tokens but one sample needs seq_len + 1 = "
+            f"{config.seq_len + 1}, so nothing is validated; use a longer text or a smaller seq_len.",
+            stacklevel=2,
+        )
     validate_every = max(max_steps // 10, 1) if config.validate_every is None else config.validate_every
 
     started = time.perf_counter()
-    was_training = model.training
-    model.train()
     text = batches(
         corpus.train,
         seq_len=config.seq_len,
@@ -104,8 +110,8 @@ def train(
         seed=config.seed,
         start=first * config.accumulation,
     )
-    losses: Losses | None = None
-    gradient_norm = 0.0
+    was_training = model.training
+    model.train()
     try:
         with (
             MetricsWriter(out_dir, before_step=first) as metrics,
@@ -120,10 +126,6 @@ def train(
                     now = time.perf_counter()
                     speed = (done - logged_step) * per_step * config.seq_len / (now - logged_at)
                     record = train_record(losses, run.learning_rate, gradient_norm, speed)
-                    if not math.isfinite(record["loss"]):
-                        raise FloatingPointError(
-                            f"the loss is {record['loss']} at step {step}; lower learning_rate, or raise warmup_steps."
-                        )
                     metrics.write("train", step, record)
                     bar.set_postfix(loss=f"{record['loss']:.3f}", perplexity=f"{record['perplexity']:.1f}")
                     logged_at, logged_step = now, done
@@ -170,12 +172,16 @@ class _Run:
         return torch.autocast(self.model.device.type, dtype=self.dtype)
 
     def step(self, step: int, text: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Losses, float]:
-        """One optimizer step over some batches; the last batch's losses and the gradient norm."""
+        """One optimizer step over some batches of one size: its losses and the gradient norm.
+
+        Raises FloatingPointError, the weights still as they were, when a loss or gradient is not finite.
+        (Gradients past float16's range are not that: the scaler skips the step and lowers its scale.)
+        """
         model, config, device = self.model, self.config, self.model.device
         self.learning_rate = learning_rate_at(step, self.max_steps, config)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        load: dict[int, Tensor] = {}
+        parts: list[Losses] = []
         with _residual_dropout_seed(model, config.seed, step):
             for inputs, labels, sample_ids in text:
                 with self.autocast():
@@ -189,23 +195,35 @@ class _Run:
                         max_steps=self.max_steps,
                     )
                 self.scaler.scale(losses.total / len(text)).backward()
-                for layer, counts in losses.load.items():
-                    load[layer] = load.get(layer, 0) + counts
+                parts.append(losses._replace(total=losses.total.detach()))
+        losses = step_losses(parts)
         self.scaler.unscale_(self.optimizer)
         limit = config.max_gradient_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+        self._check_finite("loss", float(losses.total), step)
+        if not self.scaler.is_enabled():
+            self._check_finite("gradient norm", norm, step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._move_balance_bias(load)
-        return losses._replace(load=load), float(norm)
+        self._move_balance_bias(losses)
+        return losses, norm
 
-    def _move_balance_bias(self, load: dict[int, Tensor]) -> None:
-        for layer, counts in load.items():
+    def _check_finite(self, name: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(
+                f"the {name} is {value} at step {step}; lower learning_rate, or raise warmup_steps."
+            )
+
+    def _move_balance_bias(self, losses: Losses) -> None:
+        for layer, load in losses.load.items():
             mlp = self.model.blocks[layer].mlp
             assert isinstance(mlp, MoEMLP)
             if mlp.router.balance_bias is not None:
-                mlp.router.balance_bias += self.config.bias_update_rate * bias_update(counts)
+                # An expert that sat the step out has no load, which says nothing against it.
+                active = None if losses.active_experts is None else losses.active_experts[layer].to(load.device)
+                mlp.router.balance_bias += self.config.bias_update_rate * bias_update(load, active)
 
     def validate(self, tokens: Tensor, done: int) -> dict[str, Any]:
         """Perplexity at every exit after `done` steps; remembers the weights when the last layer's is best."""
