@@ -3,11 +3,12 @@
 Knows nothing of the network's sizes. Next: `losses.py` (what a step computes), `loop.py` (the steps).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from layerskip_moe.training.exit_loss import Curriculum, WeightKind
-from layerskip_moe.training.torchtune_parts import Scale, check_scale
+from layerskip_moe.training.torchtune_parts import SCALES, Scale
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -103,16 +104,19 @@ class TrainConfig:
         for name in ("max_steps", "warmup_steps", "validate_every", "checkpoint_every"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1 if name == "max_steps" else 0)
-        if not self.epochs > 0:
-            raise ValueError(f"epochs={self.epochs} must be above 0.")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate={self.learning_rate} must be above 0.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed={self.seed!r} must be a whole number.")
+        if not isinstance(self.keep_best, bool):
+            raise ValueError(f"keep_best={self.keep_best!r} must be True or False.")
+        for name in ("epochs", "learning_rate"):
+            if not (_is_number(getattr(self, name)) and 0 < getattr(self, name) < math.inf):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a finite number above 0.")
         for name in ("layer_dropout_max", "expert_dropout", "exit_distillation", "min_learning_rate_ratio"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1.")
+            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a number between 0 and 1.")
         for name in ("beta1", "beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
+            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a number, at least 0 and below 1.")
         for name in (
             "weight_decay",
             "max_gradient_norm",
@@ -121,14 +125,18 @@ class TrainConfig:
             "router_z_loss_weight",
             "bias_update_rate",
         ):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more.")
-        check_scale(self.layer_dropout_depth)
-        check_scale(self.layer_dropout_time)
+            if not (_is_number(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a number, 0 or more.")
+        _one_of("layer_dropout_depth", self.layer_dropout_depth, SCALES)
+        _one_of("layer_dropout_time", self.layer_dropout_time, SCALES)
         _one_of("layer_dropout_part", self.layer_dropout_part, ("block", "experts"))
         _one_of("exit_weights", self.exit_weights, get_args(WeightKind))
         _one_of("exit_curriculum", self.exit_curriculum, get_args(Curriculum))
         _one_of("precision", self.precision, get_args(Precision))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _at_least(name: str, value: object, least: int) -> None:
