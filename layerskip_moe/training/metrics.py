@@ -16,7 +16,8 @@ from layerskip_moe.training.losses import Losses
 
 
 def train_record(losses: Losses, learning_rate: float, gradient_norm: float, speed: float) -> dict[str, Any]:
-    """One line of metrics.jsonl about a step; `speed` in training tokens per second."""
+    """One line of metrics.jsonl about a step; `speed` in training tokens per second. The gradient norm is None
+    where gradients overflowed float16 and the step was skipped."""
     exits = {str(layer): float(loss) for layer, loss in losses.exits.items()}
     load = {str(layer): counts.tolist() for layer, counts in losses.load.items()}
     violations = [balance_metrics(counts)["max_violation"] for counts in losses.load.values() if counts.sum()]
@@ -27,7 +28,7 @@ def train_record(losses: Losses, learning_rate: float, gradient_norm: float, spe
         "balance_loss": float(losses.balance),
         "router_z_loss": float(losses.router_z),
         "learning_rate": learning_rate,
-        "gradient_norm": gradient_norm,
+        "gradient_norm": gradient_norm if math.isfinite(gradient_norm) else None,  # JSON has no infinity
         "tokens_per_second": speed,
         "load": load,
     }
@@ -45,13 +46,14 @@ class MetricsWriter:
         path = out_dir / "metrics.jsonl"
         self.records: list[dict[str, Any]] = []
         if before_step and path.exists():  # a resumed run takes up before what it had written after its checkpoint
-            kept = (json.loads(line) for line in path.read_text().splitlines() if line.endswith("}"))
+            whole = (line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
+            kept = (json.loads(line) for line in whole)
             self.records = [record for record in kept if record["step"] < before_step]
         beside = path.with_name("metrics.jsonl.tmp")
         beside.write_text("".join(json.dumps(record) + "\n" for record in self.records))
         beside.replace(path)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
-        self._board = _tensorboard(out_dir)
+        self._board = _tensorboard(out_dir, before_step)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -78,10 +80,11 @@ class MetricsWriter:
                     self._board.add_scalar(f"{split}/perplexity/{index + 1}", perplexity, step)
 
 
-def _tensorboard(out_dir: Path) -> Any:
+def _tensorboard(out_dir: Path, before_step: int) -> Any:
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(out_dir / "tensorboard"))
+    # purge_step: TensorBoard, too, is to forget what was written from that step on.
+    return SummaryWriter(str(out_dir / "tensorboard"), purge_step=before_step)
