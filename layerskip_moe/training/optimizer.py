@@ -13,7 +13,8 @@ from layerskip_moe.training.config import Precision, TrainConfig
 
 def make_optimizer(model: MoEDecoder, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only: not on norms, biases or the embedding."""
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (matrices if parameter.dim() >= 2 and "embedding" not in name else others).append(parameter)
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
