@@ -38,8 +38,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SECTIONS = (
-    *("command", "constants", "machine", "model", "corpus", "training"),
-    *("exits", "decoding", "experts", "continuations", "seconds"),
+    "command",
+    "constants",
+    "machine",
+    "model",
+    "corpus",
+    "training",
+    "exits",
+    "decoding",
+    "experts",
+    "continuations",
+    "seconds",
 )
 
 
@@ -61,12 +70,10 @@ def write_report(out_dir: str | Path, report: Mapping[str, Any]) -> Path:
         raise ValueError(f"A report holds numbers, texts, lists and dicts only ({error}).") from error
     told["summary"] = summarise(told.get("decoding") or [])
     told["figures"] = _draw(out_dir, told)
-    for name, text in (
-        ("report.json", json.dumps(told, indent=1, allow_nan=False)),
-        ("report.md", render(told)),
-    ):
+    files = {"report.json": json.dumps(told, indent=1, allow_nan=False) + "\n", "report.md": render(told)}
+    for name, text in files.items():
         with replacing(out_dir / name) as beside:
-            beside.write_text(text + "\n", encoding="utf-8")
+            beside.write_text(text, encoding="utf-8")
     return out_dir / "report.md"
 
 

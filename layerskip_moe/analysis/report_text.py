@@ -27,8 +27,8 @@ def render(report: Report) -> str:
     lines = ["# What this run found"]
     for title, body in sections:
         if body:
-            lines += ["", f"## {title}", "", *body]
-    return "\n".join(lines)
+            lines += ["", f"## {title}", "", "\n".join(body).rstrip()]
+    return "\n".join(lines) + "\n"
 
 
 def _summary(report: Report) -> list[str]:
@@ -86,8 +86,8 @@ def _decoding(report: Report) -> list[str]:
             f"### {decoding_label(comparison).capitalize()}",
             "",
             f"{comparison['prompts']} held-out prompts x {comparison['max_new_tokens']} tokens, one at a time "
-            f"(batch 1), seed {comparison['seed']}; warmed up, interleaved, medians over prompts. Speed-up is the "
-            f"ratio to `{rows[0]['name']}` on the same prompt. Tokens/s leaves out the prefill.",
+            f"(batch 1), prompt i with seed {comparison['seed']} + i; warmed up, interleaved, medians over prompts. "
+            f"Speed-up is the ratio to `{rows[0]['name']}` on the same prompt. Tokens/s leaves out the prefill.",
             "",
             *_table(header, [_decoding_row(row, comparison["prompts"]) for row in rows]),
             *_differences(rows),
