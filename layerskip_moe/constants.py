@@ -1,0 +1,98 @@
+"""Hyperparameter constants at the top of a script, each of which the command line can override.
+
+    n_layers: int = 8                       # a constant: an annotated name of the script
+    override_constants(globals())           # now `--n_layers 4` or `--n_layers=4` wins
+
+In a notebook cell there is no command line of ours, and the constants are what they say.
+Knows nothing of what the constants mean. Next: `main.py`.
+"""
+
+import sys
+import types
+import typing
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+import torch
+
+
+def command_line(namespace: MutableMapping[str, Any]) -> list[str]:
+    """The arguments of the script that `namespace` (its globals()) belongs to; none in a notebook cell, whose
+    process has a command line, but not for us."""
+    return sys.argv[1:] if "__file__" in namespace else []
+
+
+def default_device(namespace: MutableMapping[str, Any]) -> str:
+    """The device the constants below it may depend on: --device where it is given, else a GPU where there is
+    one, else the CPU."""
+    for name, value in _pairs(command_line(namespace)):
+        if name == "device":
+            return value
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def override_constants(namespace: MutableMapping[str, Any], arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Give the annotated names of `namespace` the values the command line has for them.
+
+    arguments: instead of the command line's, as for it: `--name value` or `--name=value`.
+    Returns all constants, name to value, in the order in which they were written. From here on, and only in a
+    script, an uncaught ValueError ends the process with its one sentence and exit code 1. Raises ValueError
+    for an unknown name, a missing value, or one that is not of the constant's type.
+    """
+    if "__file__" in namespace:
+        sys.excepthook = _one_sentence
+    kinds = typing.get_type_hints(types.SimpleNamespace(__annotations__=namespace.get("__annotations__", {})))
+    for name, text in _pairs(command_line(namespace) if arguments is None else arguments):
+        if name not in kinds:
+            raise ValueError(f"--{name} is not one of the constants, which are: {', '.join(kinds)}.")
+        namespace[name] = _parse(name, text, kinds[name])
+    return {name: namespace[name] for name in kinds}
+
+
+def _pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    pairs = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"{word!r} is not understood; constants are given as --name value.")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ValueError(f"--{name} has no value; constants are given as --name value.")
+            value = rest.pop(0)
+        pairs.append((name, value))
+    return pairs
+
+
+def _parse(name: str, text: str, kind: Any) -> Any:
+    choices = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if text == "None" and type(None) in choices:
+        return None
+    words = {"True": True, "False": False, "true": True, "false": False}
+    for choice in choices:
+        if choice is bool and text in words:
+            return words[text]
+        if choice is str:
+            return text
+        if typing.get_origin(choice) is typing.Literal and text in typing.get_args(choice):
+            return text
+        if choice in (int, float):
+            try:
+                return choice(text)
+            except ValueError:
+                continue
+    raise ValueError(f"--{name} {text} does not fit: {name} is {' or '.join(map(_describe, choices))}.")
+
+
+def _describe(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(kind)))
+    return {bool: "True or False", int: "a whole number", float: "a number", type(None): "None"}.get(kind, str(kind))
+
+
+def _one_sentence(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    if issubclass(kind, ValueError) and not issubclass(kind, UnicodeError):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)

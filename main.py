@@ -1,0 +1,192 @@
+"""Train a LayerSkip Mixture-of-Experts decoder on real text, then decode it faster than itself.
+
+    python main.py                                  # minutes on two CPU cores; the report is runs/main/report.md
+    python main.py --n_layers 4 --max_steps 100     # any constant below can be given
+    python main.py --dataset tinystories --sample_fraction 0.05 --out_dir runs/stories
+
+Or paste this file into a Colab or Jupyter cell after `pip install layerskip_moe`, and change a constant.
+"""
+
+import time
+from pathlib import Path
+from typing import Literal
+
+from layerskip_moe import (
+    Autoregressive,
+    ModelConfig,
+    MoEDecoder,
+    SelfSpeculative,
+    TrainConfig,
+    load_corpus,
+    train,
+)
+from layerskip_moe.analysis import evaluate_exits, expert_use, write_report
+from layerskip_moe.bench import compare_decoding, describe_machine
+from layerskip_moe.constants import command_line, default_device, override_constants
+
+device: str = default_device(globals())  # "cuda" where there is one, else "cpu"
+gpu = device.startswith("cuda")  # on a GPU the defaults grow
+
+# Text
+dataset: str = "python-stdlib"  # or wikitext-2, wikitext-103, tinystories, owner/name on the hub, a file or folder
+sample_fraction: float = 1.0  # share of the training text to use
+vocab_size: int = 4096 if gpu else 2048  # of the byte-level BPE trained on the training split
+seq_len: int = 256 if gpu else 128  # tokens per training sample
+
+# Network
+n_layers: int = 12 if gpu else 8
+n_heads: int = 8 if gpu else 6
+n_kv_heads: int | None = None  # key-value heads; None: half of n_heads, or as many where that is odd
+d_model: int = 512 if gpu else 192
+d_ff: int = 1024 if gpu else 256  # hidden width of one expert
+num_experts: int = 8
+k: int = 2  # experts per token
+moe_layers: Literal["every other", "all"] = "every other"  # the others are dense, k times as wide as one expert
+max_seq_len: int | None = None  # None: 1024 or 4 x seq_len, whichever is larger
+
+# Training
+epochs: float = 1.0  # passes over the text ...
+max_steps: int | None = 300 if gpu else 600  # ... unless this is set, which wins
+batch_size: int = 32 if gpu else 8
+learning_rate: float = 1e-3 if gpu else 3e-3
+moe_loss_weight: float = 0.01  # of the load-balance loss
+resume: bool = False  # go on from <out_dir>/checkpoint.pt
+
+# The LayerSkip recipe
+layer_dropout_max: float = 0.1  # how often the last layer is dropped at the end of training
+exit_weights: Literal["equal", "paper"] = "equal"  # how much each exit's loss weighs
+exit_loss_scale: float = 1.0  # e_scale, of the early exits against the last layer
+exit_curriculum: Literal["rotational", "gradual", "all", "none"] = "rotational"  # which exits a step supervises
+exit_rotation: int = 2  # every how many layers one is supervised at a step
+exit_distillation: float = 0.0  # share of an early exit's target that is the last layer's own distribution
+expert_dropout: float = 0.0  # how often an expert sits out a step
+
+# Decoding
+exit_layer: int | None = None  # layers that draft; None: a quarter of n_layers (others are measured too)
+draft_length: int = 4  # tokens drafted per round
+temperature: float = 0.8  # of the sampled comparison; the other is greedy
+num_prompts: int = 20  # held-out prompts
+max_new_tokens: int = 128  # per prompt
+
+# Run
+seed: int = 0
+out_dir: str = "runs/main"
+
+constants = override_constants(globals())
+
+# Constants that follow from others, where they were not given.
+n_kv_heads = n_kv_heads or (n_heads // 2 if n_heads % 2 == 0 else n_heads)
+max_seq_len = max_seq_len or max(1024, 4 * seq_len)
+exit_layer = exit_layer or max(n_layers // 4, 1)
+constants |= {"n_kv_heads": n_kv_heads, "max_seq_len": max_seq_len, "exit_layer": exit_layer}
+seconds: dict[str, float] = {}
+clock = time.perf_counter()
+
+
+def stage_ends(name: str) -> None:
+    """Note how long a stage took."""
+    global clock
+    seconds[name] = time.perf_counter() - clock
+    clock = time.perf_counter()
+
+
+# Text -> tokens
+corpus = load_corpus(dataset, vocab_size=vocab_size, sample_fraction=sample_fraction, seed=seed)
+stage_ends("text")
+
+# Build
+config = ModelConfig(
+    vocab_size=corpus.vocab_size,
+    n_layers=n_layers,
+    d_model=d_model,
+    n_heads=n_heads,
+    n_kv_heads=n_kv_heads,
+    d_ff=d_ff,
+    dense_d_ff=k * d_ff,
+    num_experts=num_experts,
+    top_k=k,
+    moe_layers=moe_layers,
+    max_seq_len=max_seq_len,
+)
+SelfSpeculative(exit_layer, draft_length).check(config)  # now, not after minutes of training
+model = MoEDecoder(config, seed=seed).to(device)
+parameters, active_parameters = model.parameter_counts()
+print(f"{parameters / 1e6:.1f}M parameters, {active_parameters / 1e6:.1f}M of them used per token, on {device}")
+
+# Train
+recipe = TrainConfig(
+    max_steps=max_steps,
+    epochs=epochs,
+    seq_len=seq_len,
+    batch_size=batch_size,
+    learning_rate=learning_rate,
+    moe_loss_weight=moe_loss_weight,
+    layer_dropout_max=layer_dropout_max,
+    exit_weights=exit_weights,
+    exit_loss_scale=exit_loss_scale,
+    exit_curriculum=exit_curriculum,
+    exit_rotation=exit_rotation,
+    exit_distillation=exit_distillation,
+    expert_dropout=expert_dropout,
+    seed=seed,
+)
+result = train(model, corpus, recipe, out_dir, resume=resume)
+model.save_pretrained(Path(out_dir) / "model", tokenizer=corpus.tokenizer)
+stage_ends("training")
+
+# Evaluate
+exits = evaluate_exits(model, corpus.validation, seq_len=seq_len, batch_size=batch_size, max_windows=200)
+experts = expert_use(model, corpus.validation, seq_len=seq_len, batch_size=batch_size, max_windows=200)
+stage_ends("evaluation")
+
+# Decode
+prompts = corpus.validation_prompts(num_prompts, 32, seed=seed)
+strategies = {"plain": Autoregressive()} | {
+    f"exit {n}": SelfSpeculative(n, draft_length)
+    for n in sorted({exit_layer, max(n_layers // 8, 1), max(n_layers // 2, 1)})
+}
+greedy = compare_decoding(model, prompts, strategies, max_new_tokens=max_new_tokens, seed=seed)
+sampled = compare_decoding(
+    model, prompts, strategies, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+)
+stage_ends("decoding")
+
+# Report
+report_path = write_report(
+    out_dir,
+    {
+        "command": " ".join(["python main.py", *command_line(globals())]),
+        "constants": constants,
+        "machine": describe_machine(device),
+        "model": {"parameters": parameters, "active_parameters": active_parameters, "config": config},
+        "corpus": {
+            "name": corpus.name,
+            "train_tokens": len(corpus.train),
+            "validation_tokens": len(corpus.validation),
+            "vocab_size": corpus.vocab_size,
+        },
+        "training": {
+            "steps": result.steps,
+            "seconds": result.seconds,
+            "tokens_per_second": result.tokens / result.seconds,
+            "final_losses": result.losses["exit_losses"],
+            "best_validation": {"step": result.best_step, "perplexity": result.validation[-1]}
+            if result.validation
+            else None,
+        },
+        "exits": exits,
+        "decoding": [greedy.as_report(), sampled.as_report()],
+        "experts": experts,
+        "continuations": [
+            {
+                "prompt": corpus.tokenizer.decode(prompts[i]),
+                "plain": corpus.tokenizer.decode(greedy.strategies[0].tokens[i]),
+                "self_speculative": corpus.tokenizer.decode(greedy.strategies[1].tokens[i]),
+            }
+            for i in range(min(3, len(prompts)))
+        ],
+        "seconds": seconds,
+    },
+)
+print(report_path.read_text().split("\n## ")[1])  # "In short"
+print(f"All of it, with pictures: {report_path}")
