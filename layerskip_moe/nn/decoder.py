@@ -128,7 +128,10 @@ class MoEDecoder(nn.Module):
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        # Not nn.Embedding(V, D): its own normal draw would be thrown away, and on the meta device, where a
+        # checkpoint is loaded, it costs the import of half of torch.
+        weight = torch.empty(config.vocab_size, config.d_model)
+        self.embedding = nn.Embedding.from_pretrained(weight, freeze=False)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -136,8 +139,10 @@ class MoEDecoder(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Draw all weights anew, as the class docstring says."""
-        generator = torch.Generator().manual_seed(seed)
+        """Draw all weights anew, as the class docstring says; without memory (meta device) there are none."""
+        if self.device.type == "meta":
+            return
+        generator = torch.Generator("cpu").manual_seed(seed)  # the same weights on every device
         into_stream = self.config.init_std / (2 * self.config.n_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
@@ -146,9 +151,8 @@ class MoEDecoder(nn.Module):
                 parameter.zero_()
             else:
                 writes = name.endswith(("attention.output.weight", ".down.weight", ".down"))
-                drawn = torch.empty(parameter.shape).normal_(
-                    0.0, into_stream if writes else self.config.init_std, generator=generator
-                )
+                drawn = torch.empty(parameter.shape, device="cpu")
+                drawn.normal_(0.0, into_stream if writes else self.config.init_std, generator=generator)
                 parameter.copy_(drawn)
 
     @property
