@@ -6,7 +6,6 @@ Knows nothing of the loop. Next: `loop.py`.
 """
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,12 @@ def load_checkpoint(out_dir: Path) -> dict[str, Any]:
     path = out_dir / NAME
     if not path.exists():
         raise ValueError(f"there is no {NAME} in {out_dir} to resume from; start without resume.")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged and cannot be resumed from; remove it and start again.") from error
+    damaged = f"{path} is damaged and cannot be resumed from; remove it and start again."
+    with open(path, "rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # which one depends on where the file breaks off
+            raise ValueError(damaged) from error
+    if not isinstance(state, dict):
+        raise ValueError(damaged)
+    return state

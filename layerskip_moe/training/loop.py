@@ -29,6 +29,7 @@ from layerskip_moe.training.losses import Losses, step_losses, training_losses, 
 from layerskip_moe.training.metrics import MetricsWriter, train_record
 from layerskip_moe.training.optimizer import autocast_dtype, learning_rate_at, make_optimizer
 
+_FINAL_LOSSES = ("loss", "exit_losses", "balance_loss", "router_z_loss")
 _DROPOUT_STREAM = 4  # of the step's random numbers; 1 to 3 are layer and expert dropout's
 
 
@@ -37,7 +38,8 @@ class TrainResult:
     """What a training run gave; the model itself was updated in place.
 
     metrics:  the records of metrics.jsonl, in order
-    losses:   raw parts of the last step: {"loss", "exit_losses", "balance_loss", "router_z_loss"}
+    losses:   raw parts of the last step: {"loss", "exit_losses", "balance_loss", "router_z_loss"}; empty for a
+              finished run that is resumed without its metrics.jsonl
     validation: last validation's perplexity per exit layer 1..L, of the weights the model now has; empty
               without a validation split
     steps, tokens, seconds: optimizer steps, training tokens seen, wall time of this call
@@ -140,11 +142,11 @@ def train(
         best_step = run.take_best()
     finally:
         model.train(was_training)
-    final = [record for record in metrics.records if record["split"] == "train"][-1]
+    trained = [r for r in metrics.records if r["split"] == "train"]
     kept = [r for r in metrics.records if r["split"] == "validation" and r["step"] + 1 == best_step]
     return TrainResult(
         metrics=metrics.records,
-        losses={name: final[name] for name in ("loss", "exit_losses", "balance_loss", "router_z_loss")},
+        losses={name: trained[-1][name] for name in _FINAL_LOSSES} if trained else {},
         validation=kept[-1]["perplexity"] if kept else [],
         steps=max_steps,
         tokens=max_steps * per_step * config.seq_len,
@@ -158,6 +160,7 @@ class _Run:
 
     def __init__(self, model: MoEDecoder, config: TrainConfig, max_steps: int) -> None:
         self.model, self.config, self.max_steps = model, config, max_steps
+        model.zero_grad(set_to_none=True)  # a run stopped in mid-step leaves gradients behind
         self.optimizer = make_optimizer(model, config)
         self.dtype = autocast_dtype(config.precision, model.device)
         # float16 gradients underflow without a scale (the T4's case); disabled, the scaler passes through.
@@ -211,7 +214,6 @@ class _Run:
 
     def _check_finite(self, name: str, value: float, step: int) -> None:
         if not math.isfinite(value):
-            self.optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError(
                 f"the {name} is {value} at step {step}; lower learning_rate, or raise warmup_steps."
             )

@@ -1,0 +1,265 @@
+"""Checkpoints: whole or not at all, harmless to open, and a resumed run that nobody can tell from an unbroken one."""
+
+import json
+import os
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from layerskip_moe.training import checkpoint, loop, train
+from layerskip_moe.training.checkpoint import load_checkpoint, save_checkpoint
+
+
+class Stopped(Exception):
+    pass
+
+
+def run_until(monkeypatch, step, model, corpus, config, folder, resume=False):
+    """Train, and stop in the middle of a step: at the second of its two batches of four."""
+
+    def stopping(model, inputs, labels, sample_ids, config, **where):
+        if where["step"] == step and sample_ids[0] == 8 * step + 4:
+            raise Stopped
+        return losses(model, inputs, labels, sample_ids, config, **where)
+
+    losses = loop.training_losses
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(loop, "training_losses", stopping)
+        train(model, corpus, config, folder, resume=resume, progress=False)
+
+
+def assert_same(one, other, where="state"):
+    """Equal to the last bit, all the way down."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}[{key!r}]")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{where}[{index}]")
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other), where
+    else:
+        assert one == other, where
+
+
+def untimed(records):
+    return [{name: record[name] for name in record if name != "tokens_per_second"} for record in records]
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stops", [[3], [4], [2, 2, 6], [3, 5]])
+def test_a_stopped_and_resumed_run_ends_as_the_unbroken_one(decoder, text, recipe, tmp_path, monkeypatch, stops):
+    # Everything random and every kind of state at once; the validation text runs the other way, so that the best
+    # weights are those of the first validation while training goes on.
+    config = recipe(
+        max_steps=7, accumulation=2, layer_dropout_max=0.5, expert_dropout=0.3, bias_update_rate=0.05,
+        exit_rotation=3, validate_every=2, checkpoint_every=2, learning_rate=0.02,
+    )  # fmt: skip
+    corpus = SimpleNamespace(train=text().train, validation=text().validation.flip(0))
+    network = dict(dropout=0.1, bias_balancing=True, moe_layers=(1, 2, 3))
+    unbroken = decoder(**network)
+    expected = train(unbroken, corpus, config, tmp_path / "unbroken", progress=False)
+    assert expected.best_step == 2
+
+    for turn, step in enumerate(stops):
+        # What the weights and torch's generator were before the resume must not matter.
+        torch.manual_seed(turn)
+        model = decoder(**network, seed=turn)
+        run_until(monkeypatch, step, model, corpus, config, tmp_path / "broken", resume=turn > 0)
+    model = decoder(**network, seed=len(stops))
+    result = train(model, corpus, config, tmp_path / "broken", resume=True, progress=False)
+
+    assert_same(dict(model.state_dict()), dict(unbroken.state_dict()))
+    assert_same(load_checkpoint(tmp_path / "broken"), load_checkpoint(tmp_path / "unbroken"))
+    assert untimed(result.metrics) == untimed(expected.metrics)
+    assert untimed(lines_of(tmp_path / "broken")) == untimed(lines_of(tmp_path / "unbroken"))
+    assert (result.losses, result.validation, result.steps, result.tokens, result.best_step) == (
+        expected.losses, expected.validation, expected.steps, expected.tokens, expected.best_step,
+    )  # fmt: skip
+
+
+def test_an_unbroken_run_depends_on_its_seed_and_nothing_else(decoder, text, recipe, tmp_path):
+    ends = []
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        model = decoder(dropout=0.2)
+        train(model, text(), recipe(seed=seed), tmp_path / folder, progress=False)
+        ends.append(dict(model.state_dict()))
+    assert_same(ends[0], ends[1])
+    assert any(not torch.equal(ends[0][name], ends[2][name]) for name in ends[0])
+
+
+def test_residual_dropout_differs_from_step_to_step(decoder, text, recipe, tmp_path):
+    model = decoder(dropout=0.5, n_layers=1)
+    dropped = []
+    model.blocks[0].dropout.register_forward_hook(lambda _, args, out: dropped.append(out == 0))
+    train(model, text(validation=0), recipe(max_steps=2, accumulation=2), tmp_path, progress=False)
+    assert len(dropped) == 2 * 2 * 2  # steps, batches, sublayers
+    assert all(0.3 < mask.double().mean() < 0.7 for mask in dropped)
+    assert all(not torch.equal(a, b) for i, a in enumerate(dropped) for b in dropped[:i])
+
+
+def test_a_finished_run_resumes_to_what_it_was(decoder, text, recipe, tmp_path):
+    corpus, config, model = text(), recipe(max_steps=4, validate_every=1), decoder()
+    finished = train(model, corpus, config, tmp_path, progress=False)
+    again = decoder(seed=1)
+    result = train(again, corpus, config, tmp_path, resume=True, progress=False)
+    assert_same(dict(again.state_dict()), dict(model.state_dict()))
+    assert (result.metrics, result.losses, result.validation) == (
+        finished.metrics, finished.losses, finished.validation,
+    )  # fmt: skip
+    (tmp_path / "metrics.jsonl").unlink()  # the weights do not depend on it
+    result = train(again, corpus, config, tmp_path, resume=True, progress=False)
+    assert_same(dict(again.state_dict()), dict(model.state_dict()))
+    assert result.metrics == [] and result.losses == {} and result.validation == []
+
+
+def test_a_stopped_steps_gradients_do_not_leak_into_the_next_run(decoder, text, recipe, tmp_path, monkeypatch):
+    config = recipe(max_steps=5, accumulation=2, checkpoint_every=1)
+    model, unbroken = decoder(), decoder()
+    train(unbroken, text(), config, tmp_path / "unbroken", progress=False)
+    run_until(monkeypatch, 3, model, text(), config, tmp_path / "broken")
+    assert model.embedding.weight.grad is not None  # of the first of its two batches; the model is used again
+    train(model, text(), config, tmp_path / "broken", resume=True, progress=False)
+    assert_same(dict(model.state_dict()), dict(unbroken.state_dict()))
+
+
+def test_how_often_is_logged_and_saved_may_change_on_resume(decoder, text, recipe, tmp_path, monkeypatch):
+    corpus, model, unbroken = text(), decoder(), decoder()
+    settings = dict(max_steps=5, accumulation=2)
+    train(unbroken, corpus, recipe(**settings), tmp_path / "unbroken", progress=False)
+    run_until(monkeypatch, 3, model, corpus, recipe(**settings, checkpoint_every=1), tmp_path / "broken")
+    train(model, corpus, recipe(**{**settings, "log_every": 4}), tmp_path / "broken", resume=True, progress=False)
+    assert_same(dict(model.state_dict()), dict(unbroken.state_dict()))
+
+
+def test_a_new_run_does_not_take_up_an_older_one(decoder, text, recipe, tmp_path):
+    train(decoder(), text(), recipe(max_steps=5), tmp_path, progress=False)
+    model, fresh = decoder(), decoder()
+    result = train(model, text(), recipe(max_steps=2), tmp_path, progress=False)
+    train(fresh, text(), recipe(max_steps=2), tmp_path / "elsewhere", progress=False)
+    assert_same(dict(model.state_dict()), dict(fresh.state_dict()))
+    assert lines_of(tmp_path) == result.metrics and result.metrics[-1]["step"] == 1
+    assert load_checkpoint(tmp_path)["step"] == 2
+
+
+@pytest.mark.parametrize(
+    "checkpoint_every, saved", [(None, [5]), (0, []), (2, [2, 4, 5]), (5, [5]), (100, [5])]
+)
+def test_when_checkpoints_are_written(decoder, text, recipe, tmp_path, monkeypatch, checkpoint_every, saved):
+    steps = []
+    monkeypatch.setattr(loop, "save_checkpoint", lambda folder, state: steps.append(state["step"]))
+    train(
+        decoder(), text(), recipe(max_steps=5, checkpoint_every=checkpoint_every), tmp_path, progress=False
+    )
+    assert steps == saved
+
+
+@pytest.mark.parametrize(
+    "network, settings, length, sentence",
+    [
+        ({}, dict(learning_rate=0.5), 400, "learning_rate was 0.001 and is now 0.5"),
+        ({}, dict(max_steps=9), 400, "max_steps was 3 and is now 9"),
+        ({}, dict(seed=1, exit_curriculum="all"), 400, "exit_curriculum was 'rotational'.*; seed was 0 and is now 1"),
+        (dict(d_ff=16), {}, 400, "d_ff was 8 and is now 16"),
+        (dict(moe_layers=(1, 3)), {}, 400, r"moe_layers was 'all' and is now \(1, 3\)"),
+    ],
+)
+def test_a_run_with_other_settings_is_not_resumed(
+    decoder, text, recipe, tmp_path, network, settings, length, sentence
+):
+    train(decoder(), text(), recipe(), tmp_path, progress=False)
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    model = decoder(**network)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"the run to resume had other settings: .*{sentence}"):
+        train(model, text(train=length), recipe(**settings), tmp_path, resume=True, progress=False)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert_same(dict(model.state_dict()), before)
+
+
+def test_a_run_on_another_text_is_not_resumed(decoder, text, recipe, tmp_path):
+    config = recipe(max_steps=None, epochs=0.5)
+    train(decoder(), text(), config, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="was to take 7 steps, not 3: the text has changed"):
+        train(decoder(), text(train=200), config, tmp_path, resume=True, progress=False)
+
+
+def test_without_a_checkpoint_nothing_is_resumed(decoder, text, recipe, tmp_path):
+    with pytest.raises(ValueError, match=f"no checkpoint.pt in {re.escape(str(tmp_path))}.*without resume"):
+        train(decoder(), text(), recipe(), tmp_path, resume=True, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.3, 0.7, 0.95, 0.9999])
+def test_a_truncated_checkpoint_is_refused(decoder, text, recipe, tmp_path, kept):
+    train(decoder(), text(), recipe(), tmp_path, progress=False)
+    path = tmp_path / checkpoint.NAME
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with pytest.raises(ValueError, match=r"checkpoint.pt is damaged and cannot be resumed from; remove it"):
+        train(decoder(), text(), recipe(), tmp_path, resume=True, progress=False)
+
+
+class Harmful:
+    """Unpickled, it would make a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+@pytest.mark.parametrize("other", [b"not a checkpoint\n", b"\x80\x02.", b"PK\x03\x04 and no more", "code", "list"])
+def test_a_file_that_is_no_checkpoint_is_refused_and_not_executed(tmp_path, monkeypatch, other):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / checkpoint.NAME
+    if other == "code":
+        torch.save({"step": Harmful()}, path)
+    elif other == "list":
+        torch.save([1, 2, 3], path)
+    else:
+        path.write_bytes(other)
+    with pytest.raises(ValueError, match="damaged"):
+        load_checkpoint(tmp_path)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_what_is_saved_is_loaded_and_nothing_else_is_left(tmp_path):
+    state = {
+        "step": 3, "model": {"w": torch.randn(3, 2), "b": torch.arange(4)}, "best": None,
+        "train_config": {"beta1": 0.9, "precision": "auto", "max_steps": None, "keep_best": True},
+        "model_config": {"moe_layers": (1, 3)}, "optimizer": {"groups": [{"lr": 0.1}]},
+    }  # fmt: skip
+    save_checkpoint(tmp_path, {"step": 1})
+    save_checkpoint(tmp_path, state)
+    assert_same(load_checkpoint(tmp_path), state)
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.NAME]
+
+
+@pytest.mark.parametrize("fault", ["cannot be written", "disk full", "no rename"])
+def test_a_save_that_fails_leaves_the_last_checkpoint_alone(tmp_path, monkeypatch, fault):
+    save_checkpoint(tmp_path, {"step": 1, "w": torch.ones(1000)})
+    state = {"step": 2, "w": torch.zeros(1000)}
+
+    def fill_the_disk(_, file):
+        file.write(b"PK" + bytes(500))
+        raise OSError("no space left on device")
+
+    def refuse(*_):
+        raise OSError("not permitted")
+
+    if fault == "cannot be written":
+        state["later"] = (number for number in range(3))
+    elif fault == "disk full":
+        monkeypatch.setattr(torch, "save", fill_the_disk)
+    else:
+        monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises((OSError, TypeError)):
+        save_checkpoint(tmp_path, state)
+    assert_same(load_checkpoint(tmp_path), {"step": 1, "w": torch.ones(1000)})
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.NAME]
