@@ -4,6 +4,7 @@ B batch, T positions, D width, H query heads, G key-value heads, S cache slots r
 Knows nothing of layers or experts. Next: `cache.py` (what is remembered), `decoder.py` (who calls).
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -20,30 +21,43 @@ class Places(NamedTuple):
 
     cos, sin: [B, 1, T, head_dim] float32, the rotary angles
     slots:    [B * T] int64, the cache slots they are written to; None without a cache
-    mask:     [B, 1, (H / G) * T, S] bool, the cache slots each query may read; None without a cache
+    length:   S, how many slots of each row are read; 0 without a cache
+    mask:     [B, 1, (H / G) * T, S] bool, which of them each query may read; None where it may read all
     """
 
     cos: Tensor
     sin: Tensor
     slots: Tensor | None = None
+    length: int = 0
     mask: Tensor | None = None
 
 
 def locate(positions: Tensor, config: ModelConfig, cache: KVCache | None = None) -> Places:
-    """Places of positions [B, T].
-
-    Rotary angles as in RoPE (arXiv 2104.09864), the two halves of a head forming the rotated pairs, as
-    Hugging Face stores its weights.
-    """
-    width = config.head_width
-    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
-    angles = positions[:, None, :, None].float() * config.rope_theta**-exponents
-    angles = torch.cat([angles, angles], dim=-1)
+    """Places of positions [B, T], each below max_seq_len."""
+    table = rotary_table(config.head_width, config.rope_theta, config.max_seq_len, positions.device)
+    cos, sin = (angles[positions][:, None] for angles in table)
     if cache is None:
-        return Places(angles.cos(), angles.sin())
-    seen = torch.arange(int(positions.max()) + 1, device=positions.device)
+        return Places(cos, sin)
+    length = int(positions.max()) + 1
+    if positions.numel() == 1:  # plain decoding and drafting: one query, which reads all there is
+        return Places(cos, sin, cache.slots(positions), length)
+    seen = torch.arange(length, device=positions.device)
     mask = (seen <= positions[:, :, None]).repeat(1, config.n_heads // config.kv_heads, 1)[:, None]
-    return Places(angles.cos(), angles.sin(), cache.slots(positions), mask)
+    return Places(cos, sin, cache.slots(positions), length, mask)
+
+
+@functools.lru_cache(maxsize=8)
+def rotary_table(head_dim: int, theta: float, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [length, head_dim] of every position, in float32 (RoPE, arXiv 2104.09864).
+
+    The two halves of a head form the rotated pairs, as Hugging Face stores its weights. Not a buffer of the
+    model, which `model.to(torch.bfloat16)` would round.
+    """
+    with torch.inference_mode(False):  # the table made by a first `generate` must serve training too
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+        angles = torch.arange(length, device=device)[:, None].float() * theta**-exponents
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, places: Places) -> Tensor:
@@ -112,12 +126,12 @@ class Attention(nn.Module):
             grouped = self.n_heads != self.n_kv_heads
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         else:
-            assert places.slots is not None and places.mask is not None
+            assert places.slots is not None
             cache.write(layer, places.slots, k, v)
-            mixed = self._attend_to_cache(q, *cache.read(layer, places.mask.shape[-1]), places.mask)
+            mixed = self._attend_to_cache(q, *cache.read(layer, places.length), places.mask)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
-    def _attend_to_cache(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    def _attend_to_cache(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """Few queries over many slots: [B, H, T, .] x [B, G, S, .] -> [B, H, T, .].
 
         The queries that share a key-value head are laid along T, so that the cache is read as it lies
