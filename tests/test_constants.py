@@ -1,0 +1,117 @@
+"""Constants of a script and the command line that overrides them."""
+
+import subprocess
+import sys
+from typing import Literal
+
+import pytest
+
+from layerskip_moe.constants import default_device, override_constants
+
+
+def script_globals():
+    return {
+        "__file__": "script.py",
+        "__annotations__": {
+            "layers": int,
+            "rate": float,
+            "steps": int | None,
+            "name": str,
+            "resume": bool,
+            "kind": Literal["a", "b"],
+        },
+        "layers": 8,
+        "rate": 0.5,
+        "steps": None,
+        "name": "x",
+        "resume": False,
+        "kind": "a",
+        "gpu": False,
+    }
+
+
+@pytest.fixture(autouse=True)
+def excepthook(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # override_constants replaces it
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "value"),
+    [
+        (["--layers", "4"], "layers", 4),
+        (["--layers=4"], "layers", 4),
+        (["--rate", "1"], "rate", 1.0),
+        (["--rate", "-1e-3"], "rate", -0.001),
+        (["--steps", "10"], "steps", 10),
+        (["--steps", "10", "--steps", "None"], "steps", None),
+        (["--name", "12"], "name", "12"),
+        (["--name", "a=b"], "name", "a=b"),
+        (["--resume", "true"], "resume", True),
+        (["--kind", "b"], "kind", "b"),
+    ],
+)
+def test_a_constant_takes_the_value_given_in_its_own_type(arguments, name, value):
+    namespace = script_globals()
+    constants = override_constants(namespace, arguments)
+    assert namespace[name] == constants[name] == value
+    assert type(namespace[name]) is type(value)
+    assert list(constants) == list(namespace["__annotations__"])  # "gpu" is no constant
+    untouched = set(constants) - {name}
+    assert all(constants[other] == script_globals()[other] for other in untouched)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--layer", "4"], "--layer is not one of the constants"),
+        (["--gpu", "True"], "--gpu is not one of the constants"),
+        (["--layers", "4.5"], "layers is a whole number"),
+        (["--layers", "True"], "layers is a whole number"),
+        (["--rate", "fast"], "rate is a number"),
+        (["--steps", "many"], "steps is a whole number or None"),
+        (["--resume", "1"], "resume is True or False"),
+        (["--kind", "c"], "kind is 'a' or 'b'"),
+        (["--layers"], "--layers has no value"),
+        (["layers", "4"], "'layers' is not understood"),
+        (["-layers", "4"], "'-layers' is not understood"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_sentence(arguments, sentence):
+    namespace = script_globals()
+    with pytest.raises(ValueError, match=sentence):
+        override_constants(namespace, arguments)
+    assert {name: namespace[name] for name in script_globals()} == script_globals()
+
+
+def test_a_notebook_has_no_command_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json", "--layers", "2"])
+    namespace = script_globals()
+    del namespace["__file__"]
+    hook = sys.excepthook
+    assert override_constants(namespace)["layers"] == 8
+    assert sys.excepthook is hook
+
+
+def test_the_device_is_known_before_the_constants_that_depend_on_it(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script.py", "--layers", "2", "--device", "cuda:1"])
+    assert default_device(script_globals()) == "cuda:1"
+
+
+def test_a_script_ends_with_one_sentence_and_exit_code_1(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from layerskip_moe.constants import override_constants\n"
+        "layers: int = 8\n"
+        "override_constants(globals())\n"
+        "if layers == 3: raise ValueError('layers=3 is odd.')\n"
+        "if layers == 5: raise RuntimeError('ours')\n"
+        "print(layers)\n"
+    )
+
+    def run(*arguments):
+        return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+
+    done = run("--layers", "3")
+    assert (done.returncode, done.stderr) == (1, "error: layers=3 is odd.\n")
+    ours = run("--layers=5")
+    assert ours.returncode == 1 and "Traceback" in ours.stderr  # a fault of ours is not dressed up as the user's

@@ -1,0 +1,102 @@
+"""main.py from end to end, as a script and pasted into a cell, at the smallest size that says something."""
+
+import json
+import math
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MAIN = Path(__file__).parents[1] / "main.py"
+TINY = {
+    "vocab_size": 300,
+    "seq_len": 16,
+    "n_layers": 3,
+    "n_heads": 2,
+    "d_model": 16,
+    "d_ff": 16,
+    "num_experts": 4,
+    "max_steps": 4,
+    "batch_size": 4,
+    "num_prompts": 2,
+    "max_new_tokens": 6,
+    "device": "cpu",
+}
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for index in range(4):
+        (folder / f"{index}.txt").write_text(f"The {index} brown foxes jump over the lazy dogs, again.\n" * 60)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAYERSKIP_MOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # main.py replaces it
+    monkeypatch.chdir(tmp_path)
+
+
+def command(**given):
+    return [f"--{name}={value}" for name, value in (TINY | given).items()]
+
+
+def test_one_line_gives_a_model_and_a_report(text, tmp_path):
+    out = tmp_path / "out"
+    line = [sys.executable, str(MAIN), *command(dataset=text, out_dir=out)]
+    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+
+    report = json.loads((out / "report.json").read_text())
+    assert report["constants"]["n_layers"] == 3 and report["constants"]["exit_layer"] == 1
+    assert len(report["exits"]["perplexity"]) == 3
+    greedy, sampled = report["decoding"]
+    assert (greedy["temperature"], sampled["temperature"]) == (0.0, 0.8)
+    for comparison in (greedy, sampled):
+        assert comparison["prompts"] == 2
+        assert [row["identical"] for row in comparison["strategies"]] == [2] * len(comparison["strategies"])
+    assert (out / "model" / "model.safetensors").exists()
+    assert all((out / path).stat().st_size > 10_000 for path in report["figures"].values())
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 3
+    assert all(perplexity > 1 and math.isfinite(perplexity) for perplexity in report["exits"]["perplexity"])
+
+
+def test_it_runs_pasted_into_a_cell(text, tmp_path, monkeypatch, capsys):
+    """A cell has no __file__ and somebody else's command line; its user has edited the constants."""
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    lines = MAIN.read_text().splitlines()
+    for name, value in (TINY | {"dataset": str(text), "out_dir": "cell", "layer_dropout_max": 0.0}).items():
+        place = next(i for i, line in enumerate(lines) if line.startswith(f"{name}: "))
+        lines[place] = f"{lines[place].split(' = ')[0]} = {value!r}"
+    cell = {"__name__": "__main__"}
+    exec(compile("\n".join(lines), "cell", "exec"), cell)
+    assert "In short" in capsys.readouterr().out
+    assert (tmp_path / "cell" / "report.md").exists()
+    assert cell["model"].config.n_layers == 3  # what it made stays, for the next cell
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"n_layer": 4}, "--n_layer is not one of the constants"),
+        ({"n_layers": "four"}, "n_layers is a whole number"),
+        ({"k": 9}, "top_k=9 experts cannot be chosen"),
+        ({"exit_layer": 4}, "exit_layer=4 must be between 1 and n_layers=3"),
+        ({"dataset": "nowhere.txt"}, "nowhere.txt"),
+    ],
+)
+def test_a_mistake_is_found_before_any_training(text, tmp_path, monkeypatch, arguments, sentence):
+    monkeypatch.setattr(
+        sys, "argv", [str(MAIN), *command(**{"dataset": text, "out_dir": tmp_path / "out"} | arguments)]
+    )
+    with pytest.raises(ValueError, match=sentence):
+        runpy.run_path(str(MAIN), run_name="__main__")
+    assert not (tmp_path / "out").exists()
