@@ -35,7 +35,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or a number above it.")
-        if self.top_k is not None and self.top_k < 1:
+        if self.top_k is not None and not self.top_k >= 1:  # NaN is not either
             raise ValueError(f"top_k={self.top_k} must be 1 or more, or None to keep every token.")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1.")
@@ -52,7 +52,9 @@ def log_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     Temperature first, then top-k, then top-p among what is left, renormalised: the order of transformers.
     """
     assert not sampling.greedy
-    scores = logits.double() / sampling.temperature
+    scores = logits.double()
+    # The best at 0 before dividing: a temperature near 0 would else make infinities, and NaN of them.
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < scores.shape[-1]:
         kept = scores.topk(sampling.top_k, dim=-1)
         scores = torch.full_like(scores, float("-inf")).scatter(-1, kept.indices, kept.values)

@@ -1,0 +1,174 @@
+"""What the decoding tests share: small models, a model made of two tables, and the proof that a difference is a tie."""
+
+import copy
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from layerskip_moe.generation.sampling import gumbel_noise, log_probabilities
+from layerskip_moe.nn import ModelConfig, MoEDecoder, RunOutput
+
+# What float32 may move a logit by, against float64, in the models below (measured: 1e-5; tested in test_ties.py).
+ROUNDING = 5e-5
+
+
+def _tiny_model(seed=0, **overrides):
+    sizes = dict(vocab_size=29, n_layers=3, d_model=16, n_heads=4, n_kv_heads=2, d_ff=12, num_experts=5, top_k=2)
+    return MoEDecoder(ModelConfig(**{**sizes, "max_seq_len": 20, "init_std": 0.3, **overrides}), seed=seed).eval()
+
+
+@functools.cache
+def _trained_model(**overrides):
+    """Taught that token x is followed by 2 x + 3: its greedy text visits many tokens, where that of random
+    weights repeats one or two. Stopped early, so that early layers still disagree with the last one."""
+    model = _tiny_model(**overrides)
+    text = torch.arange(29)[:, None]
+    for _ in range(8):
+        text = torch.cat([text, (2 * text[:, -1:] + 3) % 29], dim=1)
+    for _ in range(30):
+        logits = model(text[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten())
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter -= 0.04 * parameter.norm() * gradient / (gradient.norm() + 1e-9)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """tiny_model(seed=0, **ModelConfig fields) -> a new model with random weights, in float32 and eval mode."""
+    return _tiny_model
+
+
+@pytest.fixture(scope="session")
+def trained_model():
+    """trained_model(**ModelConfig fields) -> a model trained a little; the same object for the same fields."""
+    return _trained_model
+
+
+class _TableModel:
+    """Stands in for MoEDecoder where the test says what each depth predicts: no weights, no attention.
+
+    full, draft: functions of (tokens, positions), both int64 [B, T], to logits [B, T, V] for the token after;
+    `full` speaks at the last layer, `draft` at every layer before it.
+    calls:       the (first layer, end layer, B, T) of each run, in order
+    """
+
+    device, dtype, training = torch.device("cpu"), torch.float32, False
+
+    def __init__(self, vocab_size, full, draft, n_layers=4):
+        self.config = ModelConfig(vocab_size, n_layers=n_layers, d_model=2, n_heads=1, num_experts=0, max_seq_len=64)
+        self.full, self.draft, self.calls = full, draft, []
+
+    def eval(self):
+        return self
+
+    def train(self, mode=True):
+        return self
+
+    def embed(self, tokens):
+        nothing = torch.zeros_like(tokens)
+        return torch.stack([tokens, nothing, nothing], dim=-1)  # token, position, layers run
+
+    def run(self, hidden, layers, *, positions, cache):
+        token, _, depth = hidden.unbind(-1)
+        if layers:
+            assert bool((depth == layers[0]).all()), "layers were skipped or run twice"
+            self.calls.append((layers[0], layers[-1] + 1, *positions.shape))
+            depth = torch.full_like(depth, layers[-1] + 1)
+        return RunOutput(torch.stack([token, positions, depth], dim=-1))
+
+    def unembed(self, hidden):
+        token, position, depth = hidden.unbind(-1)
+        whole = (depth == self.config.n_layers)[..., None]
+        return torch.where(whole, self.full(token, position), self.draft(token, position))
+
+
+@pytest.fixture(scope="session")
+def table_model():
+    """table_model(vocab_size, full, draft, n_layers=4) -> a stub whose answers are known."""
+    return _TableModel
+
+
+def _find_tie(model, text, row, sampling, tolerance=ROUNDING):
+    """Why the token after `text` is undecided within rounding, in one line; None when it is decided.
+
+    The whole model runs over the text without a cache, in float64 (its routers are float32 always).
+    """
+    exact = copy.deepcopy(model).double()
+    tokens = torch.tensor([text])
+    positions = torch.arange(len(text))[None]
+    with torch.no_grad():
+        output = exact.run(exact.embed(tokens), range(exact.config.n_layers), positions=positions)
+        logits = exact.unembed(output.hidden[:, -1:])
+    for layer, routing in output.routing.items():
+        if routing.logits.shape[-1] > exact.config.top_k:
+            ordered = routing.logits.sort(dim=-1, descending=True).values
+            gap, position = (ordered[:, exact.config.top_k - 1] - ordered[:, exact.config.top_k]).min(dim=0)
+            if gap <= tolerance:
+                return f"layer {layer}'s router has a gap of {float(gap):.1e} at position {int(position)}"
+    scores = logits
+    if not sampling.greedy:
+        tolerance = tolerance / sampling.temperature
+        ordered = logits[0, 0].div(sampling.temperature).sort(descending=True).values
+        if sampling.top_k is not None and sampling.top_k < len(ordered):
+            if ordered[sampling.top_k - 1] - ordered[sampling.top_k] <= tolerance:
+                return "two logits tie for the last place among the top k"
+            ordered = ordered[: sampling.top_k]
+        if sampling.top_p is not None and (ordered.softmax(-1).cumsum(-1) - sampling.top_p).abs().min() <= tolerance:
+            return "a token stands on the edge of top_p"
+        noise = gumbel_noise(sampling.seed, torch.tensor([row]), torch.tensor([[len(text)]]), logits.shape[-1])
+        scores = log_probabilities(logits, sampling) + noise
+    best = scores[0, 0].topk(2)
+    if best.values[0] - best.values[1] <= tolerance:
+        return f"tokens {best.indices.tolist()} tie"
+    return None
+
+
+def _assert_same_text(model, prompts, expected, got, sampling, first_row=0):
+    """Equal token for token, or the first difference of each row is shown to be a tie within rounding."""
+    assert len(expected) == len(got) == len(prompts)
+    for row, (prompt, one, other) in enumerate(zip(prompts, expected, got, strict=True), first_row):
+        assert len(one) == len(other), f"row {row}: {len(one)} tokens against {len(other)}"
+        for place, (a, b) in enumerate(zip(one, other, strict=True)):
+            if a != b:
+                tie = _find_tie(model, [*prompt, *one[:place]], row, sampling)
+                assert tie is not None, f"row {row}: token {place} is {a} in one text, {b} in the other: no tie"
+                break
+
+
+def _reference_probabilities(logits, sampling):
+    """Probabilities [V] that a token follows after logits [V], written anew in numpy: temperature, top-k, top-p."""
+    scores = np.asarray(logits, dtype=np.float64)
+    if sampling.greedy:
+        return np.eye(len(scores))[scores.argmax()]
+    order = np.argsort(-scores)[: sampling.top_k]
+    weights = np.exp((scores[order] - scores.max()) / sampling.temperature)
+    probabilities = np.zeros(len(scores))
+    reached = 0.0
+    for token, share in zip(order, weights / weights.sum(), strict=True):
+        if sampling.top_p is None or reached < sampling.top_p:
+            probabilities[token] = share
+        reached += share
+    return probabilities / probabilities.sum()
+
+
+@pytest.fixture(scope="session")
+def reference_probabilities():
+    """reference_probabilities(logits, sampling): what `log_probabilities` must agree with."""
+    return _reference_probabilities
+
+
+@pytest.fixture(scope="session")
+def find_tie():
+    """find_tie(model, text, row, sampling) -> a reason, or None."""
+    return _find_tie
+
+
+@pytest.fixture(scope="session")
+def assert_same_text():
+    """assert_same_text(model, prompts, expected, got, sampling, first_row=0)."""
+    return _assert_same_text
