@@ -119,6 +119,8 @@ def _encode(prompts: Sequence[Sequence[int] | str], tokenizer: "Tokenizer | None
         raise ValueError("prompts is one string; give a list of prompts, such as [prompt].")
     encoded: list[list[int]] = []
     for index, prompt in enumerate(prompts):
+        if isinstance(prompt, int):
+            raise ValueError(f"prompt {index} is the number {prompt}; give a list of prompts, such as [[1, 2, 3]].")
         if not isinstance(prompt, str):
             encoded.append([operator.index(token) for token in prompt])
         elif tokenizer is None:

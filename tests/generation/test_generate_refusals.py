@@ -1,0 +1,92 @@
+"""What cannot be decoded is refused before anything runs, in one sentence that names it."""
+
+import math
+
+import pytest
+
+from layerskip_moe.generation import Autoregressive, Sampling, SelfSpeculative, generate
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model()  # 29 tokens, 3 layers, max_seq_len 20
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "there are no prompts; give at least one"),
+        ([[1], []], {}, "prompt 1 is empty; give at least one token"),
+        ([[1, 29]], {}, "prompt 0 holds token id 29, but the vocabulary has ids 0 to 28"),
+        ([[3], [1, -1]], {}, "prompt 1 holds token id -1"),
+        ("text", {}, r"prompts is one string; give a list of prompts, such as \[prompt\]"),
+        ([[1], "text"], {}, "prompt 1 is a string; give tokenizer="),
+        ([1, 2, 3], {}, r"prompt 0 is the number 1; give a list of prompts, such as \[\[1, 2, 3\]\]"),
+        (
+            [[1], [1] * 13],
+            dict(max_new_tokens=8),
+            "prompt 1 has 13 tokens, .*max_new_tokens=8 is past max_seq_len=20",
+        ),
+        ([[1]], dict(max_new_tokens=20), "prompt 0 has 1 tokens.*max_seq_len=20"),
+        ([[1]], {}, "max_new_tokens=128 is past max_seq_len=20"),
+        ([[1]], dict(max_new_tokens=0), "max_new_tokens=0 must be 1 or more"),
+        ([[1]], dict(max_new_tokens=-3), "max_new_tokens=-3"),
+        ([[1]], dict(batch_size=0), "batch_size=0 must be 1 or more"),
+        ([[1]], dict(batch_size=-1), "batch_size=-1"),
+        ([[1]], dict(temperature=-0.1), "temperature=-0.1 must be 0"),
+        ([[1]], dict(temperature=math.nan), "temperature=nan"),
+        ([[1]], dict(temperature=math.inf), "temperature=inf"),
+        ([[1]], dict(top_k=0), "top_k=0 must be 1 or more"),
+        ([[1]], dict(top_k=-2), "top_k=-2"),
+        ([[1]], dict(top_k=math.nan), "top_k=nan"),
+        ([[1]], dict(top_p=0.0), "top_p=0.0 must be above 0 and at most 1"),
+        ([[1]], dict(top_p=1.01), "top_p=1.01"),
+        ([[1]], dict(top_p=math.nan), "top_p=nan"),
+        ([[1]], dict(strategy=SelfSpeculative(0)), "exit_layer=0 must be between 1 and n_layers=3"),
+        ([[1]], dict(strategy=SelfSpeculative(4)), "exit_layer=4 must be between 1 and n_layers=3"),
+        ([[1]], dict(strategy=SelfSpeculative(-1, coupling="rejection")), "exit_layer=-1"),
+    ],
+    ids=str,
+)
+def test_generate_refuses(model, monkeypatch, prompts, options, message):
+    monkeypatch.setattr(model, "run", lambda *_, **__: pytest.fail("the model ran"))
+    arguments = {"strategy": Autoregressive(), "max_new_tokens": 4, **options}
+    if "is past max_seq_len" in message and not options:
+        del arguments["max_new_tokens"]  # the default of 128
+    with pytest.raises(ValueError, match=message) as refused:
+        generate(model, prompts, **arguments)
+    assert str(refused.value).endswith(".") and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(draft_length=0), r"draft_length=0 must be 1 or more; plain decoding is Autoregressive\(\)"),
+        (dict(draft_length=-4), "draft_length=-4"),
+        (dict(coupling="none"), "coupling='none' is unknown; it is 'shared' or 'rejection'"),
+    ],
+    ids=str,
+)
+def test_self_speculative_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SelfSpeculative(2, **arguments)
+
+
+def test_an_empty_string_is_an_empty_prompt(model):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        generate(model, ["a", ""], max_new_tokens=4, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("strategy", [Autoregressive(), SelfSpeculative(1, 8), SelfSpeculative(3, 8)], ids=str)
+def test_the_last_place_of_max_seq_len_can_be_reached(model, strategy):
+    for length in (1, 10, 19):
+        out = generate(model, [[1] * length, [2]], strategy, max_new_tokens=20 - length)
+        assert [len(row) for row in out.tokens] == [20 - length] * 2
+
+
+def test_settings_at_their_limits_are_taken(model):
+    assert Sampling(0.0, top_k=1, top_p=1.0).greedy
+    out = generate(model, [[0, 28]], temperature=5.0, top_k=1000, top_p=1e-6, max_new_tokens=1, batch_size=7)
+    assert len(out.tokens[0]) == 1
