@@ -86,6 +86,18 @@ def test_a_stopped_and_resumed_run_ends_as_the_unbroken_one(decoder, text, recip
     )  # fmt: skip
 
 
+def test_the_loss_scale_of_float16_is_resumed_too(decoder, text, recipe, tmp_path, monkeypatch):
+    config = recipe(max_steps=4, accumulation=2, precision="float16", checkpoint_every=2)
+    unbroken, model = decoder(n_layers=2), decoder(n_layers=2)
+    train(unbroken, text(validation=0), config, tmp_path / "unbroken", progress=False)
+    run_until(monkeypatch, 3, model, text(validation=0), config, tmp_path / "broken")
+    train(model, text(validation=0), config, tmp_path / "broken", resume=True, progress=False)
+    end = load_checkpoint(tmp_path / "unbroken")
+    assert end["scaler"]["scale"] > 1 and end["scaler"]["_growth_tracker"] == 4  # steps since it last changed
+    assert_same(load_checkpoint(tmp_path / "broken"), end)
+    assert_same(dict(model.state_dict()), dict(unbroken.state_dict()))
+
+
 def test_an_unbroken_run_depends_on_its_seed_and_nothing_else(decoder, text, recipe, tmp_path):
     ends = []
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
