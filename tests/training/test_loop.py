@@ -32,7 +32,7 @@ def assert_same_weights(one, other):
 
 def test_a_repetitive_text_is_learned_at_every_exit(decoder, text, recipe, tmp_path):
     model, corpus = decoder(), text()
-    config = recipe(max_steps=60, learning_rate=0.03, layer_dropout_max=0.1, expert_dropout=0.1)
+    config = recipe(max_steps=40, learning_rate=0.03, layer_dropout_max=0.1, expert_dropout=0.1)
     before = [math.exp(loss) for loss in validation_losses(model, corpus.validation, config)]
     result = train(model, corpus, config, tmp_path, progress=False)
     assert all(after < 0.5 * at_first for after, at_first in zip(result.validation, before, strict=True))
@@ -59,7 +59,7 @@ def test_accumulated_batches_are_one_large_batch(decoder, text, recipe, tmp_path
 
 
 def test_samples_are_kept_as_often_as_the_rates_say(decoder, text, recipe, tmp_path):
-    steps, batch_size, seed = 40, 20, 3
+    steps, batch_size, seed = 20, 40, 3
     model = decoder()
     kept = torch.zeros(L)
 
@@ -145,13 +145,13 @@ def test_the_length_of_a_run(decoder, text, recipe, tmp_path, length, steps):
     "validate_every, validated", [(None, list(range(20))), (0, [19]), (3, [2, 5, 8, 11, 14, 17, 19]), (99, [19])]
 )
 def test_when_validation_happens(decoder, text, recipe, tmp_path, monkeypatch, validate_every, validated):
-    monkeypatch.setattr(loop, "validation_losses", lambda *_: [1.0] * L)
+    monkeypatch.setattr(loop, "validation_losses", lambda *_: [1.0, 0.0])
     config = recipe(max_steps=20, batch_size=1, validate_every=validate_every)
     if validate_every is None:
         validated = validated[1::2]  # ten times
-    records = of(train(decoder(), text(), config, tmp_path, progress=False), "validation")
+    records = of(train(decoder(n_layers=2), text(), config, tmp_path, progress=False), "validation")
     assert [record["step"] for record in records] == validated
-    assert records[0]["perplexity"] == pytest.approx([math.e] * L)
+    assert records[0]["perplexity"] == pytest.approx([math.e, 1.0])
 
 
 def test_a_validation_split_too_short_to_use_is_reported(decoder, text, recipe, tmp_path):
