@@ -12,7 +12,7 @@ SIZES = dict(
     rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 500.0}, attn_implementation="sdpa",
     pad_token_id=None, bos_token_id=None, eos_token_id=None,
 )  # fmt: skip
-OURS = dict(vocab_size=37, d_model=16, n_heads=4, n_layers=4, norm_eps=1e-5, rope_theta=500.0)
+OURS = dict(vocab_size=37, d_model=16, n_heads=4, n_layers=4, norm_eps=1e-5, rope_theta=500.0, init_std=0.2)
 QWEN3 = dict(
     num_key_value_heads=2, head_dim=6, moe_intermediate_size=12, intermediate_size=20, num_experts=5,
     num_experts_per_tok=2, norm_topk_prob=True,

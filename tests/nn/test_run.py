@@ -181,12 +181,14 @@ def test_dropout_acts_in_training_mode_only(tiny_model):
     assert torch.equal(plain(tokens), plain(tokens))
 
 
-def test_dropout_zeroes_sublayer_outputs_and_not_the_residual_stream(tiny_model):
-    """With one dense layer, p = 0.5 and both outputs' maps at the identity's scale, what the stream gains is
-    0 or twice the sublayer's output, element by element."""
-    model = tiny_model(dropout=0.5, n_layers=1, num_experts=0)
+@pytest.mark.parametrize("sublayer", ["attention", "dense", "experts"])
+def test_dropout_zeroes_sublayer_outputs_and_not_the_residual_stream(tiny_model, sublayer):
+    """With p = 0.5, what the stream gains is 0 or twice the sublayer's output, element by element."""
+    model = tiny_model(dropout=0.5, n_layers=1, num_experts=5 if sublayer == "experts" else 0)
+    block = model.blocks[0]
+    silent = block.mlp.down if sublayer == "attention" else block.attention.output
     with torch.no_grad():
-        model.blocks[0].mlp.down.weight.zero_()  # leaves attention's output alone to be seen
+        silent.weight.zero_()  # leaves the other sublayer alone to be seen
     hidden, positions = states_of(model)
     full = model.run(hidden, [0], positions=positions).hidden - hidden
     model.train()
