@@ -24,6 +24,7 @@ def test_tensors_and_python_integers_are_the_same_keys(keys, as_tensor):
 def test_a_python_integer_wraps_as_an_int64_does(key):
     for beyond in (key + 2**64, key - 2**64, key + 2**200):
         assert hash_uniform(beyond, 1) == hash_uniform(key, 1) == hash_uniform(torch.tensor(key), 1)
+        assert hash_uniform(torch.tensor(1), beyond) == hash_uniform(1, key)
 
 
 def test_keys_broadcast():
