@@ -1,0 +1,104 @@
+"""In float32, self-speculative text equals plain decoding's, token for token, greedy and sampled.
+
+Every text here ends exactly where max_seq_len does. Next: `test_reference_decoding.py`, which checks plain
+decoding itself.
+"""
+
+import itertools
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerskip_moe.generation import Autoregressive, Sampling, SelfSpeculative, generate
+
+MODELS = {
+    "every layer": {},
+    "every other layer, tied": dict(moe_layers="every other", tie_embeddings=True),
+    "shared expert": dict(shared_expert_d_ff=8, shared_expert_gate=True),
+    "OLMoE's switches": dict(qk_norm="full", normalize_top_k=False, n_kv_heads=4),
+    "dense": dict(num_experts=0),
+    "dense, tied": dict(num_experts=0, tie_embeddings=True),
+}
+SAMPLINGS = [
+    Sampling(),
+    Sampling(0.5, seed=1),
+    Sampling(0.8, seed=2),
+    Sampling(1.5, seed=3),
+    Sampling(0.9, top_k=4, seed=4),
+    Sampling(1.0, top_p=0.7, seed=5),
+    Sampling(0.7, top_k=9, top_p=0.9, seed=6),
+]
+CASES = list(enumerate(itertools.product(SAMPLINGS, (1, 2, 3), range(1, 9))))  # exit layers, draft lengths
+
+
+def ragged_prompts(number):
+    """1 to 5 prompts of 1 to 8 tokens; one of them of a single token. (What the models learn stands still at 26.)"""
+    draw = random.Random(number)
+    prompts = [[draw.randrange(26) for _ in range(draw.randint(1, 8))] for _ in range(number % 5 + 1)]
+    index = draw.randrange(len(prompts))
+    prompts[index] = prompts[index][:1]
+    return prompts
+
+
+def options(sampling):
+    return dict(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=sampling.seed)
+
+
+def check_grid(model, cases, assert_same_text):
+    """Also that the grid is worth something: texts that do not loop, drafts accepted and drafts rejected."""
+    drafted = accepted = 0
+    varied = []
+    for number, (sampling, exit_layer, length) in cases:
+        prompts = ragged_prompts(number)
+        arguments = dict(max_new_tokens=model.config.max_seq_len - max(map(len, prompts)), **options(sampling))
+        plain = generate(model, prompts, Autoregressive(), **arguments)
+        drafting = generate(model, prompts, SelfSpeculative(exit_layer, length), **arguments)
+        assert_same_text(model, prompts, plain.tokens, drafting.tokens, sampling)
+        assert all(len(row) == arguments["max_new_tokens"] for row in drafting.tokens)
+        varied += [len(set(row)) >= 6 for row in plain.tokens]
+        if exit_layer < model.config.n_layers:
+            drafted += drafting.stats.drafted
+            accepted += drafting.stats.accepted
+    assert 0.05 * drafted < accepted < 0.95 * drafted
+    assert sum(varied) > 0.8 * len(varied)
+
+
+@pytest.mark.parametrize("start", range(len(MODELS)), ids=list(MODELS))
+def test_self_speculation_equals_plain_decoding(trained_model, assert_same_text, start):
+    # Of 168 cases each model gets others: every sampling for each model, every exit and length among them all.
+    check_grid(trained_model(**list(MODELS.values())[start]), CASES[start::21], assert_same_text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_self_speculation_equals_plain_decoding_in_every_case(trained_model, assert_same_text, name):
+    check_grid(trained_model(**MODELS[name]), CASES, assert_same_text)
+
+
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 28), min_size=1, max_size=10), min_size=1, max_size=5),
+    max_new_tokens=st.integers(1, 10),
+    exit_layer=st.integers(1, 3),
+    draft_length=st.integers(1, 8),
+    sampling=st.sampled_from(SAMPLINGS),
+    name=st.sampled_from(sorted(MODELS)),
+)
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_random_weights_and_short_texts(
+    tiny_model, assert_same_text, prompts, max_new_tokens, exit_layer, draft_length, sampling, name
+):
+    """Fewer tokens than a draft is long, prompts longer than what follows, and so on."""
+    model = tiny_model(**MODELS[name])
+    arguments = dict(max_new_tokens=max_new_tokens, **options(sampling))
+    plain = generate(model, prompts, Autoregressive(), **arguments)
+    drafting = generate(model, prompts, SelfSpeculative(exit_layer, draft_length), **arguments)
+    assert_same_text(model, prompts, plain.tokens, drafting.tokens, sampling)
+
+
+@pytest.mark.parametrize("sampling", [SAMPLINGS[0], SAMPLINGS[2]], ids=["greedy", "sampled"])
+def test_drafting_with_the_whole_model_is_always_accepted(trained_model, sampling):
+    out = generate(trained_model(), ragged_prompts(4), SelfSpeculative(3, 4), max_new_tokens=12, **options(sampling))
+    assert out.stats.acceptance_rate == 1.0
+    assert [stats.acceptance_rate for stats in out.row_stats] == [1.0] * 5

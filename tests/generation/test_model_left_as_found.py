@@ -1,0 +1,87 @@
+"""Decoding borrows a model: mode, weights and gradients are afterwards what they were, whatever happened."""
+
+import pytest
+import torch
+
+from layerskip_moe.generation import Autoregressive, Generation, SelfSpeculative, generate
+
+STRATEGIES = [Autoregressive(), SelfSpeculative(1, 3), SelfSpeculative(2, 2, coupling="rejection")]
+
+
+class Interrupted:
+    """A strategy that gives up in its second round."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def check(self, config):
+        pass
+
+    def step(self, session):
+        assert not session.model.training
+        self.steps += 1
+        if self.steps == 2:
+            raise RuntimeError("interrupted")
+        Autoregressive().step(session)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_mode_weights_and_gradients(tiny_model, training, strategy):
+    model = tiny_model(dropout=0.5).train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    out = generate(model, [[1, 2], [3]], strategy, max_new_tokens=5, temperature=0.7)
+    assert all(module.training == training for module in model.modules())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert isinstance(out, Generation) and all(type(token) is int for row in out.tokens for token in row)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_when_a_strategy_raises(tiny_model, training):
+    model = tiny_model().train(training)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        generate(model, [[1, 2], [3]], Interrupted(), max_new_tokens=5)
+    assert all(module.training == training for module in model.modules())
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_mode_when_the_prompts_are_refused(tiny_model):
+    model = tiny_model().train()
+    with pytest.raises(ValueError, match="empty"):
+        generate(model, [[]], max_new_tokens=5)
+    assert model.training
+
+
+def test_dropout_does_not_reach_the_text(tiny_model):
+    """A model in training mode decodes as in evaluation mode, and draws nothing from the global generator."""
+    model = tiny_model(dropout=0.5)
+    state = torch.get_rng_state()
+    texts = [
+        generate(model.train(mode), [[1, 2], [3]], max_new_tokens=8, temperature=1.0).tokens for mode in (True, False)
+    ]
+    assert texts[0] == texts[1]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_graph_is_built(tiny_model):
+    """No state that the model computes asks for a gradient, so a long text holds no graph."""
+    model, graphs = tiny_model(), []
+    model.norm.register_forward_hook(lambda _, inputs, output: graphs.append(output.requires_grad))
+    generate(model, [[1, 2]], SelfSpeculative(1, 2), max_new_tokens=6)
+    assert len(graphs) > 4 and not any(graphs)
+
+
+def test_training_goes_on_afterwards(tiny_model):
+    model = tiny_model().train()
+    generate(model, [[1, 2, 3]], SelfSpeculative(1, 2), max_new_tokens=6)
+    model(torch.tensor([[1, 2, 3]])).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert model.embedding.weight.grad.any() and model.blocks[2].attention.qkv.weight.grad.any()
+
+
+def test_the_prompts_are_not_written_into(tiny_model):
+    prompts = [[1, 2], [3]]
+    first = generate(tiny_model(), prompts, max_new_tokens=4)
+    assert prompts == [[1, 2], [3]] and first.tokens[0] is not prompts[0]

@@ -1,0 +1,59 @@
+"""The same seed gives the same text, however rows are grouped, whoever proposes, wherever decoding was begun."""
+
+import pytest
+
+from layerskip_moe.generation import Autoregressive, Sampling, SelfSpeculative, generate
+
+PROMPTS = [[3], [5, 1, 7, 2], [4] * 8, [1, 2], [8, 8, 1, 0, 2, 3]]
+STRATEGIES = [Autoregressive(), SelfSpeculative(1, 2), SelfSpeculative(2, 5)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_batch_size_does_not_show(trained_model, assert_same_text, strategy, temperature):
+    model, sampling = trained_model(), Sampling(temperature, seed=9)
+    arguments = dict(max_new_tokens=8, temperature=temperature, seed=9)
+    expected = generate(model, PROMPTS, Autoregressive(), **arguments).tokens
+    for batch_size in (1, 2, 5):
+        got = generate(model, PROMPTS, strategy, batch_size=batch_size, **arguments)
+        assert_same_text(model, PROMPTS, expected, got.tokens, sampling)
+        assert len(got.row_stats) == 5 and got.stats.generated == 40
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_a_row_does_not_depend_on_its_neighbours(trained_model, assert_same_text, strategy):
+    model, sampling = trained_model(), Sampling(1.0, seed=9)
+    arguments = dict(max_new_tokens=9, temperature=1.0, seed=9)
+    before = generate(model, PROMPTS, strategy, **arguments).tokens
+    for others in ([[6], [2], PROMPTS[2]], [[1] * 11, [7, 7], PROMPTS[2], [5], [6, 6]]):
+        after = generate(model, others, strategy, **arguments).tokens
+        assert_same_text(model, PROMPTS[2:3], before[2:3], after[2:3], sampling, first_row=2)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_a_text_taken_up_again_goes_on_as_it_would_have(trained_model, assert_same_text, strategy):
+    """Noise belongs to a position in the text, not to a step of the decoding."""
+    model, sampling = trained_model(), Sampling(1.0, seed=4)
+    whole = generate(model, PROMPTS, strategy, max_new_tokens=12, temperature=1.0, seed=4).tokens
+    longer = [prompt + text[:5] for prompt, text in zip(PROMPTS, whole, strict=True)]
+    rest = generate(model, longer, strategy, max_new_tokens=7, temperature=1.0, seed=4).tokens
+    assert_same_text(model, longer, [text[5:] for text in whole], rest, sampling)
+
+
+def test_rejection_repeats_itself_and_does_not_see_the_batch_size(trained_model):
+    arguments = dict(max_new_tokens=12, temperature=1.0, seed=2)
+    strategy = SelfSpeculative(1, 3, coupling="rejection")
+    texts = [
+        generate(trained_model(), PROMPTS, strategy, batch_size=size, **arguments).tokens
+        for size in (None, None, 1, 2)
+    ]
+    assert texts[0] == texts[1] == texts[2] == texts[3]
+
+
+@pytest.mark.parametrize("strategy", [Autoregressive(), SelfSpeculative(1, 3, coupling="rejection")], ids=str)
+def test_other_seeds_and_other_rows_get_other_texts(tiny_model, strategy):
+    def texts(seed):
+        return generate(tiny_model(), [[3]] * 4, strategy, max_new_tokens=12, temperature=1.5, seed=seed).tokens
+
+    all_texts = [tuple(text) for seed in (0, 1, -1) for text in texts(seed)]
+    assert len(set(all_texts)) == 12
