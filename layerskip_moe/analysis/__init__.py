@@ -5,9 +5,9 @@
 
 from layerskip_moe.analysis.exits import ExitEvaluation, evaluate_exits
 from layerskip_moe.analysis.expert_use import ExpertUse, expert_use
+from layerskip_moe.analysis.metrics_file import read_metrics
 from layerskip_moe.analysis.repetition import distinct_ngrams
 from layerskip_moe.analysis.report import write_report
-from layerskip_moe.analysis.run_files import read_metrics
 
 __all__ = [
     "ExitEvaluation",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from layerskip_moe.analysis.run_files import replacing
+from layerskip_moe.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

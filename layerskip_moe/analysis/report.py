@@ -31,8 +31,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip_moe.analysis import figures
+from layerskip_moe.analysis.metrics_file import read_metrics
 from layerskip_moe.analysis.report_text import render
-from layerskip_moe.analysis.run_files import read_metrics, replacing
+from layerskip_moe.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -34,9 +34,7 @@ def steps_per_epoch(tokens: Tensor, seq_len: int, batch_size: int) -> int:
     return -(-_example_count(tokens, seq_len, batch_size) // batch_size)
 
 
-def windows(
-    tokens: Tensor, seq_len: int, batch_size: int, limit: int | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
+def windows(tokens: Tensor, seq_len: int, batch_size: int, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Every example once and in order, as (inputs [B, T], labels [B, T]), int64.
 
     The last batch may be smaller. limit: at most this many examples, all by default. Fewer than T tokens at

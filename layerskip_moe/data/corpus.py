@@ -112,9 +112,7 @@ def load_corpus(
     Raises ValueError, in one sentence, for what cannot be read and for settings out of range.
     """
     if not 0 < sample_fraction <= 1:
-        raise ValueError(
-            f"sample_fraction={sample_fraction} must be above 0 and at most 1, which is all the text."
-        )
+        raise ValueError(f"sample_fraction={sample_fraction} must be above 0 and at most 1, which is all the text.")
     identity = tokenizer_identity(tokenizer, vocab_size)
     root = cache.cache_root(cache_dir)
     source = _find_source(dataset, config, sample_fraction, seed, root)

@@ -28,9 +28,7 @@ _TIMEOUT_SECONDS = 8.0
 _ARTICLE_HEADING = re.compile(r" = [^=].* = \n?")  # WikiText's first-level heading; its sections say " = = "
 
 
-def hub_source(
-    name: str, repo: str, config: str | None, sample_fraction: float, seed: int, remembered: Path
-) -> Source:
+def hub_source(name: str, repo: str, config: str | None, sample_fraction: float, seed: int, remembered: Path) -> Source:
     """A hub dataset with a `text` column and a `train` split.
 
     name: what the user called it. repo: `owner/name`. remembered: a folder for the commits last seen.
@@ -90,9 +88,7 @@ def _documents(repo: str, config: str | None, commit: str, fraction: float, seed
     except Exception as error:
         raise _unreadable(repo, config, error) from None
     if "train" not in splits:
-        raise ValueError(
-            f"The dataset '{repo}' has no 'train' split but {sorted(splits)}: choose another one."
-        )
+        raise ValueError(f"The dataset '{repo}' has no 'train' split but {sorted(splits)}: choose another one.")
     train = _texts(_first_rows(splits["train"], fraction, seed), repo, config)
     held_back = next((splits[name] for name in _VALIDATION_NAMES if name in splits), None)
     if held_back is None:

@@ -98,15 +98,11 @@ def _sample(documents: list[Document], fraction: float, seed: int) -> list[Docum
         if text:
             kept[i] = Document("train", text)
     return [
-        kept.get(i, document)
-        for i, document in enumerate(documents)
-        if i in kept or document.split == "validation"
+        kept.get(i, document) for i, document in enumerate(documents) if i in kept or document.split == "validation"
     ]
 
 
-def _visible_files(
-    root: Path, suffixes: tuple[str, ...], skipped_folders: Set[str] = frozenset()
-) -> list[Path]:
+def _visible_files(root: Path, suffixes: tuple[str, ...], skipped_folders: Set[str] = frozenset()) -> list[Path]:
     """Files with these suffixes below `root`, in the order of their relative names; hidden ones left out."""
     paths = []
     # onerror: os.walk passes over an unreadable folder without a word unless told otherwise.
@@ -140,11 +136,7 @@ def _read_folder(root: Path, paths: list[Path]) -> list[Document]:
     by_hash = sorted(filled, key=lambda path: _name_hash(path.relative_to(root)))
     held_back = {path for path in filled if _name_hash(path.relative_to(root)) < VALIDATION_SHARE}
     held_back = (held_back | {by_hash[0]}) - {by_hash[-1]}
-    return [
-        Document("validation" if path in held_back else "train", text)
-        for path in filled
-        for text in texts[path]
-    ]
+    return [Document("validation" if path in held_back else "train", text) for path in filled for text in texts[path]]
 
 
 def _name_hash(name: Path) -> float:
@@ -161,9 +153,7 @@ def _hold_back_tail(texts: list[str]) -> list[Document]:
     else:
         first_held_back = min(len(texts) - 1, int(len(texts) * (1 - VALIDATION_SHARE)))
     return [
-        Document("train" if i < first_held_back else "validation", text)
-        for i, text in enumerate(texts)
-        if text.strip()
+        Document("train" if i < first_held_back else "validation", text) for i, text in enumerate(texts) if text.strip()
     ]
 
 

@@ -53,9 +53,7 @@ def tokenizer_identity(tokenizer: str | Path, vocab_size: int) -> str:
         return f"{tokenizer} {vocab_size} by tokenizers {tokenizers.__version__}"
     path = Path(tokenizer).expanduser()
     if not path.is_file():
-        raise ValueError(
-            f"There is no tokenizer '{tokenizer}': use 'bpe', 'unigram' or the path of a tokenizer.json."
-        )
+        raise ValueError(f"There is no tokenizer '{tokenizer}': use 'bpe', 'unigram' or the path of a tokenizer.json.")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return f"file {digest} by tokenizers {tokenizers.__version__}"
 
@@ -130,9 +128,7 @@ def id_count(tokenizer: Tokenizer) -> int:
     return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
 
 
-def encode_documents(
-    tokenizer: Tokenizer, documents: Iterable[Document]
-) -> Iterator[tuple[Split, list[int], int]]:
+def encode_documents(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[tuple[Split, list[int], int]]:
     """The ids of each stretch of text, its split and its length in characters, in order.
 
     A document's last stretch ends with the separator. A separator written out in the text, as in the text

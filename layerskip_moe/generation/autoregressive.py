@@ -22,6 +22,6 @@ class Autoregressive:
     def step(self, session: Session) -> None:
         """One round: every layer over the newest token of each row, then one new token."""
         model = session.model
-        hidden = session.run(model.embed(session.newest), range(model.config.n_layers), session.positions(0))
+        hidden = session.run(model.embed(session.newest), range(model.config.n_layers), session.positions(1))
         tokens = session.choose(model.unembed(hidden), session.noise(1))
         session.append(tokens, torch.ones_like(tokens[:, 0]))

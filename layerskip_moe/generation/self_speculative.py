@@ -65,17 +65,17 @@ class SelfSpeculative:
         rejection = self.coupling == "rejection" and not session.sampling.greedy
         noise = session.noise(length + 1, stream=_DRAFT if rejection else 0)
 
+        positions = session.positions(length + 1)
+        early, late = range(self.exit_layer), range(self.exit_layer, model.config.n_layers)
         token, drafts, states, draft_logits = session.newest, [], [], []
         for place in range(length + 1):
-            early = range(self.exit_layer)
-            states.append(session.run(model.embed(token), early, session.positions(place)))
+            states.append(session.run(model.embed(token), early, positions[:, place : place + 1]))
             if place < length:
                 draft_logits.append(model.unembed(states[-1]))
                 token = session.choose(draft_logits[-1], None if noise is None else noise[:, place : place + 1])
                 drafts.append(token)
 
-        late = range(self.exit_layer, model.config.n_layers)
-        hidden = session.run(torch.cat(states, dim=1), late, session.positions(0, length + 1))
+        hidden = session.run(torch.cat(states, dim=1), late, positions)
         logits = model.unembed(hidden)
         limits = torch.tensor(drafted, device=logits.device)
         if rejection and length:

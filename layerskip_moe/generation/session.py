@@ -72,12 +72,12 @@ class Session:
         """How many more tokens each active row may get: 1 or more."""
         return [self.max_new_tokens - len(self.outputs[row]) for row in self._active]
 
-    def positions(self, first: int, count: int = 1) -> Tensor:
-        """[A, count]: the positions `first`, first + 1, ... places after the newest token's.
+    def positions(self, count: int) -> Tensor:
+        """[A, count]: the newest token's position and those after it.
 
         Drafts that overhang what a row may still get are given its one slot that nothing reads.
         """
-        offsets = torch.arange(first, first + count, device=self.newest.device)
+        offsets = torch.arange(count, device=self.newest.device)
         return torch.minimum(self.cache.lengths[:, None] + offsets, self._last_slot[:, None])
 
     def run(self, hidden: Tensor, layers: range, positions: Tensor) -> Tensor:

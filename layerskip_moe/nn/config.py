@@ -39,8 +39,10 @@ class ModelConfig:
     rope_theta, norm_eps: base of the rotary frequencies; epsilon of every RMSNorm
     max_seq_len:       positions the model may be run at; more are refused
     dropout:           probability of zeroing elements of each sublayer's output, in training mode only
-    init_std:          standard deviation of the initial weights; the projections that write into the
-                       residual stream get init_std / sqrt(2 L) (GPT-2)
+    init_std:          standard deviation of the initial weights (default: 1 / sqrt(d_model), which keeps a
+                       normed state's projections at unit size at any width; the usual 0.02 learned far more
+                       slowly at widths of 128 to 256); the projections that write into the residual stream
+                       get init_std / sqrt(2 L) (GPT-2)
     """
 
     vocab_size: int
@@ -65,7 +67,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     max_seq_len: int = 1024
     dropout: float = 0.0
-    init_std: float = 0.02
+    init_std: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_layers", "d_model", "n_heads", "max_seq_len"):
@@ -87,6 +89,7 @@ class ModelConfig:
         self._fill("head_dim", self.d_model // self.n_heads)
         self._fill("d_ff", 2 * self.d_model)
         self._fill("dense_d_ff", self.d_ff)
+        self._fill("init_std", self.d_model**-0.5)
         if self.n_heads % self.kv_heads:
             raise ValueError(
                 f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}, "
@@ -107,7 +110,7 @@ class ModelConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
 
-    def _fill(self, name: str, value: int | None) -> None:
+    def _fill(self, name: str, value: float | None) -> None:
         if getattr(self, name) is None:
             object.__setattr__(self, name, value)
 

@@ -143,7 +143,9 @@ class MoEDecoder(nn.Module):
         if self.device.type == "meta":
             return
         generator = torch.Generator("cpu").manual_seed(seed)  # the same weights on every device
-        into_stream = self.config.init_std / (2 * self.config.n_layers) ** 0.5
+        std = self.config.init_std
+        assert std is not None, "ModelConfig fills it in"
+        into_stream = std / (2 * self.config.n_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
@@ -152,7 +154,7 @@ class MoEDecoder(nn.Module):
             else:
                 writes = name.endswith(("attention.output.weight", ".down.weight", ".down"))
                 drawn = torch.empty(parameter.shape, device="cpu")
-                drawn.normal_(0.0, into_stream if writes else self.config.init_std, generator=generator)
+                drawn.normal_(0.0, into_stream if writes else std, generator=generator)
                 parameter.copy_(drawn)
 
     @property

@@ -5,11 +5,12 @@ dropout are functions of the step. (The model other people load is `save_pretrai
 Knows nothing of the loop. Next: `loop.py`.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from layerskip_moe.files import replacing
 
 NAME = "checkpoint.pt"
 
@@ -17,15 +18,8 @@ NAME = "checkpoint.pt"
 def save_checkpoint(out_dir: Path, state: dict[str, Any]) -> None:
     """Write state (tensors, numbers, strings, in dicts and lists) so that a reader finds the old file or the
     new one, never half of either."""
-    beside = out_dir / f"{NAME}.{os.getpid()}.tmp"
-    try:
-        with open(beside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, out_dir / NAME)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(out_dir / NAME) as beside:
+        torch.save(state, beside)
 
 
 def load_checkpoint(out_dir: Path) -> dict[str, Any]:

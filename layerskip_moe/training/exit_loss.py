@@ -60,9 +60,7 @@ def active_exits(
     elif curriculum in ("all", "none"):
         active = torch.full((n_layers,), curriculum == "all")
     else:
-        raise ValueError(
-            f"unknown exit curriculum {curriculum!r}: choose one of {', '.join(get_args(Curriculum))}"
-        )
+        raise ValueError(f"unknown exit curriculum {curriculum!r}: choose one of {', '.join(get_args(Curriculum))}")
     active[-1] = True
     return active
 

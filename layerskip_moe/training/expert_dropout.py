@@ -17,9 +17,7 @@ from layerskip_moe.nn.noise import hash_uniform
 _STREAM = 3  # layer dropout draws from streams 1 and 2
 
 
-def expert_mask(
-    rate: float, num_experts: int, top_k: int, *, seed: int, step: int, layers: Sequence[int]
-) -> Tensor:
+def expert_mask(rate: float, num_experts: int, top_k: int, *, seed: int, step: int, layers: Sequence[int]) -> Tensor:
     """Which experts are active at a step: bool [len(layers), E] on the CPU, True = active.
 
     rate: the probability, 0 to 1, that an expert is inactive. Expert e of layer l draws

@@ -50,9 +50,7 @@ def layer_dropout_rates(
     return p_max * height * torch.tensor(depths, dtype=torch.float64)
 
 
-def layer_keep(
-    rates: Tensor, *, seed: int, step: int, sample_ids: Tensor, stream: int = BLOCK_STREAM
-) -> Tensor:
+def layer_keep(rates: Tensor, *, seed: int, step: int, sample_ids: Tensor, stream: int = BLOCK_STREAM) -> Tensor:
     """Which samples each layer keeps: bool [L, B] on the CPU, True = the layer runs.
 
     rates [L]: dropout probabilities. seed, step: any integers. sample_ids [B]: integers that name the samples
@@ -67,8 +65,7 @@ def layer_keep(
         raise ValueError(f"rates must be one probability between 0 and 1 per layer, got {rates.tolist()}")
     if sample_ids.ndim != 1 or sample_ids.is_floating_point():
         raise ValueError(
-            "sample_ids must be one integer per sample, "
-            f"got {sample_ids.dtype} of shape {tuple(sample_ids.shape)}"
+            f"sample_ids must be one integer per sample, got {sample_ids.dtype} of shape {tuple(sample_ids.shape)}"
         )
     layers = torch.arange(len(rates))[:, None]
     draws = hash_uniform(seed, stream, step, layers, sample_ids.cpu()[None, :])

@@ -42,7 +42,7 @@ class TrainResult:
               finished run that is resumed without its metrics.jsonl
     validation: last validation's perplexity per exit layer 1..L, of the weights the model now has; empty
               without a validation split
-    steps, tokens, seconds: optimizer steps, training tokens seen, wall time of this call
+    steps, tokens, seconds: optimizer steps of the whole run; tokens seen and wall time of this call
     best_step: the step whose weights the model now has
     """
 
@@ -149,7 +149,7 @@ def train(
         losses={name: trained[-1][name] for name in _FINAL_LOSSES} if trained else {},
         validation=kept[-1]["perplexity"] if kept else [],
         steps=max_steps,
-        tokens=max_steps * per_step * config.seq_len,
+        tokens=(max_steps - first) * per_step * config.seq_len,
         seconds=time.perf_counter() - started,
         best_step=best_step,
     )

@@ -53,9 +53,7 @@ def training_losses(
     step: 0 .. max_steps - 1, where the schedules and curricula stand.
     """
     n_layers = model.config.n_layers
-    active = active_exits(
-        step, max_steps, n_layers, curriculum=config.exit_curriculum, rotation=config.exit_rotation
-    )
+    active = active_exits(step, max_steps, n_layers, curriculum=config.exit_curriculum, rotation=config.exit_rotation)
     weights = exit_weights(active, kind=config.exit_weights, scale=config.exit_loss_scale)
     keep = keep_experts = experts = None
     if config.layer_dropout_max > 0:

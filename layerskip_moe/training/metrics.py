@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from layerskip_moe.files import replacing
 from layerskip_moe.training.balance import balance_metrics
 from layerskip_moe.training.losses import Losses
 
@@ -49,9 +50,8 @@ class MetricsWriter:
             whole = (line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
             kept = (json.loads(line) for line in whole)
             self.records = [record for record in kept if record["step"] < before_step]
-        beside = path.with_name("metrics.jsonl.tmp")
-        beside.write_text("".join(json.dumps(record) + "\n" for record in self.records))
-        beside.replace(path)
+        with replacing(path) as beside:
+            beside.write_text("".join(json.dumps(record) + "\n" for record in self.records))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
         self._board = _tensorboard(out_dir, before_step)
 

@@ -19,9 +19,7 @@ def prose():
 
     def write(n, seed=0):
         draw = random.Random(seed)
-        words = [
-            draw.choice(["river", "stone", "walks", "under", "bright", "the", "a", "sings"]) for _ in range(n)
-        ]
+        words = [draw.choice(["river", "stone", "walks", "under", "bright", "the", "a", "sings"]) for _ in range(n)]
         return "\n".join(" ".join(words[i : i + 10]) for i in range(0, n, 10)) + "\n"
 
     return write

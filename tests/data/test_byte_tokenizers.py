@@ -21,8 +21,7 @@ from layerskip_moe.data.tokenizer import (
 
 TEXT = "def walk(river):\n    return [stone for stone in river if stone]\n\n\n" * 40
 TOKENIZERS = {
-    kind: train_tokenizer(kind, 300, [Document("train", TEXT)], progress=False)
-    for kind in SMALLEST_VOCABULARY
+    kind: train_tokenizer(kind, 300, [Document("train", TEXT)], progress=False) for kind in SMALLEST_VOCABULARY
 }
 ANY_TEXT = st.text(st.characters(codec="utf-8")) | st.text(" \t\r\n\0aéß漢🎉'.")
 
@@ -49,10 +48,7 @@ def test_ids_fill_the_vocabulary_from_0_and_never_pass_it(kind, more):
 def test_what_only_validation_holds_is_not_learnt():
     secret = Document("validation", "xylophone " * 500)
     tokenizer = train_tokenizer("bpe", 400, [Document("train", TEXT), secret], progress=False)
-    assert (
-        tokenizer.get_vocab()
-        == train_tokenizer("bpe", 400, [Document("train", TEXT)], progress=False).get_vocab()
-    )
+    assert tokenizer.get_vocab() == train_tokenizer("bpe", 400, [Document("train", TEXT)], progress=False).get_vocab()
     assert any("stone" in token for token in tokenizer.get_vocab())
 
 
@@ -60,10 +56,7 @@ def test_training_stops_at_its_share_of_a_large_text(monkeypatch):
     monkeypatch.setattr(module, "_TRAINING_CHARACTERS", 100)
     unread = iter([Document("train", TEXT), Document("train", "xylophone " * 500)])
     tokenizer = train_tokenizer("bpe", 400, unread, progress=False)
-    assert (
-        tokenizer.get_vocab()
-        == train_tokenizer("bpe", 400, [Document("train", TEXT)], progress=False).get_vocab()
-    )
+    assert tokenizer.get_vocab() == train_tokenizer("bpe", 400, [Document("train", TEXT)], progress=False).get_vocab()
     assert len(list(unread)) == 1
 
 
@@ -99,9 +92,7 @@ def test_a_given_tokenizer_is_used_without_its_truncation(tmp_path, prose):
     tokenizer.enable_padding(length=50)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "text.txt").write_text(prose(200))
-    corpus = load_corpus(
-        tmp_path / "text.txt", tokenizer=tmp_path / "tokenizer.json", vocab_size=9, progress=False
-    )
+    corpus = load_corpus(tmp_path / "text.txt", tokenizer=tmp_path / "tokenizer.json", vocab_size=9, progress=False)
     text = corpus.tokenizer.decode(corpus.train.tolist() + corpus.validation.tolist())
     assert text == prose(200)
     assert corpus.vocab_size == id_count(tokenizer)

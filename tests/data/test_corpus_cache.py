@@ -83,9 +83,7 @@ def test_every_setting_that_shapes_the_tokens_has_its_own_entry(text, builds, ow
     assert len(builds) == 5
 
 
-def test_the_argument_wins_over_the_environment_and_that_over_the_default(
-    text, own_cache, tmp_path, monkeypatch
-):
+def test_the_argument_wins_over_the_environment_and_that_over_the_default(text, own_cache, tmp_path, monkeypatch):
     load_corpus(text, cache_dir=tmp_path / "given", **SMALL)
     assert entries(tmp_path / "given") and not own_cache.exists()
     load_corpus(text, **SMALL)
@@ -152,9 +150,7 @@ def _load_in_child(path, start, results):
 def test_processes_at_once_share_one_entry(text, own_cache):
     context = multiprocessing.get_context("fork")
     start, results = context.Event(), context.Queue()
-    children = [
-        context.Process(target=_load_in_child, args=(text, start, results), daemon=True) for _ in range(3)
-    ]
+    children = [context.Process(target=_load_in_child, args=(text, start, results), daemon=True) for _ in range(3)]
     for child in children:
         child.start()
     start.set()
@@ -182,9 +178,7 @@ def test_a_cache_that_cannot_be_written_is_named(text, tmp_path):
 
 def test_a_found_corpus_needs_no_write_access(text, builds, own_cache, monkeypatch):
     load_corpus(text, **SMALL)
-    monkeypatch.setattr(
-        "filelock.FileLock", lambda path: pytest.fail("locked a cache that had what was wanted")
-    )
+    monkeypatch.setattr("filelock.FileLock", lambda path: pytest.fail("locked a cache that had what was wanted"))
     load_corpus(text, **SMALL)
 
 
@@ -193,9 +187,7 @@ def numbered_corpus(lengths):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.add_special_tokens(["<|endoftext|>"])
     ids = [i for d, n in enumerate(lengths, start=1) for i in [*range(1000 * d, 1000 * d + n), 0]]
-    return Corpus(
-        "numbered", tokenizer, torch.zeros(1, dtype=torch.int32), torch.tensor(ids, dtype=torch.int32)
-    )
+    return Corpus("numbered", tokenizer, torch.zeros(1, dtype=torch.int32), torch.tensor(ids, dtype=torch.int32))
 
 
 @settings(max_examples=50, deadline=None)

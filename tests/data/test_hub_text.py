@@ -48,9 +48,7 @@ def hub(tmp_path, monkeypatch):
     (tmp_path / "served").mkdir()
     hub = FakeHub(tmp_path / "served")
     hub.fill(train=[f"story {i} of the river" for i in range(100)], validation=["held out"] * 3)
-    monkeypatch.setattr(
-        huggingface_hub.HfApi, "dataset_info", lambda _, repo, timeout: hub.dataset_info(repo, timeout)
-    )
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda _, repo, timeout: hub.dataset_info(repo, timeout))
     monkeypatch.setattr(datasets, "load_dataset", hub.load_dataset)
     return hub
 
@@ -194,9 +192,7 @@ def test_a_stream_that_breaks_gets_one_sentence_and_leaves_no_entry(hub, own_cac
 
     stream = datasets.IterableDataset.from_generator(rows)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **settings: {"train": stream})
-    with pytest.raises(
-        ValueError, match=r"'acme/stories' .* \(OSError: connection reset; by peer\)"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"'acme/stories' .* \(OSError: connection reset; by peer\)") as caught:
         load_corpus("acme/stories", **SMALL)
     assert "\n" not in str(caught.value)
     assert not [path for path in (own_cache / "corpora").iterdir() if path.is_dir()]
@@ -218,8 +214,6 @@ def test_a_refused_connection_is_reported_at_once_and_in_silence(tmp_path):
         "except ValueError as error: print(error)"
     )
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=30
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=30)
     assert done.stdout.count("\n") == 1 and "could not be reached for it" in done.stdout
     assert done.stderr == ""

@@ -64,8 +64,7 @@ def test_every_strategy_writes_the_reference_s_text(
 ):
     model = trained_model(**switches)
     expected = [
-        reference_text(model, prompt, row, 12, sampling, reference_probabilities)
-        for row, prompt in enumerate(PROMPTS)
+        reference_text(model, prompt, row, 12, sampling, reference_probabilities) for row, prompt in enumerate(PROMPTS)
     ]
     for strategy in (Autoregressive(), SelfSpeculative(1, 3), SelfSpeculative(2, 4)):
         got = generate(

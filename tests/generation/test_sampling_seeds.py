@@ -44,8 +44,7 @@ def test_rejection_repeats_itself_and_does_not_see_the_batch_size(trained_model)
     arguments = dict(max_new_tokens=12, temperature=1.0, seed=2)
     strategy = SelfSpeculative(1, 3, coupling="rejection")
     texts = [
-        generate(trained_model(), PROMPTS, strategy, batch_size=size, **arguments).tokens
-        for size in (None, None, 1, 2)
+        generate(trained_model(), PROMPTS, strategy, batch_size=size, **arguments).tokens for size in (None, None, 1, 2)
     ]
     assert texts[0] == texts[1] == texts[2] == texts[3]
 

@@ -162,15 +162,11 @@ def test_a_new_run_does_not_take_up_an_older_one(decoder, text, recipe, tmp_path
     assert load_checkpoint(tmp_path)["step"] == 2
 
 
-@pytest.mark.parametrize(
-    "checkpoint_every, saved", [(None, [5]), (0, []), (2, [2, 4, 5]), (5, [5]), (100, [5])]
-)
+@pytest.mark.parametrize("checkpoint_every, saved", [(None, [5]), (0, []), (2, [2, 4, 5]), (5, [5]), (100, [5])])
 def test_when_checkpoints_are_written(decoder, text, recipe, tmp_path, monkeypatch, checkpoint_every, saved):
     steps = []
     monkeypatch.setattr(loop, "save_checkpoint", lambda folder, state: steps.append(state["step"]))
-    train(
-        decoder(), text(), recipe(max_steps=5, checkpoint_every=checkpoint_every), tmp_path, progress=False
-    )
+    train(decoder(), text(), recipe(max_steps=5, checkpoint_every=checkpoint_every), tmp_path, progress=False)
     assert steps == saved
 
 
@@ -184,9 +180,7 @@ def test_when_checkpoints_are_written(decoder, text, recipe, tmp_path, monkeypat
         (dict(moe_layers=(1, 3)), {}, 400, r"moe_layers was 'all' and is now \(1, 3\)"),
     ],
 )
-def test_a_run_with_other_settings_is_not_resumed(
-    decoder, text, recipe, tmp_path, network, settings, length, sentence
-):
+def test_a_run_with_other_settings_is_not_resumed(decoder, text, recipe, tmp_path, network, settings, length, sentence):
     train(decoder(), text(), recipe(), tmp_path, progress=False)
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     model = decoder(**network)

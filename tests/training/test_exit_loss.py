@@ -73,9 +73,7 @@ def test_loss_and_gradients_equal_the_naive_ones(distillation, chunk_rows):
     theirs = naive_loss(model, states, labels, weights, distillation)
     torch.testing.assert_close(ours.total, theirs, check_dtype=False)
     # A factor in front, as loss scaling or accumulation puts there.
-    for a, b in zip(
-        gradients(3.0 * ours.total, model, states), gradients(3.0 * theirs, model, states), strict=True
-    ):
+    for a, b in zip(gradients(3.0 * ours.total, model, states), gradients(3.0 * theirs, model, states), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -170,9 +168,7 @@ def test_every_exit_with_a_weight_is_supervised_when_its_turn_comes(curriculum, 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_on_the_decoder_the_last_layer_learns_and_gradients_equal_the_naive_ones(tied):
-    config = ModelConfig(
-        vocab_size=17, n_layers=3, d_model=8, n_heads=2, d_ff=8, num_experts=4, tie_embeddings=tied
-    )
+    config = ModelConfig(vocab_size=17, n_layers=3, d_model=8, n_heads=2, d_ff=8, num_experts=4, tie_embeddings=tied)
     model = MoEDecoder(config, seed=0)
     tokens = torch.randint(17, (2, 6), generator=torch.Generator().manual_seed(0))
     labels = tokens.roll(-1, 1)

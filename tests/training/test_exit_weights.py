@@ -25,9 +25,7 @@ def test_paper_weights_by_hand():
 
 def test_equal_weights_by_hand():
     assert exit_weights(ALL_4, kind="equal").tolist() == pytest.approx([0.2, 0.2, 0.2, 0.4])
-    assert exit_weights(ALL_4, kind="equal", scale=0.5).tolist() == pytest.approx(
-        [1 / 7, 1 / 7, 1 / 7, 4 / 7]
-    )
+    assert exit_weights(ALL_4, kind="equal", scale=0.5).tolist() == pytest.approx([1 / 7, 1 / 7, 1 / 7, 4 / 7])
 
 
 @pytest.mark.parametrize("kind", ["paper", "equal"])
@@ -35,9 +33,7 @@ def test_equal_weights_by_hand():
 def test_the_smallest_networks(kind, scale):
     assert exit_weights(torch.tensor([True]), kind=kind, scale=scale).tolist() == [1.0]
     two = exit_weights(torch.tensor([True, True]), kind=kind, scale=scale)
-    assert two.tolist() == pytest.approx(
-        [0, 1] if kind == "paper" else [scale / (scale + 2), 2 / (scale + 2)]
-    )
+    assert two.tolist() == pytest.approx([0, 1] if kind == "paper" else [scale / (scale + 2), 2 / (scale + 2)])
     assert exit_weights(ALL_4, kind=kind, scale=0.0).tolist() == [0, 0, 0, 1]
 
 

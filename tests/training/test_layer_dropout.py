@@ -143,9 +143,7 @@ def test_float_ids_and_bad_rates_are_refused():
         layer_keep(torch.tensor([0.1, math.nan]), seed=0, step=0, sample_ids=torch.arange(3))
 
 
-@pytest.mark.parametrize(
-    ("rate", "share"), [(0.2, 0.2 - 8.704e-5 / 8), (0.5, 0.5 - 10 / 256 / 8), (1.0, 0.75)]
-)
+@pytest.mark.parametrize(("rate", "share"), [(0.2, 0.2 - 8.704e-5 / 8), (0.5, 0.5 - 10 / 256 / 8), (1.0, 0.75)])
 def test_expert_dropout_rate_is_the_documented_one(rate, share):
     n = 4000
     masks = expert_mask(rate, 8, 2, seed=0, step=7, layers=range(n))

@@ -211,9 +211,7 @@ def test_a_run_that_cannot_start_says_why(decoder, text, recipe, tmp_path, field
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_ends_the_run_and_harms_nothing(
-    decoder, text, recipe, tmp_path, monkeypatch, broken
-):
+def test_a_step_that_is_not_finite_ends_the_run_and_harms_nothing(decoder, text, recipe, tmp_path, monkeypatch, broken):
     def poisoned(model, *arguments, step, **others):
         losses = loop_losses(model, *arguments, step=step, **others)
         if step < 3:

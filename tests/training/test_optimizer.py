@@ -86,9 +86,7 @@ def test_auto_takes_bfloat16_on_a_cpu_that_multiplies_it(monkeypatch, avx512, am
 
 @pytest.mark.parametrize("ampere, dtype", [(True, torch.bfloat16), (False, torch.float16)])
 def test_auto_takes_float16_on_a_gpu_that_only_emulates_bfloat16(monkeypatch, ampere, dtype):
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation=True: ampere or including_emulation
-    )
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: ampere or including_emulation)
     assert autocast_dtype("auto", torch.device("cuda")) is dtype
 
 

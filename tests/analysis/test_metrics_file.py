@@ -1,11 +1,10 @@
-"""Reading metrics.jsonl, and writing that never leaves half a file."""
+"""Reading metrics.jsonl."""
 
 import json
 
 import pytest
 
 from layerskip_moe.analysis import read_metrics
-from layerskip_moe.analysis.run_files import replacing
 
 
 def test_reads_records_in_order(tmp_path):
@@ -33,16 +32,3 @@ def test_a_bad_line_is_named(tmp_path, bad):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="no metrics file"):
         read_metrics(tmp_path / "metrics.jsonl")
-
-
-def test_replacing_takes_the_place_only_when_all_is_written(tmp_path):
-    path = tmp_path / "deep" / "file.txt"
-    with replacing(path) as beside:
-        beside.write_text("old")
-        assert not path.exists()
-    assert path.read_text() == "old"
-    with pytest.raises(RuntimeError), replacing(path) as beside:
-        beside.write_text("half of the ne")
-        raise RuntimeError
-    assert path.read_text() == "old"
-    assert list(path.parent.iterdir()) == [path]

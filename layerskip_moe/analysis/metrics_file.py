@@ -1,13 +1,10 @@
-"""The files of a run's folder: reading what training logged, writing without leaving halves.
+"""Reading what training logged.
 
 Knows nothing of what the records mean. Next: `training/`, which writes metrics.jsonl; `report.py`.
 """
 
 import json
-import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +32,3 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             else:
                 warnings.warn(f"The last line of '{path}' is incomplete and is left out.", stacklevel=2)
     return records
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to. It takes `path`'s place when the block ends, and is removed if it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
