@@ -22,7 +22,7 @@ from layerskip_moe import (
 )
 from layerskip_moe.analysis import evaluate_exits, expert_use, write_report
 from layerskip_moe.bench import compare_decoding, describe_machine
-from layerskip_moe.constants import command_line, default_device, override_constants
+from layerskip_moe.constants import command_line, default_device, given_constants, override_constants
 
 device: str = default_device(globals())  # "cuda" where there is one, else "cpu"
 gpu = device.startswith("cuda")  # on a GPU the defaults grow
@@ -34,11 +34,11 @@ vocab_size: int = 4096 if gpu else 2048  # of the byte-level BPE trained on the 
 seq_len: int = 256 if gpu else 128  # tokens per training sample
 
 # Network
-n_layers: int = 12 if gpu else 8
-n_heads: int = 8 if gpu else 6
+n_layers: int = 12 if gpu else 10
+n_heads: int = 8 if gpu else 4
 n_kv_heads: int | None = None  # key-value heads; None: half of n_heads, or as many where that is odd
-d_model: int = 512 if gpu else 192
-d_ff: int = 1024 if gpu else 256  # hidden width of one expert
+d_model: int = 512 if gpu else 128
+d_ff: int = 1024 if gpu else 192  # hidden width of one expert
 num_experts: int = 8
 k: int = 2  # experts per token
 moe_layers: Literal["every other", "all"] = "every other"  # the others are dense, k times as wide as one expert
@@ -46,7 +46,7 @@ max_seq_len: int | None = None  # None: 1024 or 4 x seq_len, whichever is larger
 
 # Training
 epochs: float = 1.0  # passes over the text ...
-max_steps: int | None = 300 if gpu else 600  # ... unless this is set, which wins
+max_steps: int | None = 300 if gpu else 360  # ... unless this is set, which wins; None: epochs (or give --epochs)
 batch_size: int = 32 if gpu else 8
 learning_rate: float = 1e-3 if gpu else 3e-3
 moe_loss_weight: float = 0.01  # of the load-balance loss
@@ -57,12 +57,12 @@ layer_dropout_max: float = 0.1  # how often the last layer is dropped at the end
 exit_weights: Literal["equal", "paper"] = "equal"  # how much each exit's loss weighs
 exit_loss_scale: float = 1.0  # e_scale, of the early exits against the last layer
 exit_curriculum: Literal["rotational", "gradual", "all", "none"] = "rotational"  # which exits a step supervises
-exit_rotation: int = 2  # every how many layers one is supervised at a step
+exit_rotation: int = 4  # every how many layers one is supervised at a step
 exit_distillation: float = 0.0  # share of an early exit's target that is the last layer's own distribution
 expert_dropout: float = 0.0  # how often an expert sits out a step
 
 # Decoding
-exit_layer: int | None = None  # layers that draft; None: a quarter of n_layers (others are measured too)
+exit_layer: int | None = None  # layers that draft; None: a fifth of n_layers (others are measured too)
 draft_length: int = 4  # tokens drafted per round
 temperature: float = 0.8  # of the sampled comparison; the other is greedy
 num_prompts: int = 20  # held-out prompts
@@ -77,8 +77,11 @@ constants = override_constants(globals())
 # Constants that follow from others, where they were not given.
 n_kv_heads = n_kv_heads or (n_heads // 2 if n_heads % 2 == 0 else n_heads)
 max_seq_len = max_seq_len or max(1024, 4 * seq_len)
-exit_layer = exit_layer or max(n_layers // 4, 1)
-constants |= {"n_kv_heads": n_kv_heads, "max_seq_len": max_seq_len, "exit_layer": exit_layer}
+exit_layer = exit_layer or max(n_layers // 5, 1)
+given = given_constants(globals())
+if "epochs" in given and "max_steps" not in given:
+    max_steps = None
+constants |= {name: globals()[name] for name in ("n_kv_heads", "max_seq_len", "exit_layer", "max_steps")}
 seconds: dict[str, float] = {}
 clock = time.perf_counter()
 
@@ -143,7 +146,7 @@ stage_ends("evaluation")
 prompts = corpus.validation_prompts(num_prompts, 32, seed=seed)
 strategies = {"plain": Autoregressive()} | {
     f"exit {n}": SelfSpeculative(n, draft_length)
-    for n in sorted({exit_layer, max(n_layers // 8, 1), max(n_layers // 2, 1)})
+    for n in sorted({1, exit_layer, max(n_layers // 2, 1)})
 }
 greedy = compare_decoding(model, prompts, strategies, max_new_tokens=max_new_tokens, seed=seed)
 sampled = compare_decoding(

@@ -22,6 +22,11 @@ def command_line(namespace: MutableMapping[str, Any]) -> list[str]:
     return sys.argv[1:] if "__file__" in namespace else []
 
 
+def given_constants(namespace: MutableMapping[str, Any]) -> set[str]:
+    """The names that the command line gives a value, for constants that follow from others."""
+    return {name for name, _ in _pairs(command_line(namespace))}
+
+
 def default_device(namespace: MutableMapping[str, Any]) -> str:
     """The device the constants below it may depend on: --device where it is given, else a GPU where there is
     one, else the CPU."""

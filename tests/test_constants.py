@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from layerskip_moe.constants import default_device, override_constants
+from layerskip_moe.constants import default_device, given_constants, override_constants
 
 
 def script_globals():
@@ -95,6 +95,7 @@ def test_a_notebook_has_no_command_line(monkeypatch):
 def test_the_device_is_known_before_the_constants_that_depend_on_it(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script.py", "--layers", "2", "--device", "cuda:1"])
     assert default_device(script_globals()) == "cuda:1"
+    assert given_constants(script_globals()) == {"layers", "device"}
 
 
 def test_a_script_ends_with_one_sentence_and_exit_code_1(tmp_path):

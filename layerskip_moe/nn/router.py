@@ -24,7 +24,9 @@ class Routing(NamedTuple):
     @property
     def load(self) -> Tensor:
         """[E] int64: how many (token, choice) pairs each expert got."""
-        return torch.bincount(self.chosen.flatten(), minlength=self.logits.shape[-1])
+        chosen = self.chosen.flatten()  # (`bincount` would make a GPU wait to learn its largest entry)
+        load = torch.zeros(self.logits.shape[-1], dtype=torch.int64, device=chosen.device)
+        return load.scatter_add_(0, chosen, torch.ones_like(chosen))
 
 
 class Router(nn.Module):
