@@ -4,9 +4,10 @@
     python main.py --n_layers 4 --max_steps 100     # any constant below can be given
     python main.py --dataset tinystories --sample_fraction 0.05 --out_dir runs/stories
 
-Or paste this file into a Colab or Jupyter cell after `pip install layerskip_moe`, and change a constant.
+Or paste this file into a Colab or Jupyter cell after `pip install -e .`, and change a constant.
 """
 
+import shlex
 import time
 from pathlib import Path
 from typing import Literal
@@ -23,22 +24,24 @@ from layerskip_moe import (
 from layerskip_moe.analysis import evaluate_exits, expert_use, write_report
 from layerskip_moe.bench import compare_decoding, describe_machine
 from layerskip_moe.constants import command_line, default_device, given_constants, override_constants
+from layerskip_moe.generation import Sampling, check_prompts
 
 device: str = default_device(globals())  # "cuda" where there is one, else "cpu"
 gpu = device.startswith("cuda")  # on a GPU the defaults grow
 
 # Text
 dataset: str = "python-stdlib"  # or wikitext-2, wikitext-103, tinystories, owner/name on the hub, a file or folder
+dataset_config: str | None = None  # for hub datasets that have several
 sample_fraction: float = 1.0  # share of the training text to use
 vocab_size: int = 4096 if gpu else 2048  # of the byte-level BPE trained on the training split
 seq_len: int = 256 if gpu else 128  # tokens per training sample
 
 # Network
-n_layers: int = 12 if gpu else 10
+n_layers: int = 12
 n_heads: int = 8 if gpu else 4
 n_kv_heads: int | None = None  # key-value heads; None: half of n_heads, or as many where that is odd
 d_model: int = 512 if gpu else 128
-d_ff: int = 1024 if gpu else 192  # hidden width of one expert
+d_ff: int = 1024 if gpu else 128  # hidden width of one expert
 num_experts: int = 8
 k: int = 2  # experts per token
 moe_layers: Literal["every other", "all"] = "every other"  # the others are dense, k times as wide as one expert
@@ -46,7 +49,7 @@ max_seq_len: int | None = None  # None: 1024 or 4 x seq_len, whichever is larger
 
 # Training
 epochs: float = 1.0  # passes over the text ...
-max_steps: int | None = 300 if gpu else 360  # ... unless this is set, which wins; None: epochs (or give --epochs)
+max_steps: int | None = 300 if gpu else 270  # ... unless this is set, which wins; None: epochs (or give --epochs)
 batch_size: int = 32 if gpu else 8
 learning_rate: float = 1e-3 if gpu else 3e-3
 moe_loss_weight: float = 0.01  # of the load-balance loss
@@ -62,7 +65,7 @@ exit_distillation: float = 0.0  # share of an early exit's target that is the la
 expert_dropout: float = 0.0  # how often an expert sits out a step
 
 # Decoding
-exit_layer: int | None = None  # layers that draft; None: a fifth of n_layers (others are measured too)
+exit_layer: int | None = None  # layers that draft; None: a sixth of n_layers (others are measured too)
 draft_length: int = 4  # tokens drafted per round
 temperature: float = 0.8  # of the sampled comparison; the other is greedy
 num_prompts: int = 20  # held-out prompts
@@ -70,19 +73,23 @@ max_new_tokens: int = 128  # per prompt
 
 # Run
 seed: int = 0
+checkpoint_every: int | None = None  # steps between checkpoints; None: ten in a run
 out_dir: str = "runs/main"
 
 constants = override_constants(globals())
 
 # Constants that follow from others, where they were not given.
-n_kv_heads = n_kv_heads or (n_heads // 2 if n_heads % 2 == 0 else n_heads)
-max_seq_len = max_seq_len or max(1024, 4 * seq_len)
-exit_layer = exit_layer or max(n_layers // 5, 1)
+if n_kv_heads is None:
+    n_kv_heads = n_heads // 2 if n_heads % 2 == 0 else n_heads
+if max_seq_len is None:
+    max_seq_len = max(1024, 4 * seq_len)
+if exit_layer is None:
+    exit_layer = max(n_layers // 6, 1)
 given = given_constants(globals())
 if "epochs" in given and "max_steps" not in given:
     max_steps = None
 constants |= {name: globals()[name] for name in ("n_kv_heads", "max_seq_len", "exit_layer", "max_steps")}
-seconds: dict[str, float] = {}
+seconds = dict.fromkeys(("text", "training", "evaluation", "decoding"), 0.0)
 clock = time.perf_counter()
 
 
@@ -94,7 +101,10 @@ def stage_ends(name: str) -> None:
 
 
 # Text -> tokens
-corpus = load_corpus(dataset, vocab_size=vocab_size, sample_fraction=sample_fraction, seed=seed)
+corpus = load_corpus(dataset, config=dataset_config, vocab_size=vocab_size, sample_fraction=sample_fraction, seed=seed)
+prompts = corpus.validation_prompts(num_prompts, 32, seed=seed)
+if len(corpus.validation) <= seq_len:
+    raise ValueError(f"the held-out text has {len(corpus.validation)} tokens, too few for seq_len={seq_len}; lower it.")
 stage_ends("text")
 
 # Build
@@ -111,7 +121,10 @@ config = ModelConfig(
     moe_layers=moe_layers,
     max_seq_len=max_seq_len,
 )
-SelfSpeculative(exit_layer, draft_length).check(config)  # now, not after minutes of training
+# What decoding will need is checked now, not after minutes of training.
+SelfSpeculative(exit_layer, draft_length).check(config)
+Sampling(temperature)
+check_prompts(prompts, config, max_new_tokens)
 model = MoEDecoder(config, seed=seed).to(device)
 parameters, active_parameters = model.parameter_counts()
 print(f"{parameters / 1e6:.1f}M parameters, {active_parameters / 1e6:.1f}M of them used per token, on {device}")
@@ -132,6 +145,7 @@ recipe = TrainConfig(
     exit_distillation=exit_distillation,
     expert_dropout=expert_dropout,
     seed=seed,
+    checkpoint_every=checkpoint_every,
 )
 result = train(model, corpus, recipe, out_dir, resume=resume)
 model.save_pretrained(Path(out_dir) / "model", tokenizer=corpus.tokenizer)
@@ -143,10 +157,9 @@ experts = expert_use(model, corpus.validation, seq_len=seq_len, batch_size=batch
 stage_ends("evaluation")
 
 # Decode
-prompts = corpus.validation_prompts(num_prompts, 32, seed=seed)
 strategies = {"plain": Autoregressive()} | {
     f"exit {n}": SelfSpeculative(n, draft_length)
-    for n in sorted({1, exit_layer, max(n_layers // 2, 1)})
+    for n in sorted({exit_layer, max(n_layers // 4, 1), max(n_layers // 3, 1)})
 }
 greedy = compare_decoding(model, prompts, strategies, max_new_tokens=max_new_tokens, seed=seed)
 sampled = compare_decoding(
@@ -158,7 +171,7 @@ stage_ends("decoding")
 report_path = write_report(
     out_dir,
     {
-        "command": " ".join(["python main.py", *command_line(globals())]),
+        "command": shlex.join(["python", "main.py", *command_line(globals())]),
         "constants": constants,
         "machine": describe_machine(device),
         "model": {"parameters": parameters, "active_parameters": active_parameters, "config": config},
@@ -172,7 +185,7 @@ report_path = write_report(
             "steps": result.steps,
             "seconds": result.seconds,
             "tokens_per_second": result.tokens / result.seconds,
-            "final_losses": result.losses["exit_losses"],
+            "final_losses": result.losses.get("exit_losses", {}),
             "best_validation": {"step": result.best_step, "perplexity": result.validation[-1]}
             if result.validation
             else None,

@@ -18,8 +18,18 @@ import torch
 
 def command_line(namespace: MutableMapping[str, Any]) -> list[str]:
     """The arguments of the script that `namespace` (its globals()) belongs to; none in a notebook cell, whose
-    process has a command line, but not for us."""
-    return sys.argv[1:] if "__file__" in namespace else []
+    process has a command line, but not for us.
+
+    From here on, and only in a script, a ValueError (or another error of ours that is one sentence) that nobody
+    catches ends the process with that sentence and exit code 1; --help prints the script's docstring.
+    """
+    if "__file__" not in namespace:
+        return []
+    sys.excepthook = _one_sentence
+    if "--help" in sys.argv[1:]:
+        print(namespace.get("__doc__"))
+        sys.exit(0)
+    return sys.argv[1:]
 
 
 def given_constants(namespace: MutableMapping[str, Any]) -> set[str]:
@@ -29,49 +39,71 @@ def given_constants(namespace: MutableMapping[str, Any]) -> set[str]:
 
 def default_device(namespace: MutableMapping[str, Any]) -> str:
     """The device the constants below it may depend on: --device where it is given, else a GPU where there is
-    one, else the CPU."""
+    one, else the CPU. Raises ValueError for a device that is not there."""
     for name, value in _pairs(command_line(namespace)):
-        if name == "device":
+        if name == "device" and value is not None:
+            check_device(value)
             return value
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError unless torch can put a tensor there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device={device!r} is not to be had here; 'cpu' always is, 'cuda' with a GPU.") from error
 
 
 def override_constants(namespace: MutableMapping[str, Any], arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Give the annotated names of `namespace` the values the command line has for them.
 
-    arguments: instead of the command line's, as for it: `--name value` or `--name=value`.
-    Returns all constants, name to value, in the order in which they were written. From here on, and only in a
-    script, an uncaught ValueError ends the process with its one sentence and exit code 1. Raises ValueError
-    for an unknown name, a missing value, or one that is not of the constant's type.
+    arguments: instead of the command line's, as for it: `--name value`, `--name=value`, or `--name` alone for
+    True.
+    Returns all constants, name to value, in the order in which they were written. Raises ValueError for an
+    unknown name, a missing value, or one that is not of the constant's type.
     """
-    if "__file__" in namespace:
-        sys.excepthook = _one_sentence
     kinds = typing.get_type_hints(types.SimpleNamespace(__annotations__=namespace.get("__annotations__", {})))
+    # In a notebook other cells may have annotated names of their own, or deleted some.
+    kinds = {name: kind for name, kind in kinds.items() if name in namespace and _is_plain(kind)}
     for name, text in _pairs(command_line(namespace) if arguments is None else arguments):
         if name not in kinds:
             raise ValueError(f"--{name} is not one of the constants, which are: {', '.join(kinds)}.")
-        namespace[name] = _parse(name, text, kinds[name])
+        if text is None and kinds[name] is not bool:
+            raise ValueError(f"--{name} has no value; constants are given as --name value.")
+        namespace[name] = True if text is None else _parse(name, text, kinds[name])
     return {name: namespace[name] for name in kinds}
 
 
-def _pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    pairs = []
+def _choices(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+def _is_plain(kind: Any) -> bool:
+    plain = (int, float, bool, str, type(None))
+    return all(choice in plain or typing.get_origin(choice) is typing.Literal for choice in _choices(kind))
+
+
+def _pairs(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
+    """(name, value) of each argument; the value is None for a name alone."""
+    pairs: list[tuple[str, str | None]] = []
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
             raise ValueError(f"{word!r} is not understood; constants are given as --name value.")
         name, equals, value = word[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise ValueError(f"--{name} has no value; constants are given as --name value.")
-            value = rest.pop(0)
-        pairs.append((name, value))
+        if equals:
+            pairs.append((name, value))
+        elif rest and not rest[0].startswith("--"):
+            pairs.append((name, rest.pop(0)))
+        else:
+            pairs.append((name, None))
     return pairs
 
 
 def _parse(name: str, text: str, kind: Any) -> Any:
-    choices = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    choices = _choices(kind)
     if text == "None" and type(None) in choices:
         return None
     words = {"True": True, "False": False, "true": True, "false": False}
@@ -97,7 +129,8 @@ def _describe(kind: Any) -> str:
 
 
 def _one_sentence(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-    if issubclass(kind, ValueError) and not issubclass(kind, UnicodeError):
+    ours = (ValueError, FloatingPointError)  # what a user did, and a run that diverged
+    if issubclass(kind, ours) and not issubclass(kind, UnicodeError):
         print(f"error: {error}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

@@ -47,6 +47,8 @@ def excepthook(monkeypatch):
         (["--name", "12"], "name", "12"),
         (["--name", "a=b"], "name", "a=b"),
         (["--resume", "true"], "resume", True),
+        (["--resume"], "resume", True),
+        (["--resume", "--layers", "8"], "resume", True),
         (["--kind", "b"], "kind", "b"),
     ],
 )
@@ -72,6 +74,7 @@ def test_a_constant_takes_the_value_given_in_its_own_type(arguments, name, value
         (["--resume", "1"], "resume is True or False"),
         (["--kind", "c"], "kind is 'a' or 'b'"),
         (["--layers"], "--layers has no value"),
+        (["--layers", "--rate", "1"], "--layers has no value"),
         (["layers", "4"], "'layers' is not understood"),
         (["-layers", "4"], "'-layers' is not understood"),
     ],
@@ -93,9 +96,24 @@ def test_a_notebook_has_no_command_line(monkeypatch):
 
 
 def test_the_device_is_known_before_the_constants_that_depend_on_it(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["script.py", "--layers", "2", "--device", "cuda:1"])
-    assert default_device(script_globals()) == "cuda:1"
+    monkeypatch.setattr(sys, "argv", ["script.py", "--layers", "2", "--device", "meta"])
+    assert default_device(script_globals()) == "meta"
     assert given_constants(script_globals()) == {"layers", "device"}
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    for device in ("banana", "cuda:99"):
+        monkeypatch.setattr(sys, "argv", ["script.py", "--device", device])
+        with pytest.raises(ValueError, match=f"device='{device}'"):
+            default_device(script_globals())
+
+
+def test_a_second_run_of_a_cell_sees_only_its_constants():
+    namespace = script_globals()
+    del namespace["__file__"]
+    namespace["__annotations__"] = namespace["__annotations__"] | {"seconds": dict[str, float], "gone": int}
+    namespace["seconds"] = {"text": 1.0}
+    assert list(override_constants(namespace)) == list(script_globals()["__annotations__"])
 
 
 def test_a_script_ends_with_one_sentence_and_exit_code_1(tmp_path):

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerskip_moe.analysis.held_out import evaluating, held_out_batches, run_all_layers
+from layerskip_moe.analysis.held_out import held_out_batches, run_all_layers
 from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.nn.modes import evaluating
 
 _LIVE_LOGITS = 2**24  # logits held at one time: 64 MiB in float32, whatever the vocabulary
 

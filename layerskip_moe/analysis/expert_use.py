@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerskip_moe.analysis.held_out import evaluating, held_out_batches, run_all_layers
+from layerskip_moe.analysis.held_out import held_out_batches, run_all_layers
 from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.nn.modes import evaluating
 from layerskip_moe.training.balance import balance_metrics
 
 

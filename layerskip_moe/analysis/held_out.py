@@ -4,7 +4,6 @@ Knows nothing of what is measured. Next: `exits.py` and `expert_use.py`, which m
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -12,19 +11,6 @@ from tqdm.auto import tqdm
 
 from layerskip_moe.data import steps_per_epoch, windows
 from layerskip_moe.nn import MoEDecoder, RunOutput
-
-
-@contextmanager
-def evaluating(model: MoEDecoder) -> Iterator[None]:
-    """Evaluation mode without gradients; every module gets its own mode back, also after an error."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def held_out_batches(

@@ -16,6 +16,8 @@ from layerskip_moe.analysis import distinct_ngrams
 from layerskip_moe.generation import Generation, Strategy, generate
 from layerskip_moe.nn import MoEDecoder
 
+_WARM_UP_TOKENS = 32  # enough to touch every weight and every kernel
+
 
 @dataclass(frozen=True)
 class StrategyResult:
@@ -88,7 +90,7 @@ def compare_decoding(
     prompts: lists of token ids, each of which gets exactly max_new_tokens new ones. temperature, top_p: as in
     `generate`; prompt i is decoded with seed + i by all strategies.
 
-    Each strategy first decodes the first prompt untimed, as a warm-up. Then, prompt by prompt, each runs once,
+    Each strategy first decodes a little of the first prompt untimed, to warm up. Then, prompt by prompt, each runs once,
     the order rotated by one from prompt to prompt: drift of the machine and the place in the order hit all
     alike, and a ratio compares runs made seconds apart. Garbage collection stays on, as it is for users;
     medians absorb it.
@@ -102,12 +104,12 @@ def compare_decoding(
     names = list(strategies)
     runs: dict[str, list[Generation]] = {name: [] for name in names}
 
-    def decode(name: str, index: int) -> Generation:
+    def decode(name: str, index: int, new_tokens: int = max_new_tokens) -> Generation:
         return generate(
             model,
             [prompts[index]],
             strategies[name],
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=new_tokens,
             temperature=temperature,
             top_p=top_p,
             seed=seed + index,
@@ -116,7 +118,7 @@ def compare_decoding(
     total = (1 + len(prompts)) * len(names)
     with tqdm(total=total, desc="comparing decoding", disable=not progress, leave=False) as bar:
         for name in names:
-            decode(name, 0)
+            decode(name, 0, min(max_new_tokens, _WARM_UP_TOKENS))
             bar.update()
         for index in range(len(prompts)):
             turn = index % len(names)

@@ -26,7 +26,7 @@ SMALLEST_VOCABULARY = {"bpe": 257, "unigram": 258}
 END_OF_TEXT = "<|endoftext|>"
 
 # What other people's tokenizers call the end of a document, the most specific first.
-_SEPARATORS = (END_OF_TEXT, "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>", "<|im_end|>")
+END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>", "<|im_end|>")
 # More text hardly changes a small vocabulary, and costs minutes and memory.
 _TRAINING_CHARACTERS = 64_000_000
 _PIECE_CHARACTERS = 1 << 16
@@ -113,12 +113,12 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
     """The id that separates documents: <|endoftext|>, or what the tokenizer has in its place."""
-    for separator in _SEPARATORS:
+    for separator in END_OF_TEXT_NAMES:
         token_id = tokenizer.token_to_id(separator)
         if token_id is not None:
             return int(token_id)
     raise ValueError(
-        f"The tokenizer has no token that separates documents: add one of {', '.join(_SEPARATORS)} to its "
+        f"The tokenizer has no token that separates documents: add one of {', '.join(END_OF_TEXT_NAMES)} to its "
         "special tokens."
     )
 

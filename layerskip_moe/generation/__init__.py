@@ -1,7 +1,7 @@
 """Decoding a trained network. Start at `generate.py`; strategies are small files over one `session.py`."""
 
 from layerskip_moe.generation.autoregressive import Autoregressive
-from layerskip_moe.generation.generate import Generation, Strategy, generate
+from layerskip_moe.generation.generate import Generation, Strategy, check_prompts, generate
 from layerskip_moe.generation.sampling import Sampling
 from layerskip_moe.generation.self_speculative import SelfSpeculative
 from layerskip_moe.generation.session import Session
@@ -15,5 +15,6 @@ __all__ = [
     "SelfSpeculative",
     "Session",
     "Strategy",
+    "check_prompts",
     "generate",
 ]

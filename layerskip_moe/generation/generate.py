@@ -5,8 +5,7 @@ Knows nothing of what a strategy does in a round. Next: `session.py`, then the s
 
 import operator
 import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,12 +16,14 @@ from layerskip_moe.generation.sampling import Sampling
 from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.statistics import GenerationStats
 from layerskip_moe.nn import ModelConfig, MoEDecoder
+from layerskip_moe.nn.modes import evaluating
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 # How the usual families spell the token that ends a text; the first one a tokenizer knows is taken.
-END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+# (The same list as in data/tokenizer.py, which this room does not know; a test compares them.)
+END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>", "<|im_end|>")
 
 
 class Strategy(Protocol):
@@ -80,7 +81,9 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, seed)
     strategy.check(model.config)
     encoded = _encode(prompts, tokenizer)
-    _check(encoded, model.config, max_new_tokens, batch_size)
+    check_prompts(encoded, model.config, max_new_tokens)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be 1 or more.")
     if stop_tokens is None:
         stop_tokens = [] if tokenizer is None else _end_of_text(tokenizer)
 
@@ -88,7 +91,7 @@ def generate(
     row_stats: list[GenerationStats] = []
     total = GenerationStats()
     size = batch_size or len(encoded)
-    with _eval_mode(model), torch.inference_mode():
+    with evaluating(model):
         for first in range(0, len(encoded), size):
             start = _now(model)
             session = Session(
@@ -130,13 +133,13 @@ def _encode(prompts: Sequence[Sequence[int] | str], tokenizer: "Tokenizer | None
     return encoded
 
 
-def _check(prompts: list[list[int]], config: ModelConfig, max_new_tokens: int, batch_size: int | None) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig, max_new_tokens: int) -> None:
+    """Raise ValueError where `generate` would: no prompts, an empty one, one with ids outside the vocabulary, or
+    one too long for max_seq_len together with max_new_tokens."""
     if not prompts:
         raise ValueError("there are no prompts; give at least one.")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be 1 or more.")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be 1 or more.")
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {index} is empty; give at least one token, such as the end of text.")
@@ -162,13 +165,3 @@ def _now(model: MoEDecoder) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()
-
-
-@contextmanager
-def _eval_mode(model: MoEDecoder) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -11,7 +11,8 @@ class GenerationStats:
     """Counts of one prompt, or of a whole batch: then each count is the sum over its prompts.
 
     generated: new tokens given back (a stop token is not one of them)
-    rounds:    passes of the full model that gave at least one token: verifications, or plain steps
+    rounds:    passes of the full model over a row: verifications, or plain steps; one that only met a stop
+               token is counted too
     drafted:   tokens proposed by a draft
     accepted:  drafted tokens the full model agreed with; the token it adds itself is not one of them
     prefill_seconds, decode_seconds: wall time of running the prompts, and of all that came after. A row
@@ -32,7 +33,7 @@ class GenerationStats:
 
     @property
     def tokens_per_round(self) -> float:
-        """Tokens each verification yielded: between 1 and the draft length + 1."""
+        """Tokens each verification yielded, at most the draft length + 1."""
         return self.generated / self.rounds if self.rounds else 0.0
 
     @property

@@ -32,13 +32,12 @@ class Places(NamedTuple):
     mask: Tensor | None = None
 
 
-def locate(positions: Tensor, config: ModelConfig, cache: KVCache | None = None) -> Places:
-    """Places of positions [B, T], each below max_seq_len."""
+def locate(positions: Tensor, config: ModelConfig, cache: KVCache | None = None, length: int = 0) -> Places:
+    """Places of positions [B, T], each below max_seq_len; with a cache, each below `length` too."""
     table = rotary_table(config.head_width, config.rope_theta, config.max_seq_len, positions.device)
     cos, sin = (angles[positions][:, None] for angles in table)
     if cache is None:
         return Places(cos, sin)
-    length = int(positions.max()) + 1
     if positions.numel() == 1:  # plain decoding and drafting: one query, which reads all there is
         return Places(cos, sin, cache.slots(positions), length)
     seen = torch.arange(length, device=positions.device)

@@ -19,7 +19,8 @@ class KVCache:
 
     keys, values: [L, B, capacity, G, head_dim]
     lengths:      [B] int64, how many leading positions of each row are complete in every layer. `run` does
-                  not move them (a draft fills early layers only); who decodes does, by `extend` and `crop`.
+                  not move them (a draft fills early layers only); who decodes does, by `extend`, and may take
+                  some back by `crop`.
     """
 
     def __init__(

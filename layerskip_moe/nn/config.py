@@ -116,7 +116,7 @@ class ModelConfig:
 
     def _check_experts(self) -> None:
         if isinstance(self.moe_layers, tuple):
-            outside = [i for i in self.moe_layers if not isinstance(i, int) or not 0 <= i < self.n_layers]
+            outside = [i for i in self.moe_layers if type(i) is not int or not 0 <= i < self.n_layers]
             if outside:
                 raise ValueError(f"moe_layers names {outside}, but layers are 0 to {self.n_layers - 1}.")
         elif self.moe_layers not in ("all", "every other"):

@@ -224,9 +224,9 @@ class MoEDecoder(nn.Module):
         experts.
         """
         layers = list(layers)
-        self._check_positions(positions, cache)
-        self._check_run(layers, cache, keep, keep_experts, expert_mask, top_k, collect)
-        places = locate(positions, self.config, cache)
+        length = self._check_positions(positions, cache)
+        self._check_run(layers, hidden.shape[0], cache, keep, keep_experts, expert_mask, top_k, collect)
+        places = locate(positions, self.config, cache, length)
         output = RunOutput(hidden)
         for index, layer in enumerate(layers):
             rows = _rows(keep, index, hidden.device)  # the samples that stay; None: all of them
@@ -259,32 +259,28 @@ class MoEDecoder(nn.Module):
     def fill(self, hidden: Tensor, layers: Sequence[int], *, positions: Tensor, cache: KVCache) -> None:
         """Write only the keys and values of skipped layers, all from the same exit state hidden [B, T, D]
         (CALM's state propagation, arXiv 2207.07061). Raises ValueError for positions past the end, as `run`."""
-        self._check_positions(positions, cache)
-        places = locate(positions, self.config, cache)
+        places = locate(positions, self.config, cache, self._check_positions(positions, cache))
         for layer in layers:
             block = self.blocks[layer]
             assert isinstance(block, Block)
             block.attention.fill(block.attention_norm(hidden), places, cache, layer)
 
-    def _check_positions(self, positions: Tensor, cache: KVCache | None) -> None:
+    def _check_positions(self, positions: Tensor, cache: KVCache | None) -> int:
+        """How many positions of a row are in play: one past the last. With a GPU's cache this waits for it, once."""
         limit = self.config.max_seq_len
-        if cache is None:
-            if positions.shape[1] > limit:
-                raise ValueError(
-                    f"{positions.shape[1]} positions are more than max_seq_len={limit}; "
-                    "shorten the text, or build the model with a larger max_seq_len."
-                )
-            return
-        last = int(positions.max())
-        if last >= min(limit, cache.capacity):
+        length = positions.shape[1] if cache is None else int(positions.max()) + 1
+        if length > limit or (cache is not None and length > cache.capacity):
+            room = "" if cache is None else f" and the cache has {cache.capacity} slots"
             raise ValueError(
-                f"position {last} is past the end: max_seq_len is {limit} and the cache has "
-                f"{cache.capacity} slots; ask for fewer tokens or build the model with a larger max_seq_len."
+                f"{length} positions are too many: max_seq_len is {limit}{room}; "
+                "use less text or ask for fewer tokens, or build the model with a larger max_seq_len."
             )
+        return length
 
     def _check_run(
         self,
         layers: list[int],
+        batch_size: int,
         cache: KVCache | None,
         keep: Tensor | None,
         keep_experts: Tensor | None,
@@ -297,9 +293,15 @@ class MoEDecoder(nn.Module):
             raise ValueError(f"layers={layers} must rise and lie within 0 to {config.n_layers - 1}.")
         if not set(collect) <= set(layers):
             raise ValueError(f"collect={list(collect)} names layers that do not run; layers={layers} do.")
-        for name, mask in (("keep", keep), ("keep_experts", keep_experts), ("expert_mask", expert_mask)):
-            if mask is not None and mask.dim() == 2 and len(mask) != len(layers):
-                raise ValueError(f"{name} has {len(mask)} rows but {len(layers)} layers run; give one row for each.")
+        for name, mask in (("keep", keep), ("keep_experts", keep_experts)):
+            if mask is not None and mask.shape != (len(layers), batch_size):
+                raise ValueError(
+                    f"{name} is {list(mask.shape)} but {len(layers)} layers run {batch_size} samples; "
+                    "give a row for each layer and a column for each sample."
+                )
+        wanted = ((config.num_experts,), (len(layers), config.num_experts))
+        if expert_mask is not None and expert_mask.shape not in wanted:
+            raise ValueError(f"expert_mask is {list(expert_mask.shape)} but must be {' or '.join(map(str, wanted))}.")
         if keep is not None and cache is not None:
             raise ValueError("keep is for training without a cache: a skipped sample would leave holes in it.")
         if top_k is not None and not 1 <= top_k <= config.num_experts:

@@ -22,12 +22,18 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def run_experts_loop(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
-    """x [N, D] -> [N, D], expert after expert, each needed one read once; for any dtype and device."""
+    """x [N, D] -> [N, D], expert after expert, each needed one read once; for any dtype and device.
+
+    A GPU is waited for once, to learn the load.
+    """
     out = torch.zeros_like(x)
-    for expert in routing.chosen.unique().tolist():
-        rows, places = (routing.chosen == expert).nonzero(as_tuple=True)
-        result = F.linear(swiglu(F.linear(x[rows], gate_up[expert])), down[expert])
-        out = out.index_add(0, rows, result * routing.weights[rows, places, None].to(x.dtype))
+    order = routing.chosen.flatten().argsort(stable=True)  # (token, choice) pairs, by expert
+    weights = routing.weights.flatten().to(x.dtype)
+    for expert, pairs in enumerate(order.split(routing.load.tolist())):
+        if len(pairs):
+            rows = pairs // routing.chosen.shape[1]
+            result = F.linear(swiglu(F.linear(x[rows], gate_up[expert])), down[expert])
+            out = out.index_add(0, rows, result * weights[pairs, None])
     return out
 
 
@@ -77,9 +83,10 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(x.device.type):  # grouped_mm is not on autocast's list
             dtype = torch.get_autocast_dtype(x.device.type)
             x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
-        # On a GPU the choice stays there: reading it back would wait for the device at every layer.
-        if len(x) == 1 and x.device.type == "cpu":
+        grouped = can_group(x, gate_up)
+        # Where a GPU can group, the choice stays there: reading it back waits for the device at every layer.
+        if len(x) == 1 and not (grouped and x.device.type == "cuda"):
             return run_experts_one_token(x, routing, gate_up, down)
-        if can_group(x, gate_up):
+        if grouped:
             return run_experts_grouped(x, routing, gate_up, down)
         return run_experts_loop(x, routing, gate_up, down)

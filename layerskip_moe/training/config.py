@@ -46,7 +46,7 @@ class TrainConfig:
     exit_distillation: share of an early exit's target that is the last layer's own distribution
 
     Experts
-    moe_loss_weight:   of the load-balance loss, mean over layers
+    moe_loss_weight:   of the load-balance loss, mean over layers; set it to 0 for balancing by the bias alone
     router_z_loss_weight: of the router z-loss, mean over layers
     bias_update_rate:  step of the choice bias, where ModelConfig.bias_balancing is on
 
@@ -56,7 +56,7 @@ class TrainConfig:
     validate_every:    steps between validations; None: ten times in the run; 0: only at the end
     validation_windows: samples of the validation split used each time
     keep_best:         end with the weights of the best validation (last layer's perplexity)
-    checkpoint_every:  steps between checkpoints; None: only at the end; 0: none
+    checkpoint_every:  steps between checkpoints; None: ten times in the run; 0: none
     log_every:         steps between lines of metrics.jsonl
     """
 

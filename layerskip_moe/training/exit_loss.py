@@ -205,7 +205,9 @@ class _ChunkedExitLoss(torch.autograd.Function):
                 log_sum = logits.logsumexp(-1, keepdim=True)
                 cross_entropy[i] += (log_sum - logits.gather(1, target)).masked_fill(ignored, 0).sum()
                 if teacher is not None:
-                    soft = log_sum - torch.linalg.vecdot(teacher, logits)[:, None]
+                    soft = log_sum - (teacher * logits).sum(
+                        -1, keepdim=True
+                    )  # (vecdot would be rounded under autocast)
                     distilled[i] += soft.masked_fill(ignored, 0).sum()
                 if not needs_grad and not (i == last and distillation > 0):
                     continue

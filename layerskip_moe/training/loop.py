@@ -9,6 +9,7 @@ import dataclasses
 import math
 import time
 import warnings
+import zlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from layerskip_moe.data import Corpus, batches, steps_per_epoch
+from layerskip_moe.data import batches, steps_per_epoch
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.decoder import MoEMLP
+from layerskip_moe.nn.modes import in_mode
 from layerskip_moe.nn.noise import hash_uniform
 from layerskip_moe.training.balance import bias_update
 from layerskip_moe.training.checkpoint import load_checkpoint, save_checkpoint
@@ -42,7 +44,7 @@ class TrainResult:
               finished run that is resumed without its metrics.jsonl
     validation: last validation's perplexity per exit layer 1..L, of the weights the model now has; empty
               without a validation split
-    steps, tokens, seconds: optimizer steps of the whole run; tokens seen and wall time of this call
+    steps, tokens, seconds: optimizer steps, training tokens seen, wall time; what went before a resume included
     best_step: the step whose weights the model now has
     """
 
@@ -67,7 +69,7 @@ class _Text(Protocol):
 
 def train(
     model: MoEDecoder,
-    corpus: Corpus | _Text,
+    corpus: _Text,
     config: TrainConfig,
     out_dir: str | Path,
     *,
@@ -93,7 +95,7 @@ def train(
     out_dir.mkdir(parents=True, exist_ok=True)
     per_step = config.batch_size * config.accumulation
     max_steps = config.max_steps or math.ceil(config.epochs * steps_per_epoch(corpus.train, config.seq_len, per_step))
-    run = _Run(model, config, max_steps)
+    run = _Run(model, config, max_steps, corpus)
     first = run.restore(load_checkpoint(out_dir)) if resume else 0
     validates = len(corpus.validation) > config.seq_len
     if len(corpus.validation) and not validates:
@@ -102,9 +104,10 @@ def train(
             f"{config.seq_len + 1}, so nothing is validated; use a longer text or a smaller seq_len.",
             stacklevel=2,
         )
-    validate_every = max(max_steps // 10, 1) if config.validate_every is None else config.validate_every
+    tenth = max(max_steps // 10, 1)
+    validate_every = tenth if config.validate_every is None else config.validate_every
+    checkpoint_every = tenth if config.checkpoint_every is None else config.checkpoint_every
 
-    started = time.perf_counter()
     text = batches(
         corpus.train,
         seq_len=config.seq_len,
@@ -112,9 +115,7 @@ def train(
         seed=config.seed,
         start=first * config.accumulation,
     )
-    was_training = model.training
-    model.train()
-    try:
+    with in_mode(model, training=True):
         with (
             MetricsWriter(out_dir, before_step=first) as metrics,
             tqdm(total=max_steps, initial=first, desc="training", unit="step", disable=not progress) as bar,
@@ -136,12 +137,9 @@ def train(
                     with run.autocast():
                         metrics.write("validation", step, run.validate(corpus.validation, done))
                     logged_at += time.perf_counter() - paused
-                checkpoint_every = config.checkpoint_every
                 if checkpoint_every != 0 and (last or (checkpoint_every and done % checkpoint_every == 0)):
                     save_checkpoint(out_dir, run.state(done))
         best_step = run.take_best()
-    finally:
-        model.train(was_training)
     trained = [r for r in metrics.records if r["split"] == "train"]
     kept = [r for r in metrics.records if r["split"] == "validation" and r["step"] + 1 == best_step]
     return TrainResult(
@@ -149,8 +147,8 @@ def train(
         losses={name: trained[-1][name] for name in _FINAL_LOSSES} if trained else {},
         validation=kept[-1]["perplexity"] if kept else [],
         steps=max_steps,
-        tokens=(max_steps - first) * per_step * config.seq_len,
-        seconds=time.perf_counter() - started,
+        tokens=max_steps * per_step * config.seq_len,
+        seconds=run.seconds,
         best_step=best_step,
     )
 
@@ -158,8 +156,10 @@ def train(
 class _Run:
     """Model, optimizer and best weights so far: what changes from step to step, and what a checkpoint holds."""
 
-    def __init__(self, model: MoEDecoder, config: TrainConfig, max_steps: int) -> None:
+    def __init__(self, model: MoEDecoder, config: TrainConfig, max_steps: int, corpus: _Text) -> None:
         self.model, self.config, self.max_steps = model, config, max_steps
+        self.text = _fingerprint(corpus)
+        self.started = time.perf_counter()  # moved back by `restore`, so that a resumed run counts what it had
         model.zero_grad(set_to_none=True)  # a run stopped in mid-step leaves gradients behind
         self.optimizer = make_optimizer(model, config)
         self.dtype = autocast_dtype(config.precision, model.device)
@@ -167,6 +167,11 @@ class _Run:
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=self.dtype == torch.float16)
         self.learning_rate = 0.0
         self.best: dict[str, Any] | None = None  # {"loss", "step", "weights"}
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of this run so far, the time before a resume included."""
+        return time.perf_counter() - self.started
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The number type of matrix products, on this run's device."""
@@ -209,7 +214,8 @@ class _Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._move_balance_bias(losses)
+        if math.isfinite(norm):  # else the scaler has skipped the step
+            self._move_balance_bias(losses)
         return losses, norm
 
     def _check_finite(self, name: str, value: float, step: int) -> None:
@@ -253,11 +259,17 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "best": self.best,
+            "text": self.text,
+            "seconds": self.seconds,
         }
 
     def restore(self, state: dict[str, Any]) -> int:
         """Take up a checkpoint; the number of steps it had done."""
         here = self.state(0)
+        if state.keys() != here.keys():
+            raise ValueError(
+                "the checkpoint to resume is not one of this version's training runs; start without resume."
+            )
         free = ("log_every", "checkpoint_every")  # these do not change what is computed
         for part in ("model_config", "train_config"):
             changed = [
@@ -267,15 +279,20 @@ class _Run:
             ]
             if changed:
                 raise ValueError(f"the run to resume had other settings: {'; '.join(changed)}; put them back.")
-        if state["max_steps"] != self.max_steps:
-            raise ValueError(
-                f"the run to resume was to take {state['max_steps']} steps, not {self.max_steps}: the text has changed."
-            )
+        if (state["max_steps"], state["text"]) != (self.max_steps, self.text):
+            raise ValueError("the run to resume was on another text; give it the same corpus and tokenizer again.")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.best = state["best"]
+        self.started = time.perf_counter() - state["seconds"]
         return state["step"]
+
+
+def _fingerprint(corpus: _Text) -> list[int]:
+    """Tells one text from another: lengths, and a checksum of both ends of the training split."""
+    ends = torch.cat([corpus.train[:4096], corpus.train[-4096:]]).to(torch.int64)
+    return [len(corpus.train), len(corpus.validation), zlib.crc32(ends.numpy().tobytes())]
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from layerskip_moe.data import windows
 from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.nn.modes import evaluating
 from layerskip_moe.training.balance import load_balance_loss, router_z_loss
 from layerskip_moe.training.config import TrainConfig
 from layerskip_moe.training.exit_loss import active_exits, exit_loss, exit_weights
@@ -128,7 +129,6 @@ def step_losses(parts: Sequence[Losses]) -> Losses:
     )
 
 
-@torch.inference_mode()
 def validation_losses(model: MoEDecoder, tokens: Tensor, config: TrainConfig) -> list[float]:
     """Cross entropy at every exit layer 1..L on held-out tokens (1-D), in nats per token, dropout off.
 
@@ -137,9 +137,7 @@ def validation_losses(model: MoEDecoder, tokens: Tensor, config: TrainConfig) ->
     n_layers = model.config.n_layers
     equal = torch.full((n_layers,), 1.0 / n_layers, dtype=torch.float64)
     sums, count = torch.zeros(n_layers, dtype=torch.float64), 0
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for inputs, labels in windows(tokens, config.seq_len, config.batch_size, limit=config.validation_windows):
             inputs, labels = inputs.to(model.device), labels.to(model.device)
             positions = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape)
@@ -148,6 +146,4 @@ def validation_losses(model: MoEDecoder, tokens: Tensor, config: TrainConfig) ->
             losses = exit_loss(model, out.collected, labels, equal).cross_entropy
             sums += torch.stack([losses[layer] for layer in layers]).double().cpu() * labels.numel()
             count += labels.numel()
-    finally:
-        model.train(was_training)
     return (sums / count).tolist()

@@ -6,8 +6,8 @@ Knows nothing of how the numbers came about. Next: `loop.py`, which writes; `ana
 """
 
 import json
-import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ class MetricsWriter:
 
 
 def _tensorboard(out_dir: Path, before_step: int) -> Any:
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # where TensorFlow is installed, TensorBoard loads it
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

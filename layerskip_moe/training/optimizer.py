@@ -47,8 +47,14 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
     if precision == "auto":
         if device.type == "cuda":
             precision = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-        elif device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        elif device.type == "cpu" and _cpu_multiplies_bfloat16():
             precision = "bfloat16"
         else:
             precision = "float32"
     return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    # torch has no public name for these yet; without them, float32 is right everywhere.
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
