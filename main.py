@@ -37,7 +37,7 @@ vocab_size: int = 4096 if gpu else 2048  # of the byte-level BPE trained on the 
 seq_len: int = 256 if gpu else 128  # tokens per training sample
 
 # Network
-n_layers: int = 12
+n_layers: int = 12 if gpu else 10
 n_heads: int = 8 if gpu else 4
 n_kv_heads: int | None = None  # key-value heads; None: half of n_heads, or as many where that is odd
 d_model: int = 512 if gpu else 128
@@ -49,7 +49,7 @@ max_seq_len: int | None = None  # None: 1024 or 4 x seq_len, whichever is larger
 
 # Training
 epochs: float = 1.0  # passes over the text ...
-max_steps: int | None = 300 if gpu else 270  # ... unless this is set, which wins; None: epochs (or give --epochs)
+max_steps: int | None = 300 if gpu else 260  # ... unless this is set, which wins; None: epochs (or give --epochs)
 batch_size: int = 32 if gpu else 8
 learning_rate: float = 1e-3 if gpu else 3e-3
 moe_loss_weight: float = 0.01  # of the load-balance loss
@@ -65,7 +65,7 @@ exit_distillation: float = 0.0  # share of an early exit's target that is the la
 expert_dropout: float = 0.0  # how often an expert sits out a step
 
 # Decoding
-exit_layer: int | None = None  # layers that draft; None: a sixth of n_layers (others are measured too)
+exit_layer: int | None = None  # layers that draft; None: a fifth of n_layers (others are measured too)
 draft_length: int = 4  # tokens drafted per round
 temperature: float = 0.8  # of the sampled comparison; the other is greedy
 num_prompts: int = 20  # held-out prompts
@@ -84,7 +84,7 @@ if n_kv_heads is None:
 if max_seq_len is None:
     max_seq_len = max(1024, 4 * seq_len)
 if exit_layer is None:
-    exit_layer = max(n_layers // 6, 1)
+    exit_layer = max(n_layers // 5, 1)
 given = given_constants(globals())
 if "epochs" in given and "max_steps" not in given:
     max_steps = None
@@ -159,7 +159,7 @@ stage_ends("evaluation")
 # Decode
 strategies = {"plain": Autoregressive()} | {
     f"exit {n}": SelfSpeculative(n, draft_length)
-    for n in sorted({exit_layer, max(n_layers // 4, 1), max(n_layers // 3, 1)})
+    for n in sorted({exit_layer, max(n_layers // 3, 1), max(2 * n_layers // 5, 1)})
 }
 greedy = compare_decoding(model, prompts, strategies, max_new_tokens=max_new_tokens, seed=seed)
 sampled = compare_decoding(

@@ -90,6 +90,15 @@ def test_it_runs_pasted_into_a_cell(text, tmp_path, monkeypatch, capsys):
         ({"n_layers": "four"}, "n_layers is a whole number"),
         ({"k": 9}, "top_k=9 experts cannot be chosen"),
         ({"exit_layer": 4}, "exit_layer=4 must be between 1 and n_layers=3"),
+        ({"exit_layer": 0}, "exit_layer=0 must be between 1 and n_layers=3"),
+        ({"n_kv_heads": 0}, "n_kv_heads=0"),
+        ({"max_seq_len": 0}, "max_seq_len=0"),
+        ({"max_seq_len": 37}, "past max_seq_len=37"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"temperature": -1}, "temperature=-1"),
+        ({"num_prompts": 5000}, "5000"),
+        ({"seq_len": 5000}, "too few for seq_len=5000"),
+        ({"device": "banana"}, "device='banana'"),
         ({"dataset": "nowhere.txt"}, "nowhere.txt"),
     ],
 )
@@ -100,3 +109,36 @@ def test_a_mistake_is_found_before_any_training(text, tmp_path, monkeypatch, arg
     with pytest.raises(ValueError, match=sentence):
         runpy.run_path(str(MAIN), run_name="__main__")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["foo"], ["--n_layers"], ["--n_layers", "four"]])
+def test_a_mistake_is_one_sentence_and_exit_code_1(arguments):
+    done = subprocess.run([sys.executable, str(MAIN), *arguments], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_stopped_run_is_resumed(text, tmp_path, monkeypatch):
+    """Stopped by hand in mid-training, as in a tab that is closed; --resume goes on to the same weights."""
+    from layerskip_moe.training import loop
+
+    def run(*more):
+        line = command(dataset=text, layer_dropout_max=0.0, **more[0]) + list(more[1:])
+        monkeypatch.setattr(sys, "argv", [str(MAIN), *line])
+        return runpy.run_path(str(MAIN), run_name="__main__")
+
+    def stop_at_the_third(model, inputs, labels, sample_ids, config, *, step, max_steps):
+        if step == 2:
+            raise KeyboardInterrupt
+        return losses(model, inputs, labels, sample_ids, config, step=step, max_steps=max_steps)
+
+    losses = loop.training_losses
+    unbroken = run({"out_dir": tmp_path / "unbroken"})["model"].state_dict()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "training_losses", stop_at_the_third)
+        run({"out_dir": tmp_path / "broken"})
+    resumed = run({"out_dir": tmp_path / "broken"}, "--resume")
+    assert resumed["result"].steps == 4
+    for name, weight in resumed["model"].state_dict().items():
+        assert bool((weight == unbroken[name]).all()), name
+    assert (tmp_path / "broken" / "report.md").exists()

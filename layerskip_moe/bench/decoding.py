@@ -90,8 +90,8 @@ def compare_decoding(
     prompts: lists of token ids, each of which gets exactly max_new_tokens new ones. temperature, top_p: as in
     `generate`; prompt i is decoded with seed + i by all strategies.
 
-    Each strategy first decodes a little of the first prompt untimed, to warm up. Then, prompt by prompt, each runs once,
-    the order rotated by one from prompt to prompt: drift of the machine and the place in the order hit all
+    Each strategy first decodes a little of the first prompt untimed, to warm up. Then, prompt by prompt, each runs
+    once, the order rotated by one from prompt to prompt: drift of the machine and the place in the order hit all
     alike, and a ratio compares runs made seconds apart. Garbage collection stays on, as it is for users;
     medians absorb it.
 

@@ -64,10 +64,11 @@ class _TableModel:
         self.config = ModelConfig(vocab_size, n_layers=n_layers, d_model=2, n_heads=1, num_experts=0, max_seq_len=64)
         self.full, self.draft, self.calls = full, draft, []
 
-    def eval(self):
-        return self
+    def modules(self):
+        return [self]
 
     def train(self, mode=True):
+        self.training = mode
         return self
 
     def embed(self, tokens):

@@ -85,3 +85,11 @@ def test_the_prompts_are_not_written_into(tiny_model):
     prompts = [[1, 2], [3]]
     first = generate(tiny_model(), prompts, max_new_tokens=4)
     assert prompts == [[1, 2], [3]] and first.tokens[0] is not prompts[0]
+
+
+def test_a_module_frozen_in_eval_mode_stays_so(tiny_model):
+    model = tiny_model().train()
+    model.blocks[1].eval()
+    modes = [module.training for module in model.modules()]
+    generate(model, [[1, 2]], max_new_tokens=2)
+    assert [module.training for module in model.modules()] == modes

@@ -166,7 +166,7 @@ def test_positions_past_the_end_are_refused(tiny_model, method, capacity, last):
     cache = new_cache(model, 2, capacity)
     hidden, positions = torch.randn(2, 1, 16), torch.tensor([[last], [0]])
     act = getattr(model, method)
-    with pytest.raises(ValueError, match=f"position {last} is past the end.*max_seq_len is 64.*{capacity} slots"):
+    with pytest.raises(ValueError, match=f"{last + 1} positions are too many.*max_seq_len is 64.*{capacity} slots"):
         act(hidden, [0], positions=positions, cache=cache)
     assert not cache.keys.any()
     act(hidden, [0], positions=positions - torch.tensor([[1], [0]]), cache=cache)

@@ -148,9 +148,14 @@ def test_layers_out_of_order_or_range_are_refused(tiny_model, layers):
         (dict(expert_mask=torch.tensor([True, False, False, False, False])), "fewer experts active than the top 2"),
         (dict(expert_mask=torch.tensor([[True] * 5, [False] * 5])), "fewer experts active than the top 2"),
         (dict(expert_mask=torch.tensor([True] * 3 + [False] * 2), top_k=4), "fewer experts active than the top 4"),
-        (dict(keep=torch.ones(4, 2, dtype=torch.bool)), "keep has 4 rows but 2 layers run"),
-        (dict(keep_experts=torch.ones(1, 2, dtype=torch.bool)), "keep_experts has 1 rows but 2 layers run"),
-        (dict(expert_mask=torch.ones(3, 5, dtype=torch.bool)), "expert_mask has 3 rows but 2 layers run"),
+        (dict(keep=torch.ones(4, 2, dtype=torch.bool)), r"keep is \[4, 2\] but 2 layers run 2 samples"),
+        (dict(keep_experts=torch.ones(1, 2, dtype=torch.bool)), r"keep_experts is \[1, 2\] but 2 layers run 2 samples"),
+        (
+            dict(expert_mask=torch.ones(3, 5, dtype=torch.bool)),
+            r"expert_mask is \[3, 5\] but must be \(5,\) or \(2, 5\)",
+        ),
+        (dict(keep=torch.ones(2, 1, dtype=torch.bool)), r"keep is \[2, 1\] but 2 layers run 2 samples"),
+        (dict(expert_mask=torch.ones(4, dtype=torch.bool)), r"expert_mask is \[4\] but must be"),
         (dict(collect=[0, 2]), r"collect=\[0, 2\] names layers that do not run"),
     ],
     ids=str,
@@ -165,7 +170,7 @@ def test_what_cannot_be_run_is_refused(tiny_model, arguments, message):
 def test_a_text_longer_than_max_seq_len_is_refused(tiny_model):
     model = tiny_model(max_seq_len=8)
     assert model(torch.zeros(1, 8, dtype=torch.int64)).shape == (1, 8, 23)
-    with pytest.raises(ValueError, match="9 positions are more than max_seq_len=8"):
+    with pytest.raises(ValueError, match="9 positions are too many: max_seq_len is 8"):
         model(torch.zeros(1, 9, dtype=torch.int64))
 
 

@@ -118,7 +118,7 @@ def test_half_precision_trains_float32_weights(decoder, text, recipe, tmp_path, 
 
 def test_a_float16_step_past_its_range_is_skipped_and_lowers_the_scale(decoder, text, recipe, monkeypatch):
     model: MoEDecoder = decoder(n_layers=2)
-    run = loop._Run(model, recipe(precision="float16"), 3)
+    run = loop._Run(model, recipe(precision="float16"), 3, text())
     tokens = text().train[:36].view(4, 9)
     batch = (tokens[:, :-1], tokens[:, 1:], torch.arange(4))
     scale = run.scaler.get_scale()
