@@ -75,7 +75,7 @@ def test_dropout_is_off_and_every_module_gets_its_mode_back(decoder, tokens):
     [
         (torch.zeros(6, dtype=torch.long), 6, "longer text"),
         (torch.full((40,), 17), 6, "vocabulary of 17"),
-        (torch.zeros(100, dtype=torch.long), 33, "max_seq_len=32"),
+        (torch.zeros(100, dtype=torch.long), 33, "max_seq_len is 32"),
     ],
 )
 def test_bad_input_is_refused_and_the_mode_put_back(decoder, text, seq_len, said):
