@@ -94,21 +94,19 @@ class Attention(nn.Module):
 
     def _queries(self, q: Tensor, places: Places) -> Tensor:
         """Projected queries [B, T, H * head_dim] -> normed and rotated [B, H, T, head_dim]."""
-        if self.qk_norm == "full":
-            q = _norm(self.query_norm, q)
-        q = self._split_heads(q, self.n_heads)
-        if self.qk_norm == "head":
-            q = _norm(self.query_norm, q)
-        return rotate(q, places)
+        return self._norm_and_rotate(q, self.n_heads, self.query_norm if self.qk_norm else None, places)
 
     def _keys(self, k: Tensor, places: Places) -> Tensor:
         """Projected keys [B, T, G * head_dim] -> normed and rotated [B, G, T, head_dim]."""
-        if self.qk_norm == "full":
-            k = _norm(self.key_norm, k)
-        k = self._split_heads(k, self.n_kv_heads)
-        if self.qk_norm == "head":
-            k = _norm(self.key_norm, k)
-        return rotate(k, places)
+        return self._norm_and_rotate(k, self.n_kv_heads, self.key_norm if self.qk_norm else None, places)
+
+    def _norm_and_rotate(self, x: Tensor, heads: int, norm: nn.RMSNorm | None, places: Places) -> Tensor:
+        if norm is not None and self.qk_norm == "full":
+            x = _norm(norm, x)
+        x = self._split_heads(x, heads)
+        if norm is not None and self.qk_norm == "head":
+            x = _norm(norm, x)
+        return rotate(x, places)
 
     def forward(self, x: Tensor, places: Places, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         """x [B, T, D] -> [B, T, D].

@@ -40,9 +40,9 @@ class ModelConfig:
     max_seq_len:       positions the model may be run at; more are refused
     dropout:           probability of zeroing elements of each sublayer's output, in training mode only
     init_std:          standard deviation of the initial weights (default: 1 / sqrt(d_model), which keeps a
-                       normed state's projections at unit size at any width; the usual 0.02 learned far more
-                       slowly at widths of 128 to 256); the projections that write into the residual stream
-                       get init_std / sqrt(2 L) (GPT-2)
+                       normed state's projections at unit size at any width; at width 192 the usual 0.02 was
+                       behind 0.06 after 100 steps, one seed); the projections that write into the residual
+                       stream get init_std / sqrt(2 L) (GPT-2)
     """
 
     vocab_size: int

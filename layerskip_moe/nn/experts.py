@@ -38,7 +38,7 @@ def run_experts_loop(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor)
 
 
 def run_experts_one_token(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The loop for x [1, D]: with nothing to pick out or put back it takes a third of the operations."""
+    """The loop for x [1, D], where there is nothing to pick out and nothing to put back."""
     parts = [F.linear(swiglu(F.linear(x, gate_up[e])), down[e]) for e in routing.chosen[0].tolist()]
     return routing.weights.to(x.dtype) @ torch.cat(parts)
 
