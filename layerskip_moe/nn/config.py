@@ -16,33 +16,36 @@ class ModelConfig:
     `config.head_dim` always gives a number. Raises ValueError, naming the field, for sizes that do not fit
     together.
 
-    vocab_size:        V, rows of the embedding and of the head
-    n_layers:          L
-    d_model:           D, width of the residual stream
-    n_heads:           H, query heads
-    n_kv_heads:        G, key-value heads; H is a multiple of it (default: n_heads)
-    head_dim:          width of one head, even (default: d_model / n_heads)
-    d_ff:              F, hidden width of each expert, and of dense layers unless dense_d_ff is set
-                       (default: 2 * d_model)
-    dense_d_ff:        hidden width of layers without experts (default: d_ff)
-    num_experts:       E; 0 gives a dense network
-    top_k:             K, experts chosen per token
-    moe_layers:        which layers hold experts: "all", "every other" (layers 1, 3, 5, ..., as Qwen3-MoE's
-                       decoder_sparse_step=2 has it), or the layers' indices
-    shared_expert_d_ff: hidden width of an expert that every token passes through; 0: none
-    shared_expert_gate: scale the shared expert by a sigmoid gate, as Qwen2-MoE does
-    normalize_top_k:   divide the chosen weights by their sum (Mixtral, Qwen3-MoE yes; OLMoE no)
-    bias_balancing:    keep a bias per expert that steers the choice but not the weights (DeepSeek-V3)
-    qk_norm:           RMSNorm of queries and keys: per "head" (Qwen3), over the "full" width (OLMoE), or None
-    qkv_bias:          biases on the query, key and value projections (Qwen2)
-    tie_embeddings:    the head is the embedding
-    rope_theta, norm_eps: base of the rotary frequencies; epsilon of every RMSNorm
-    max_seq_len:       positions the model may be run at; more are refused
-    dropout:           probability of zeroing elements of each sublayer's output, in training mode only
-    init_std:          standard deviation of the initial weights (default: 1 / sqrt(d_model), which keeps a
-                       normed state's projections at unit size at any width; at width 192 the usual 0.02 was
-                       behind 0.06 after 100 steps, one seed); the projections that write into the residual
-                       stream get init_std / sqrt(2 L) (GPT-2)
+    Attributes:
+        vocab_size: V, rows of the embedding and of the head
+        n_layers: L, layers
+        d_model: D, width of the residual stream
+        n_heads: H, query heads
+        n_kv_heads: G, key-value heads; H is a multiple of it (default: n_heads)
+        head_dim: width of one head, even (default: d_model / n_heads)
+
+        d_ff: F, hidden width of each expert, and of dense layers unless dense_d_ff is set (default: 2 * d_model)
+        dense_d_ff: hidden width of layers without experts (default: d_ff)
+        num_experts: E; 0 gives a dense network
+        top_k: K, experts chosen per token
+        moe_layers: which layers hold experts: "all", "every other" (layers 1, 3, 5, ..., as Qwen3-MoE's
+            decoder_sparse_step=2 has it), or the layers' indices
+        shared_expert_d_ff: hidden width of an expert that every token passes through; 0: none
+        shared_expert_gate: scale the shared expert by a sigmoid gate, as Qwen2-MoE does
+        normalize_top_k: divide the chosen weights by their sum (Mixtral, Qwen3-MoE yes; OLMoE no)
+        bias_balancing: keep a bias per expert that steers the choice but not the weights (DeepSeek-V3)
+
+        qk_norm: RMSNorm of queries and keys: per "head" (Qwen3), over the "full" width (OLMoE), or None
+        qkv_bias: biases on the query, key and value projections (Qwen2)
+        tie_embeddings: the head is the embedding
+        rope_theta: base of the rotary frequencies
+        norm_eps: epsilon of every RMSNorm
+        max_seq_len: positions the model may be run at; more are refused
+
+        dropout: probability of zeroing elements of each sublayer's output, in training mode only
+        init_std: standard deviation of the initial weights (default: 1 / sqrt(d_model), which keeps a normed
+            state's projections at unit size at any width; at width 192 the usual 0.02 was behind 0.06 after 100
+            steps, one seed); the projections that write into the residual stream get init_std / sqrt(2 L) (GPT-2)
     """
 
     vocab_size: int

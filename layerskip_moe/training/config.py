@@ -15,57 +15,59 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Raises ValueError, naming the field, for values that make no sense.
+    """Length, optimizer, and the LayerSkip recipe's dials.
 
-    Length
-    max_steps:         optimizer steps; when set it wins over epochs
-    epochs:            passes over the training split, fractions allowed
-    seq_len, batch_size: tokens per sample, samples per forward pass
-    accumulation:      forward passes per optimizer step
+    The optimizer is AdamW: warm-up, then a cosine down to a share of the peak. Layer dropout is LayerSkip's
+    (arXiv 2404.16710, section 4.1). Raises ValueError, naming the field, for values that make no sense.
 
-    Optimizer (AdamW; warm-up, then a cosine down to a share of the peak)
-    learning_rate:     the peak. LayerSkip needs a higher one from scratch than plain training (paper, table 2)
-    min_learning_rate_ratio: the share of the peak left at the last step
-    warmup_steps:      None: 5% of the run, at most 500
-    weight_decay:      on matrices; norms, biases and the embedding have none
-    beta1, beta2:      of AdamW
-    max_gradient_norm: gradients are scaled down to this norm; 0 leaves them
+    Attributes:
+        max_steps: optimizer steps; when set it wins over epochs
+        epochs: passes over the training split, fractions allowed
+        seq_len: T, tokens per sample
+        batch_size: B, samples per forward pass
+        accumulation: forward passes per optimizer step
 
-    Layer dropout (LayerSkip, arXiv 2404.16710, section 4.1)
-    layer_dropout_max: rate of the last layer at its highest, p_max; 0 turns it off
-    layer_dropout_depth, layer_dropout_time: shapes over layers and over steps; "exp" is the paper's,
-                       "uniform" in time is its fine-tuning
-    layer_dropout_part: "block" drops whole layers, "experts" only the MLP or expert sublayer
-    expert_dropout:    probability that an expert sits out a step
+        learning_rate: the peak. LayerSkip needs a higher one from scratch than plain training (paper, table 2)
+        min_learning_rate_ratio: the share of the peak left at the last step
+        warmup_steps: None: 5% of the run, at most 500
+        weight_decay: on matrices; norms, biases and the embedding have none
+        beta1: of AdamW, decay of the gradients' mean
+        beta2: of AdamW, decay of the squared gradients' mean
+        max_gradient_norm: gradients are scaled down to this norm; 0 leaves them
 
-    Early-exit loss
-    exit_weights:      "paper" or "equal" (see `exit_weights` in exit_loss.py)
-    exit_loss_scale:   e_scale
-    exit_curriculum:   "rotational", "gradual", "all" or "none" (only the last layer)
-    exit_rotation:     every how many layers one is supervised, under "rotational"
-    exit_distillation: share of an early exit's target that is the last layer's own distribution
+        layer_dropout_max: rate of the last layer at its highest, p_max; 0 turns it off
+        layer_dropout_depth: shape over layers; "exp" is the paper's
+        layer_dropout_time: shape over steps; "exp" is the paper's, "uniform" its fine-tuning
+        layer_dropout_part: "block" drops whole layers, "experts" only the MLP or expert sublayer
+        expert_dropout: probability that an expert sits out a step
 
-    Experts
-    moe_loss_weight:   of the load-balance loss, mean over layers; set it to 0 for balancing by the bias alone
-    router_z_loss_weight: of the router z-loss, mean over layers
-    bias_update_rate:  step of the choice bias, where ModelConfig.bias_balancing is on
+        exit_weights: "paper" or "equal" (see `exit_weights` in exit_loss.py)
+        exit_loss_scale: e_scale
+        exit_curriculum: "rotational", "gradual", "all" or "none" (only the last layer)
+        exit_rotation: every how many layers one is supervised, under "rotational"
+        exit_distillation: share of an early exit's target that is the last layer's own distribution
 
-    Run
-    precision:         "auto": bfloat16 where the hardware has it, float16 on an older GPU, else float32
-    seed:              of batches and dropout
-    validate_every:    steps between validations; None: ten times in the run; 0: only at the end
-    validation_windows: samples of the validation split used each time
-    keep_best:         end with the weights of the best validation (last layer's perplexity)
-    checkpoint_every:  steps between checkpoints; None: ten times in the run; 0: none
-    log_every:         steps between lines of metrics.jsonl
+        moe_loss_weight: of the load-balance loss, mean over layers; set it to 0 for balancing by the bias alone
+        router_z_loss_weight: of the router z-loss, mean over layers
+        bias_update_rate: step of the choice bias, where ModelConfig.bias_balancing is on
+
+        precision: "auto": bfloat16 where the hardware has it, float16 on an older GPU, else float32
+        seed: of batches and dropout
+        validate_every: steps between validations; None: ten times in the run; 0: only at the end
+        validation_windows: samples of the validation split used each time
+        keep_best: end with the weights of the best validation (last layer's perplexity)
+        checkpoint_every: steps between checkpoints; None: ten times in the run; 0: none
+        log_every: steps between lines of metrics.jsonl
     """
 
+    # Length
     max_steps: int | None = None
     epochs: float = 1.0
     seq_len: int = 256
     batch_size: int = 16
     accumulation: int = 1
 
+    # Optimizer
     learning_rate: float = 1e-3
     min_learning_rate_ratio: float = 0.1
     warmup_steps: int | None = None
@@ -74,22 +76,26 @@ class TrainConfig:
     beta2: float = 0.95
     max_gradient_norm: float = 1.0
 
+    # Layer and expert dropout
     layer_dropout_max: float = 0.1
     layer_dropout_depth: Scale = "exp"
     layer_dropout_time: Scale = "exp"
     layer_dropout_part: Literal["block", "experts"] = "block"
     expert_dropout: float = 0.0
 
+    # Early-exit loss
     exit_weights: WeightKind = "equal"
     exit_loss_scale: float = 1.0
     exit_curriculum: Curriculum = "rotational"
     exit_rotation: int = 2
     exit_distillation: float = 0.0
 
+    # Experts
     moe_loss_weight: float = 0.01
     router_z_loss_weight: float = 0.001
     bias_update_rate: float = 0.001
 
+    # Run
     precision: Precision = "auto"
     seed: int = 0
     validate_every: int | None = None
@@ -125,8 +131,8 @@ class TrainConfig:
             "router_z_loss_weight",
             "bias_update_rate",
         ):
-            if not (_is_number(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a number, 0 or more.")
+            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < math.inf):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a finite number, 0 or more.")
         _one_of("layer_dropout_depth", self.layer_dropout_depth, SCALES)
         _one_of("layer_dropout_time", self.layer_dropout_time, SCALES)
         _one_of("layer_dropout_part", self.layer_dropout_part, ("block", "experts"))
