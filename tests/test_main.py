@@ -127,10 +127,10 @@ def test_a_stopped_run_is_resumed(text, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", [str(MAIN), *line])
         return runpy.run_path(str(MAIN), run_name="__main__")
 
-    def stop_at_the_third(model, inputs, labels, sample_ids, config, *, step, max_steps):
+    def stop_at_the_third(model, inputs, labels, sample_ids, config, *, step, **others):
         if step == 2:
             raise KeyboardInterrupt
-        return losses(model, inputs, labels, sample_ids, config, step=step, max_steps=max_steps)
+        return losses(model, inputs, labels, sample_ids, config, step=step, **others)
 
     losses = loop.training_losses
     unbroken = run({"out_dir": tmp_path / "unbroken"})["model"].state_dict()

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import time
 import warnings
-import zlib
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,12 @@ from layerskip_moe.nn.decoder import MoEMLP
 from layerskip_moe.nn.modes import in_mode
 from layerskip_moe.nn.noise import hash_uniform
 from layerskip_moe.training.balance import bias_update
-from layerskip_moe.training.checkpoint import load_checkpoint, save_checkpoint
+from layerskip_moe.training.checkpoint import check_same_run, fingerprint, load_checkpoint, save_checkpoint
 from layerskip_moe.training.config import TrainConfig
 from layerskip_moe.training.losses import Losses, step_losses, training_losses, validation_losses
-from layerskip_moe.training.metrics import MetricsWriter, train_record
+from layerskip_moe.training.metrics import MetricsWriter, train_record, write_recipe
 from layerskip_moe.training.optimizer import autocast_dtype, learning_rate_at, make_optimizer
+from layerskip_moe.training.step_timer import StepTimer
 
 _FINAL_LOSSES = ("loss", "exit_losses", "balance_loss", "router_z_loss")
 _DROPOUT_STREAM = 4  # of the step's random numbers; 1 to 3 are layer and expert dropout's
@@ -78,9 +79,10 @@ def train(
 ) -> TrainResult:
     """Train the model in place by the LayerSkip recipe.
 
-    Writes to out_dir: metrics.jsonl (a line per log_every steps and per validation), checkpoint.pt, and
-    TensorBoard files when tensorboard is installed. resume: go on from out_dir's checkpoint; the run ends
-    with the weights it would have had without the stop, bit for bit on a CPU.
+    Writes to out_dir: at the start recipe.json, {"steps", "n_layers": L, "train_config": {field: value}}; then
+    metrics.jsonl (a line per log_every steps and per validation), checkpoint.pt, and TensorBoard files when
+    tensorboard is installed. resume: go on from out_dir's checkpoint; the run ends with the weights it would
+    have had without the stop, bit for bit on a CPU.
 
     The model's mode is put back at the end. Raises ValueError for a text shorter than one sample, a model
     shorter than seq_len, and a checkpoint that is missing, damaged, or of a run with other settings;
@@ -115,6 +117,7 @@ def train(
         seed=config.seed,
         start=first * config.accumulation,
     )
+    write_recipe(out_dir, max_steps, model.config.n_layers, config)
     with in_mode(model, training=True):
         with (
             MetricsWriter(out_dir, before_step=first) as metrics,
@@ -122,13 +125,14 @@ def train(
         ):
             logged_at, logged_step = time.perf_counter(), first
             for step in range(first, max_steps):
-                losses, gradient_norm = run.step(step, [next(text) for _ in range(config.accumulation)])
+                losses, gradient_norm = run.step(step, text)
                 bar.update()
                 done, last = step + 1, step + 1 == max_steps
                 if done % config.log_every == 0 or last:
                     now = time.perf_counter()
                     speed = (done - logged_step) * per_step * config.seq_len / (now - logged_at)
-                    record = train_record(losses, run.learning_rate, gradient_norm, speed)
+                    seconds = run.timer.mean_seconds(done - logged_step)
+                    record = train_record(losses, run.learning_rate, gradient_norm, speed, seconds)
                     metrics.write("train", step, record)
                     bar.set_postfix(loss=f"{record['loss']:.3f}", perplexity=f"{record['perplexity']:.1f}")
                     logged_at, logged_step = now, done
@@ -158,7 +162,8 @@ class _Run:
 
     def __init__(self, model: MoEDecoder, config: TrainConfig, max_steps: int, corpus: _Text) -> None:
         self.model, self.config, self.max_steps = model, config, max_steps
-        self.text = _fingerprint(corpus)
+        self.text = fingerprint(corpus.train, corpus.validation)
+        self.timer = StepTimer(model.device)
         self.started = time.perf_counter()  # moved back by `restore`, so that a resumed run counts what it had
         model.zero_grad(set_to_none=True)  # a run stopped in mid-step leaves gradients behind
         self.optimizer = make_optimizer(model, config)
@@ -179,35 +184,36 @@ class _Run:
             return contextlib.nullcontext()
         return torch.autocast(self.model.device.type, dtype=self.dtype)
 
-    def step(self, step: int, text: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Losses, float]:
-        """One optimizer step over some batches of one size: its losses and the gradient norm.
+    def step(self, step: int, text: Iterator[tuple[Tensor, Tensor, Tensor]]) -> tuple[Losses, float]:
+        """One optimizer step over the next batches of text: its losses and the gradient norm.
 
         Raises FloatingPointError, the weights still as they were, when a loss or gradient is not finite.
         (Gradients past float16's range are not that: the scaler skips the step and lowers its scale.)
         """
-        model, config, device = self.model, self.config, self.model.device
-        self.learning_rate = learning_rate_at(step, self.max_steps, config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+        model, config, timer = self.model, self.config, self.timer
         parts: list[Losses] = []
         with _residual_dropout_seed(model, config.seed, step):
-            for inputs, labels, sample_ids in text:
+            for _ in range(config.accumulation):
+                with timer.part("batches"):
+                    inputs, labels, sample_ids = next(text)
+                    batch = inputs.to(model.device), labels.to(model.device), sample_ids
                 with self.autocast():
-                    losses = training_losses(
-                        model,
-                        inputs.to(device),
-                        labels.to(device),
-                        sample_ids,
-                        config,
-                        step=step,
-                        max_steps=self.max_steps,
-                    )
-                self.scaler.scale(losses.total / len(text)).backward()
-                parts.append(losses._replace(total=losses.total.detach()))
-        losses = step_losses(parts)
+                    losses = training_losses(model, *batch, config, step=step, max_steps=self.max_steps, timer=timer)
+                with timer.part("backward"):
+                    self.scaler.scale(losses.total / config.accumulation).backward()
+                    parts.append(losses._replace(total=losses.total.detach()))
+        with timer.part("optimizer"):
+            losses = step_losses(parts)
+            return losses, self._move_weights(losses, step)
+
+    def _move_weights(self, losses: Losses, step: int) -> float:
+        """Take the optimizer's step along the gradients that are there, and clear them; their norm."""
+        self.learning_rate = learning_rate_at(step, self.max_steps, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
         self.scaler.unscale_(self.optimizer)
-        limit = config.max_gradient_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+        limit = self.config.max_gradient_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         self._check_finite("loss", float(losses.total), step)
         if not self.scaler.is_enabled():
             self._check_finite("gradient norm", norm, step)
@@ -216,7 +222,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         if math.isfinite(norm):  # else the scaler has skipped the step
             self._move_balance_bias(losses)
-        return losses, norm
+        return norm
 
     def _check_finite(self, name: str, value: float, step: int) -> None:
         if not math.isfinite(value):
@@ -265,34 +271,13 @@ class _Run:
 
     def restore(self, state: dict[str, Any]) -> int:
         """Take up a checkpoint; the number of steps it had done."""
-        here = self.state(0)
-        if state.keys() != here.keys():
-            raise ValueError(
-                "the checkpoint to resume is not one of this version's training runs; start without resume."
-            )
-        free = ("log_every", "checkpoint_every")  # these do not change what is computed
-        for part in ("model_config", "train_config"):
-            changed = [
-                f"{name} was {value!r} and is now {here[part].get(name)!r}"
-                for name, value in state[part].items()
-                if name not in free and here[part].get(name) != value
-            ]
-            if changed:
-                raise ValueError(f"the run to resume had other settings: {'; '.join(changed)}; put them back.")
-        if (state["max_steps"], state["text"]) != (self.max_steps, self.text):
-            raise ValueError("the run to resume was on another text; give it the same corpus and tokenizer again.")
+        check_same_run(state, self.state(0))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.best = state["best"]
         self.started = time.perf_counter() - state["seconds"]
         return state["step"]
-
-
-def _fingerprint(corpus: _Text) -> list[int]:
-    """Tells one text from another: lengths, and a checksum of both ends of the training split."""
-    ends = torch.cat([corpus.train[:4096], corpus.train[-4096:]]).to(torch.int64)
-    return [len(corpus.train), len(corpus.validation), zlib.crc32(ends.numpy().tobytes())]
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """What one forward pass of LayerSkip training computes: dropout drawn, layers run, losses added up.
 
 Everything random is a pure function of (seed, step, sample), so the same step always gives the same losses.
-Knows nothing of optimizers, files or time. Next: `exit_loss.py`, `layer_dropout.py`, `balance.py` for the
+Knows nothing of optimizers or files. Next: `exit_loss.py`, `layer_dropout.py`, `balance.py` for the
 parts, `loop.py` for what is done with the result.
 """
 
@@ -24,6 +24,7 @@ from layerskip_moe.training.layer_dropout import (
     layer_dropout_rates,
     layer_keep,
 )
+from layerskip_moe.training.step_timer import StepTimer
 
 
 class Losses(NamedTuple):
@@ -47,15 +48,54 @@ def training_losses(
     *,
     step: int,
     max_steps: int,
+    timer: StepTimer | None = None,
 ) -> Losses:
     """Losses of one batch at one step.
 
     inputs, labels [B, T]; sample_ids [B]: the samples' numbers across the whole run, which key layer dropout.
     step: 0 .. max_steps - 1, where the schedules and curricula stand.
+    timer: is told the time of "forward" and of "exit loss": all losses, and the gradients that `exit_loss` takes
+        of its logits on the way.
     """
+    timer = timer or StepTimer(inputs.device)  # one that nobody reads
+    n_layers, curriculum = model.config.n_layers, config.exit_curriculum
+    with timer.part("forward"):
+        active = active_exits(step, max_steps, n_layers, curriculum=curriculum, rotation=config.exit_rotation)
+        weights = exit_weights(active, kind=config.exit_weights, scale=config.exit_loss_scale)
+        keep, keep_experts, experts = _draw_dropout(model, sample_ids, config, step, max_steps)
+        out = model.run(
+            model.embed(inputs),
+            range(n_layers),
+            positions=torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape),
+            keep=keep,
+            keep_experts=keep_experts,
+            expert_mask=None if experts is None else experts.to(inputs.device),
+            collect=[layer for layer in range(n_layers) if weights[layer] > 0],
+        )
+    with timer.part("exit loss"):
+        exits = exit_loss(model, out.collected, labels, weights, distillation=config.exit_distillation)
+        zero = exits.total.new_zeros(())
+        # Each layer balances by itself: pooled, one layer's imbalance could cancel another's.
+        routed = [routing for routing in out.routing.values() if len(routing.chosen)]
+        balance = sum((load_balance_loss(r.logits, r.chosen) for r in routed), zero) / max(len(routed), 1)
+        router_z = sum((router_z_loss(r.logits) for r in routed), zero) / max(len(routed), 1)
+        return Losses(
+            total=exits.total + config.moe_loss_weight * balance + config.router_z_loss_weight * router_z,
+            exits={layer + 1: loss for layer, loss in exits.cross_entropy.items()},
+            distillation={layer + 1: loss for layer, loss in exits.distillation.items()},
+            balance=balance.detach(),
+            router_z=router_z.detach(),
+            load={layer: routing.load for layer, routing in out.routing.items()},
+            active_experts=experts,
+        )
+
+
+def _draw_dropout(
+    model: MoEDecoder, sample_ids: Tensor, config: TrainConfig, step: int, max_steps: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Who sits this batch out: `run`'s keep and keep_experts [L, B], and the active experts [L, E], all bool;
+    None for what is not dropped."""
     n_layers = model.config.n_layers
-    active = active_exits(step, max_steps, n_layers, curriculum=config.exit_curriculum, rotation=config.exit_rotation)
-    weights = exit_weights(active, kind=config.exit_weights, scale=config.exit_loss_scale)
     keep = keep_experts = experts = None
     if config.layer_dropout_max > 0:
         rates = layer_dropout_rates(
@@ -79,31 +119,7 @@ def training_losses(
             step=step,
             layers=range(n_layers),
         )
-    positions = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape)
-    out = model.run(
-        model.embed(inputs),
-        range(n_layers),
-        positions=positions,
-        keep=keep,
-        keep_experts=keep_experts,
-        expert_mask=None if experts is None else experts.to(inputs.device),
-        collect=[layer for layer in range(n_layers) if weights[layer] > 0],
-    )
-    exits = exit_loss(model, out.collected, labels, weights, distillation=config.exit_distillation)
-    zero = exits.total.new_zeros(())
-    # Each layer balances by itself: pooled, one layer's imbalance could cancel another's.
-    routed = [routing for routing in out.routing.values() if len(routing.chosen)]
-    balance = sum((load_balance_loss(r.logits, r.chosen) for r in routed), zero) / max(len(routed), 1)
-    router_z = sum((router_z_loss(r.logits) for r in routed), zero) / max(len(routed), 1)
-    return Losses(
-        total=exits.total + config.moe_loss_weight * balance + config.router_z_loss_weight * router_z,
-        exits={layer + 1: loss for layer, loss in exits.cross_entropy.items()},
-        distillation={layer + 1: loss for layer, loss in exits.distillation.items()},
-        balance=balance.detach(),
-        router_z=router_z.detach(),
-        load={layer: routing.load for layer, routing in out.routing.items()},
-        active_experts=experts,
-    )
+    return keep, keep_experts, experts
 
 
 def step_losses(parts: Sequence[Losses]) -> Losses:

@@ -1,10 +1,12 @@
-"""metrics.jsonl: what training says of itself while it runs.
+"""metrics.jsonl and recipe.json: what training says of itself while it runs, and what it was asked to do.
 
-One JSON object per line: {"split": "train", "step", "loss", "exit_losses": {exit layer: cross entropy}, ...}
-and {"split": "validation", "step", "perplexity": [per exit layer 1..L]}. Steps count from 0.
+metrics.jsonl has one JSON object per line: {"split": "train", "step", "loss", "exit_losses": {exit layer: cross
+entropy}, "seconds": {part of a step: mean seconds per step since the last such line}, ...} and
+{"split": "validation", "step", "perplexity": [per exit layer 1..L]}. Steps count from 0.
 Knows nothing of how the numbers came about. Next: `loop.py`, which writes; `analysis`, which reads.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -13,12 +15,24 @@ from typing import Any
 
 from layerskip_moe.files import replacing
 from layerskip_moe.training.balance import balance_metrics
+from layerskip_moe.training.config import TrainConfig
 from layerskip_moe.training.losses import Losses
 
 
-def train_record(losses: Losses, learning_rate: float, gradient_norm: float, speed: float) -> dict[str, Any]:
-    """One line of metrics.jsonl about a step; `speed` in training tokens per second. The gradient norm is None
-    where gradients overflowed float16 and the step was skipped."""
+def write_recipe(out_dir: Path, steps: int, n_layers: int, config: TrainConfig) -> None:
+    """Write recipe.json: {"steps", "n_layers": L, "train_config": {field: value}}. From these the schedules over
+    the run can be drawn; `steps` is what max_steps and epochs came to."""
+    recipe = {"steps": steps, "n_layers": n_layers, "train_config": dataclasses.asdict(config)}
+    with replacing(out_dir / "recipe.json") as beside:
+        beside.write_text(json.dumps(recipe, indent=2, allow_nan=False) + "\n")
+
+
+def train_record(
+    losses: Losses, learning_rate: float, gradient_norm: float, speed: float, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """One line of metrics.jsonl about a step; `speed` in training tokens per second, `seconds` per step from
+    `StepTimer.mean_seconds`. The gradient norm is None where gradients overflowed float16 and the step was
+    skipped."""
     exits = {str(layer): float(loss) for layer, loss in losses.exits.items()}
     load = {str(layer): counts.tolist() for layer, counts in losses.load.items()}
     violations = [balance_metrics(counts)["max_violation"] for counts in losses.load.values() if counts.sum()]
@@ -31,6 +45,7 @@ def train_record(losses: Losses, learning_rate: float, gradient_norm: float, spe
         "learning_rate": learning_rate,
         "gradient_norm": gradient_norm if math.isfinite(gradient_norm) else None,  # JSON has no infinity
         "tokens_per_second": speed,
+        "seconds": seconds,
         "load": load,
     }
     if losses.distillation:
@@ -64,7 +79,7 @@ class MetricsWriter:
             self._board.close()
 
     def write(self, split: str, step: int, record: dict[str, Any]) -> None:
-        """Add one record; numbers, and numbers by exit, go to TensorBoard too."""
+        """Add one record; numbers, and numbers by exit or by part of a step, go to TensorBoard too."""
         self.records.append({"split": split, "step": step, **record})
         self._file.write(json.dumps(self.records[-1]) + "\n")
         if self._board is None:
@@ -75,6 +90,9 @@ class MetricsWriter:
             elif name == "exit_losses":
                 for layer, loss in value.items():
                     self._board.add_scalar(f"{split}/exit_loss/{layer}", loss, step)
+            elif name == "seconds":
+                for part, seconds in value.items():
+                    self._board.add_scalar(f"{split}/seconds/{part}", seconds, step)
             elif name == "perplexity":
                 for index, perplexity in enumerate(value):
                     self._board.add_scalar(f"{split}/perplexity/{index + 1}", perplexity, step)

@@ -53,7 +53,8 @@ def timeless(state):
 
 
 def untimed(records):
-    return [{name: record[name] for name in record if name != "tokens_per_second"} for record in records]
+    timed = ("tokens_per_second", "seconds")
+    return [{name: record[name] for name in record if name not in timed} for record in records]
 
 
 def lines_of(folder):

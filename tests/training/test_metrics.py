@@ -40,7 +40,8 @@ def lines_of(folder):
 
 
 def test_a_train_record_holds_what_was_measured():
-    record = train_record(some_losses(), learning_rate=1e-3, gradient_norm=0.7, speed=1000.0)
+    seconds = {"forward": 0.25, "backward": 0.5}
+    record = train_record(some_losses(), learning_rate=1e-3, gradient_norm=0.7, speed=1000.0, seconds=seconds)
     violations = [balance_metrics(load)["max_violation"] for load in some_losses().load.values()]
     assert violations == [1.0, 0.0]
     assert record == {
@@ -52,17 +53,18 @@ def test_a_train_record_holds_what_was_measured():
         "learning_rate": 1e-3,
         "gradient_norm": 0.7,
         "tokens_per_second": 1000.0,
+        "seconds": {"forward": 0.25, "backward": 0.5},
         "load": {"1": [6, 2, 0, 8], "3": [4, 4, 4, 4]},
         "max_violation": 0.5,  # mean over layers
     }
-    taught = train_record(some_losses(distillation={2: torch.tensor(2.75)}), 1e-3, 0.7, 1000.0)
+    taught = train_record(some_losses(distillation={2: torch.tensor(2.75)}), 1e-3, 0.7, 1000.0, seconds)
     assert taught["distillation"] == {"2": 2.75}
 
 
 def test_a_record_is_json_whatever_happened():
     idle = some_losses(load={0: torch.zeros(4, dtype=torch.int64)}, exits={4: torch.tensor(1e5)})
     for losses in (idle, idle._replace(load={})):  # no token reached an expert; a dense network
-        record = train_record(losses, 1e-3, math.inf, 1.0)  # a step that float16's scaler skipped
+        record = train_record(losses, 1e-3, math.inf, 1.0, {})  # a step that float16's scaler skipped
         assert "max_violation" not in record
         read = strictly(json.dumps(record))
         assert read["gradient_norm"] is None and math.isfinite(read["perplexity"])
@@ -120,6 +122,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(decoder, text, recipe, 
     for tag, expected in {
         "train/loss": [record["loss"] for record in records],
         "train/exit_loss/4": [record["exit_losses"]["4"] for record in records],
+        "train/seconds/exit loss": [record["seconds"]["exit loss"] for record in records],
         "validation/perplexity/1": [r["perplexity"][0] for r in result.metrics if r["split"] == "validation"],
     }.items():
         events = board.Scalars(tag)

@@ -132,11 +132,11 @@ def test_a_float16_step_past_its_range_is_skipped_and_lowers_the_scale(decoder, 
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with monkeypatch.context() as patch:
         patch.setattr(loop, "training_losses", overflowing)
-        _, norm = run.step(0, [batch])
+        _, norm = run.step(0, iter([batch]))
     assert not math.isfinite(norm)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert run.scaler.get_scale() == scale / 2
-    _, norm = run.step(1, [batch])
+    _, norm = run.step(1, iter([batch]))
     assert math.isfinite(norm)
     assert not torch.equal(model.embedding.weight, before["embedding.weight"])
     assert all(parameter.isfinite().all() for parameter in model.parameters())
