@@ -6,6 +6,7 @@ import docstring_parser  # what tyro reads docstrings with
 import pytest
 import tyro
 
+from layerskip_moe.generation.sampling import Sampling
 from layerskip_moe.nn import ModelConfig
 from layerskip_moe.training import TrainConfig
 
@@ -15,7 +16,7 @@ def words(text):
     return " ".join(text.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("config", [ModelConfig, TrainConfig])
+@pytest.mark.parametrize("config", [ModelConfig, TrainConfig, Sampling])
 def test_every_field_has_a_help_text_that_help_shows(config, capsys, monkeypatch):
     texts = {entry.arg_name: entry.description for entry in docstring_parser.parse(config.__doc__).params}
     assert list(texts) == [field.name for field in dataclasses.fields(config)]
