@@ -6,7 +6,15 @@ checkpoints on disk, `analysis` what a trained model does, `bench` timings. Star
 """
 
 from layerskip_moe.data import Corpus, load_corpus
-from layerskip_moe.generation import Autoregressive, Generation, SelfSpeculative, generate
+from layerskip_moe.generation import (
+    Autoregressive,
+    EarlyExit,
+    Generation,
+    LayerSkipping,
+    SelfSpeculative,
+    Speculative,
+    generate,
+)
 from layerskip_moe.nn import KVCache, ModelConfig, MoEDecoder
 from layerskip_moe.training import TrainConfig, TrainResult, train
 
@@ -15,11 +23,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Autoregressive",
     "Corpus",
+    "EarlyExit",
     "Generation",
     "KVCache",
+    "LayerSkipping",
     "MoEDecoder",
     "ModelConfig",
     "SelfSpeculative",
+    "Speculative",
     "TrainConfig",
     "TrainResult",
     "generate",

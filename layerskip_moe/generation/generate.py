@@ -5,7 +5,7 @@ Knows nothing of what a strategy does in a round. Next: `session.py`, then the s
 
 import operator
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,6 +15,7 @@ from layerskip_moe.generation.autoregressive import Autoregressive
 from layerskip_moe.generation.sampling import Sampling
 from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.statistics import GenerationStats
+from layerskip_moe.generation.text import TextStream
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.nn.modes import evaluating
 
@@ -27,10 +28,14 @@ END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "</s>", "
 
 
 class Strategy(Protocol):
-    """What `generate` asks of a strategy: a check before, and one round at a time."""
+    """What `generate` asks of a strategy: a check before, the prompts, and then one round at a time. What it keeps
+    from round to round is the session's (`session.state`), so one object serves several generations at once."""
 
     def check(self, config: ModelConfig) -> None:
         """Raise ValueError where the model cannot be decoded this way."""
+
+    def start(self, session: Session) -> None:
+        """Run the prompts, in most cases by `session.prefill()`."""
 
     def step(self, session: Session) -> None:
         """One round: run layers, choose tokens, `session.append` them."""
@@ -40,13 +45,19 @@ class Strategy(Protocol):
 class Generation:
     """What came out.
 
-    tokens:    new token ids of each prompt, the stop token not included
-    text:      the same decoded, when a tokenizer was given
-    stats:     the whole batch's counts and times; row_stats: each prompt's
+    Attributes:
+        tokens: new token ids of each prompt, the stop token not included; where a stop string ended a row, up to
+            the token that completed it
+        text: the same decoded, when a tokenizer was given; where a stop string ended a row, all before it
+        layers_run: for each new token, how many layers ran to choose it: its exit layer under early exit, and
+            n_layers wherever the full model chose
+        stats: the whole batch's counts and times
+        row_stats: each prompt's
     """
 
     tokens: list[list[int]]
     text: list[str] | None
+    layers_run: list[list[int]]
     stats: GenerationStats
     row_stats: list[GenerationStats]
 
@@ -60,25 +71,31 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     stop_tokens: Collection[int] | None = None,
+    stop_strings: Sequence[str] = (),
     tokenizer: "Tokenizer | None" = None,
     batch_size: int | None = None,
+    on_token: Callable[[int, int], None] | None = None,
 ) -> Generation:
     """Continue each prompt by up to max_new_tokens tokens.
 
     prompts:     lists of token ids of any lengths, at least one each; strings too when tokenizer is given
     strategy:    how to decode; None: Autoregressive()
-    temperature, top_k, top_p, seed: see `Sampling`; temperature 0 (the default) is greedy
+    temperature, top_k, top_p, repetition_penalty, seed: see `Sampling`; temperature 0 (the default) is greedy
     stop_tokens: ids that end a row; None: the tokenizer's end of text when a tokenizer is given, else none
+    stop_strings: texts that end a row, found also across the borders of tokens; they need a tokenizer
     batch_size:  prompts decoded together; None: all. The text does not depend on it: the noise of prompt r
                  is that of row r, however the prompts are grouped.
+    on_token:    called as on_token(row, token) for every token of `Generation.tokens`, as soon as it is settled:
+                 in order within a row, the rows of a batch in turn
 
-    The model is run in eval mode, and left in the mode it was in. Raises ValueError for prompts that are
-    empty, outside the vocabulary, or too long for max_seq_len together with max_new_tokens.
+    The model is run in eval mode, and left in the mode it was in, whatever is raised meanwhile. Raises ValueError
+    for prompts that are empty, outside the vocabulary, or too long for max_seq_len together with max_new_tokens.
     """
     strategy = Autoregressive() if strategy is None else strategy
-    sampling = Sampling(temperature, top_k, top_p, seed)
+    sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty)
     strategy.check(model.config)
     encoded = _encode(prompts, tokenizer)
     check_prompts(encoded, model.config, max_new_tokens)
@@ -86,12 +103,12 @@ def generate(
         raise ValueError(f"batch_size={batch_size} must be 1 or more.")
     if stop_tokens is None:
         stop_tokens = [] if tokenizer is None else _end_of_text(tokenizer)
+    streams = _text_streams(stop_strings, tokenizer, len(encoded))
 
-    tokens: list[list[int]] = []
-    row_stats: list[GenerationStats] = []
-    total = GenerationStats()
+    result = Generation([], None, [], GenerationStats(), [])
     size = batch_size or len(encoded)
-    with evaluating(model):
+    # A draft model is one more to run in eval mode and to leave as it was.
+    with evaluating(model), evaluating(getattr(strategy, "draft_model", model)):
         for first in range(0, len(encoded), size):
             start = _now(model)
             session = Session(
@@ -100,21 +117,42 @@ def generate(
                 sampling,
                 max_new_tokens=max_new_tokens,
                 stop_tokens=stop_tokens,
+                texts=streams[first : first + size] if stop_strings else None,
+                on_token=on_token,
                 first_row=first,
             )
+            strategy.start(session)
             filled = _now(model)
             while not session.finished:
                 strategy.step(session)
             done = _now(model)
             for stats in session.stats:
                 stats.prefill_seconds, stats.decode_seconds = filled - start, done - filled
-                total.add_counts(stats)
-            total.prefill_seconds += filled - start
-            total.decode_seconds += done - filled
-            tokens += session.outputs
-            row_stats += session.stats
-    text = None if tokenizer is None else tokenizer.decode_batch(tokens)
-    return Generation(tokens, text, total, row_stats)
+                result.stats.add_counts(stats)
+            result.stats.prefill_seconds += filled - start
+            result.stats.decode_seconds += done - filled
+            result.tokens += session.outputs
+            result.layers_run += session.layers_run
+            result.row_stats += session.stats
+    if tokenizer is not None:
+        result.text = tokenizer.decode_batch(result.tokens)
+        for row, stream in enumerate(streams):
+            if stream.stopped:
+                result.text[row] = stream.text
+    return result
+
+
+def _text_streams(stop_strings: Sequence[str], tokenizer: "Tokenizer | None", n_prompts: int) -> list[TextStream]:
+    """A stream for each prompt where there are stop strings to look for."""
+    if isinstance(stop_strings, str):
+        raise ValueError(f"stop_strings is one string; give a list, such as [{stop_strings!r}].")
+    if not stop_strings:
+        return []
+    if tokenizer is None:
+        raise ValueError("stop_strings are looked for in the text; give tokenizer= as well.")
+    if not all(isinstance(stop, str) and stop for stop in stop_strings):
+        raise ValueError("stop_strings holds something other than a text of at least one character; leave it out.")
+    return [TextStream(tokenizer, tuple(stop_strings)) for _ in range(n_prompts)]
 
 
 def _encode(prompts: Sequence[Sequence[int] | str], tokenizer: "Tokenizer | None") -> list[list[int]]:

@@ -20,17 +20,21 @@ from layerskip_moe.nn.noise import hash_uniform
 class Sampling:
     """How tokens are chosen.
 
-    temperature: 0 takes the most likely token; above 0 the logits are divided by it
-    top_k:       only the k most likely tokens stay (None: all)
-    top_p:       only the most likely tokens that together reach this probability stay (None: all;
-                 nucleus sampling, arXiv 1904.09751)
-    seed:        of the noise; equal seeds give equal text
+    Attributes:
+        temperature: 0 takes the most likely token; above 0 the logits are divided by it
+        top_k: only the k most likely tokens stay (None: all)
+        top_p: only the most likely tokens that together reach this probability stay (None: all; nucleus
+            sampling, arXiv 1904.09751)
+        seed: of the noise; equal seeds give equal text
+        repetition_penalty: above 1 makes tokens less likely that are already in the row, prompt included (CTRL, arXiv
+            1909.05858): their logits are divided by it where positive, multiplied where negative; 1 changes nothing
     """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -39,6 +43,10 @@ class Sampling:
             raise ValueError(f"top_k={self.top_k} must be 1 or more, or None to keep every token.")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1.")
+        if not 0.0 < self.repetition_penalty < float("inf"):
+            raise ValueError(
+                f"repetition_penalty={self.repetition_penalty} must be above 0; 1 changes nothing, 1.2 is usual."
+            )
 
     @property
     def greedy(self) -> bool:
@@ -65,6 +73,11 @@ def log_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         outside = probabilities.cumsum(dim=-1) - probabilities >= sampling.top_p
         scores = scores.masked_fill(outside.scatter(-1, order, outside), float("-inf"))
     return scores.log_softmax(dim=-1)
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits [..., V] with those of `seen` tokens ([..., V] bool) made less likely, as transformers does it."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def gumbel_noise(seed: int, rows: Tensor, positions: Tensor, vocab_size: int, *, stream: int = 0) -> Tensor:

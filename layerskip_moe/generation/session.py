@@ -1,20 +1,22 @@
 """Session: the state of decoding a batch, shared by every strategy.
 
-Between two rounds each active row holds one token that is chosen but not yet run, the newest; all before
-it are in the cache, in every layer. A strategy runs what layers it likes over the newest token and what it
-drafts after it, then hands the tokens that the full model chose to `append`.
+Between two rounds each active row holds one token that is chosen but not yet run, the newest; all before it
+have been. A strategy runs what layers it likes over the newest token and what it drafts after it, then hands
+the tokens that it chose to `append`.
 
 A active rows (those not finished), T positions, V vocabulary.
 Knows nothing of strategies or of clocks. Next: `autoregressive.py`, `self_speculative.py`.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerskip_moe.generation.sampling import Sampling, choose, gumbel_noise
+from layerskip_moe.generation.sampling import Sampling, choose, gumbel_noise, penalize
 from layerskip_moe.generation.statistics import GenerationStats
+from layerskip_moe.generation.text import TextStream
 from layerskip_moe.nn import KVCache, MoEDecoder
 
 
@@ -23,7 +25,11 @@ class Session:
 
     rows:    [A] int64, which prompt each active row is: the `row` of the sampling noise
     newest:  [A, 1] int64, each active row's last token, not yet run
-    outputs: new tokens of every row (finished ones too); stats: its counts
+    tokens:  [A, capacity] int64, each active row's text so far, a token at its position; the newest is the last
+    state:   what the strategy keeps from round to round, such as a second cache; where it is not None it has
+             `select(rows)`, called with the indices of the rows that stay when some have finished
+    outputs, layers_run: new tokens of every row (finished ones too), and how many layers ran to choose each
+    stats:   the counts of every row
     """
 
     def __init__(
@@ -34,33 +40,56 @@ class Session:
         *,
         max_new_tokens: int,
         stop_tokens: Collection[int] = (),
+        texts: Sequence[TextStream] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
         first_row: int = 0,
     ) -> None:
+        """texts: a stream for each prompt, in which stop strings are looked for; on_token: see `generate`;
+        first_row: the number of the first prompt. The prompts wait to be run, by `prefill`."""
         self.model, self.sampling = model, sampling
         self.max_new_tokens, self.stop_tokens = max_new_tokens, frozenset(stop_tokens)
+        self._texts, self._on_token, self._first_row = texts, on_token, first_row
         device = model.device
         self.outputs: list[list[int]] = [[] for _ in prompts]
+        self.layers_run: list[list[int]] = [[] for _ in prompts]
         self.stats = [GenerationStats() for _ in prompts]
+        self.state: Any = None
         self.rows = torch.arange(first_row, first_row + len(prompts), device=device)
         self._active = list(range(len(prompts)))  # the same rows, counted within this batch
         self.newest = torch.tensor([[prompt[-1]] for prompt in prompts], device=device)
-        longest = max(len(prompt) for prompt in prompts) + max_new_tokens
-        self.cache = KVCache(model.config, len(prompts), longest, dtype=model.dtype, device=device)
+        self.cache = self.new_cache(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
+        self.cache.extend(torch.tensor([len(prompt) - 1 for prompt in prompts], device=device))
+        padded = [[*prompt, *[0] * (self.cache.capacity - len(prompt))] for prompt in prompts]
+        self.tokens = torch.tensor(padded, device=device)
         # The last token a row may get is never run, so its slot is where overhanging drafts may write.
         self._last_slot = torch.tensor([len(prompt) + max_new_tokens - 1 for prompt in prompts], device=device)
-        self._prefill(prompts)
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Run every prompt but its last token, padded on the right: a slot past a row's end is overwritten
-        before any of its queries can read it."""
-        length = max(len(prompt) for prompt in prompts) - 1
+        self._seen: Tensor | None = None  # [A, V] bool: the tokens a repetition penalty weighs down
+        if sampling.repetition_penalty != 1.0:
+            self._seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
+            firsts = self.tokens[:, :1]  # padding counts as one more of the row's own first token
+            inside = torch.arange(self.cache.capacity, device=device) <= self.cache.lengths[:, None]
+            self._seen.scatter_(1, torch.where(inside, self.tokens, firsts), True)
+
+    def new_cache(self, model: MoEDecoder, batch_size: int, capacity: int) -> KVCache:
+        """An empty cache that fits `model`."""
+        return KVCache(model.config, batch_size, capacity, dtype=model.dtype, device=model.device)
+
+    def prefill(
+        self, layers: Sequence[int] | None = None, *, model: MoEDecoder | None = None, cache: KVCache | None = None
+    ) -> None:
+        """Run every prompt but its last token through some layers (all by default), before the first round; of this
+        session's model on its cache, or of another.
+
+        Prompts are padded on the right: a slot past a row's end is overwritten before any query can read it.
+        """
+        model, cache = model or self.model, cache or self.cache
+        length = int(self.cache.lengths.max())
         if length:
-            padded = [[*prompt[:-1], *[0] * (length + 1 - len(prompt))] for prompt in prompts]
-            tokens = torch.tensor(padded, device=self.model.device)
+            tokens = self.tokens[:, :length]
             positions = torch.arange(length, device=tokens.device).expand(tokens.shape)
-            layers = range(self.model.config.n_layers)
-            self.model.run(self.model.embed(tokens), layers, positions=positions, cache=self.cache)
-        self.cache.extend(torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.model.device))
+            layers = range(model.config.n_layers) if layers is None else layers
+            model.run(model.embed(tokens), layers, positions=positions, cache=cache)
 
     @property
     def finished(self) -> bool:
@@ -80,7 +109,7 @@ class Session:
         offsets = torch.arange(count, device=self.newest.device)
         return torch.minimum(self.cache.lengths[:, None] + offsets, self._last_slot[:, None])
 
-    def run(self, hidden: Tensor, layers: range, positions: Tensor) -> Tensor:
+    def run(self, hidden: Tensor, layers: Sequence[int], positions: Tensor) -> Tensor:
         """Some layers over hidden [A, T, D] at positions [A, T], on this session's cache -> [A, T, D]."""
         return self.model.run(hidden, layers, positions=positions, cache=self.cache).hidden
 
@@ -92,39 +121,87 @@ class Session:
         places = self.cache.lengths[:, None] + offsets
         return gumbel_noise(self.sampling.seed, self.rows, places, self.model.config.vocab_size, stream=stream)
 
-    def choose(self, logits: Tensor, noise: Tensor | None) -> Tensor:
-        """Tokens [A, T] for logits [A, T, V] under this session's sampling."""
-        return choose(logits, self.sampling, noise)
+    def scores(self, logits: Tensor, drafts: Sequence[Tensor] = ()) -> Tensor:
+        """Logits [A, T, V] after the repetition penalty. The last of the T places has seen the row's text and all
+        of `drafts`, each [A, 1]; every place before it one draft less."""
+        if self._seen is None:
+            return logits
+        places = logits.shape[1]
+        seen = self._seen[:, None].repeat(1, places, 1)
+        for place in range(places):
+            before = drafts[: len(drafts) - (places - 1 - place)]
+            if before:
+                seen[:, place].scatter_(1, torch.cat(list(before), dim=1), True)
+        return penalize(logits, seen, self.sampling.repetition_penalty)
 
-    def append(self, tokens: Tensor, counts: Tensor, *, drafted: list[int] | None = None) -> None:
-        """End a round: row r's next counts[r] tokens are tokens[r, :counts[r]], as the full model chose them.
+    def choose(self, scores: Tensor, noise: Tensor | None) -> Tensor:
+        """Tokens [A, T] for scores [A, T, V] under this session's sampling."""
+        return choose(scores, self.sampling, noise)
 
-        All but the last of them are in the cache in every layer; the last becomes the newest. counts [A] is
-        1 or more and at most `remaining`. drafted: how many tokens were proposed for each row in this round;
-        counts - 1 of them were accepted. Rows that met a stop token or their last token leave the session.
+    def append(
+        self,
+        tokens: Tensor,
+        counts: Tensor | None = None,
+        *,
+        layers_run: Sequence[int] | None = None,
+        drafted: Sequence[int] | None = None,
+    ) -> None:
+        """End a round: row r's next counts[r] tokens are tokens[r, :counts[r]].
+
+        tokens [A, T]; counts [A] is 1 or more and at most `remaining`, 1 by default. All but the last of them
+        have been run; the last becomes the newest. layers_run: how many layers ran to choose them, by row; all
+        by default. drafted: how many tokens were proposed for each row in this round; counts - 1 of them were
+        accepted. Rows that met a stop token, a stop string or their last token leave the session.
         """
+        if counts is None:
+            counts = torch.ones_like(tokens[:, 0])
+        self._remember(tokens, counts)
         self.cache.extend(counts)
         self.newest = tokens.gather(1, counts[:, None] - 1)
         stays = []
         for index, (row, chosen, count) in enumerate(zip(self._active, tokens.tolist(), counts.tolist(), strict=True)):
-            new = chosen[:count]
-            stop = next((i for i, token in enumerate(new) if token in self.stop_tokens), None)
-            new = new if stop is None else new[:stop]
-            self.outputs[row].extend(new)
-            if stop is None and len(self.outputs[row]) < self.max_new_tokens:
-                stays.append(index)
-            stats = self.stats[row]
-            stats.generated += len(new)
-            stats.rounds += 1
+            layers = self.model.config.n_layers if layers_run is None else layers_run[index]
+            self.stats[row].rounds += 1
             if drafted is not None:
-                stats.drafted += drafted[index]
-                stats.accepted += count - 1
+                self.stats[row].add_drafts(drafted[index], accepted=count - 1)
+            ended = any(self._give(row, token, layers) for token in chosen[:count])
+            if not ended and len(self.outputs[row]) < self.max_new_tokens:
+                stays.append(index)
         if len(stays) < len(self._active):
             self._keep(stays)
+
+    def _give(self, row: int, token: int, layers: int) -> bool:
+        """Add one token to a row's output; whether the row's text ends with or before it."""
+        if token in self.stop_tokens:
+            return True
+        self.outputs[row].append(token)
+        self.layers_run[row].append(layers)
+        self.stats[row].generated += 1
+        self.stats[row].layers_run += layers
+        if self._on_token is not None:
+            self._on_token(self._first_row + row, token)
+        if self._texts is None:
+            return False
+        self._texts[row].push(token)
+        return self._texts[row].stopped
+
+    def _remember(self, tokens: Tensor, counts: Tensor) -> None:
+        """Write the round's tokens where later rounds look for them."""
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        # Beyond its count a row's first token is written again, where it already stands.
+        place = torch.where(place < counts[:, None], place, 0)
+        tokens = tokens.gather(1, place)
+        self.tokens.scatter_(1, self.cache.lengths[:, None] + 1 + place, tokens)
+        if self._seen is not None:
+            self._seen.scatter_(1, tokens, True)
 
     def _keep(self, stays: list[int]) -> None:
         """Drop the finished rows, so that no work is spent on them."""
         self._active = [self._active[index] for index in stays]
         kept = torch.tensor(stays, dtype=torch.int64, device=self.newest.device)
         self.rows, self.newest, self._last_slot = self.rows[kept], self.newest[kept], self._last_slot[kept]
+        self.tokens = self.tokens[kept]
+        self._seen = None if self._seen is None else self._seen[kept]
         self.cache.select(kept)
+        if self.state is not None:
+            self.state.select(kept)

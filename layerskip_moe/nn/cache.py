@@ -8,6 +8,8 @@ row's length is overwritten before any query can read it.
 Knows nothing of who writes or why. Next: `attention.py`, which writes and reads it.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -18,9 +20,9 @@ class KVCache:
     """Keys and values of all layers for B rows of up to `capacity` positions.
 
     keys, values: [L, B, capacity, G, head_dim]
-    lengths:      [B] int64, how many leading positions of each row are complete in every layer. `run` does
-                  not move them (a draft fills early layers only); who decodes does, by `extend`, and may take
-                  some back by `crop`.
+    lengths:      [B] int64, how many leading positions of each row are decided. `run` does not move them (a
+                  draft fills early layers only); who decodes does, by `extend`, and may take some back by
+                  `crop`.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._rows: Tensor | None = None  # of a subset: which of the buffers' rows its rows are
 
     @property
     def capacity(self) -> int:
@@ -45,8 +48,8 @@ class KVCache:
 
     def slots(self, positions: Tensor) -> Tensor:
         """Where positions [B, T] lie when rows and slots are counted through: [B * T]."""
-        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
-        return (rows * self.capacity + positions).flatten()
+        rows = torch.arange(positions.shape[0], device=positions.device) if self._rows is None else self._rows
+        return (rows[:, None] * self.capacity + positions).flatten()
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [B, G, T, head_dim] of one layer in slots [B * T], as `slots` counts them."""
@@ -54,11 +57,20 @@ class KVCache:
             buffer[layer].flatten(0, 1).index_copy_(0, slots, new.transpose(1, 2).flatten(0, 1).to(buffer.dtype))
 
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, G, length, head_dim] of one layer's first `length` positions (views)."""
-        return (
-            self.keys[layer, :, :length].transpose(1, 2),
-            self.values[layer, :, :length].transpose(1, 2),
-        )
+        """Keys and values [B, G, length, head_dim] of one layer's first `length` positions: views, but copies of a
+        subset's."""
+        keys, values = self.keys[layer, :, :length], self.values[layer, :, :length]
+        if self._rows is not None:
+            keys, values = keys[self._rows], values[self._rows]
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def subset(self, rows: Tensor) -> "KVCache":
+        """Some rows (int64 indices) of this cache as a cache of its own, over the same buffers: what is written to
+        it is written here. For rows that go deeper than the others of their batch."""
+        part = copy.copy(self)
+        part.lengths = self.lengths[rows]
+        part._rows = rows if self._rows is None else self._rows[rows]
+        return part
 
     def extend(self, counts: Tensor) -> None:
         """Count the next counts [B] positions of each row as complete."""
@@ -71,6 +83,7 @@ class KVCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep only the given rows (int64 indices), in that order."""
+        assert self._rows is None, "a subset cannot drop rows: it does not own them"
         self.keys = self.keys[:, rows]
         self.values = self.values[:, rows]
         self.lengths = self.lengths[rows]

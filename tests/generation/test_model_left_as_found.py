@@ -17,6 +17,9 @@ class Interrupted:
     def check(self, config):
         pass
 
+    def start(self, session):
+        session.prefill()
+
     def step(self, session):
         assert not session.model.training
         self.steps += 1

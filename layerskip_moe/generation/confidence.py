@@ -1,0 +1,59 @@
+"""How sure an exit is of its next token: the measures by which dynamic early exit decides (CALM, arXiv
+2207.07061, section 3.5).
+
+N states, D width, V vocabulary. `hidden` is the state after some layer, `previous` the state one layer before,
+`logits` the head's opinion of `hidden`. A confidence is at most 1, where 1 is sure.
+Knows nothing of thresholds. Next: `early_exit.py`, which compares; `analysis/early_exit.py`, which measures.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+# A name, or a function of (hidden [N, D], previous [N, D], logits [N, V]) to confidences [N].
+Confidence = Literal["softmax_diff", "state"] | Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def softmax_diff(logits: Tensor) -> Tensor:
+    """[..., V] -> [...]: the most likely token's probability less the second's, 0 to 1."""
+    first, second = logits.float().softmax(dim=-1).topk(2, dim=-1).values.unbind(-1)
+    return first - second
+
+
+def state_similarity(previous: Tensor, hidden: Tensor) -> Tensor:
+    """[..., D] twice -> [...]: the cosine between the states before and after a layer, -1 to 1: a state that no
+    longer moves is taken for the last one."""
+    return F.cosine_similarity(previous.float(), hidden.float(), dim=-1)
+
+
+def confidence_of(kind: Confidence, hidden: Tensor, previous: Tensor, logits: Tensor) -> Tensor:
+    """Confidences [N] of states hidden [N, D]. Raises ValueError for a function that returns another shape."""
+    if kind == "softmax_diff":
+        return softmax_diff(logits)
+    if kind == "state":
+        return state_similarity(previous, hidden)
+    assert callable(kind), "check_confidence refuses other names"
+    found = kind(hidden, previous, logits)
+    if found.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"the confidence function returned shape {list(found.shape)} for {len(hidden)} states; "
+            "it must return one number for each."
+        )
+    return found
+
+
+def check_confidence(kind: Confidence) -> None:
+    """Raise ValueError for a name that is not known."""
+    if not callable(kind) and kind not in ("softmax_diff", "state"):
+        raise ValueError(
+            f"confidence={kind!r} is unknown; it is 'softmax_diff', 'state', or a function of "
+            "(hidden, previous, logits)."
+        )
+
+
+def first_exit(kind: Confidence, min_layer: int) -> int:
+    """The first exit layer that may be taken: min_layer, but not layer 1 by "state", which compares the outputs of
+    two layers."""
+    return max(min_layer, 2) if kind == "state" else min_layer

@@ -1,0 +1,188 @@
+"""EarlyExit: each token leaves the network at the first layer that is sure enough of it (CALM, arXiv 2207.07061).
+
+A later token may go deeper than an earlier one, and then needs the earlier one's keys and values in layers that it
+never reached. They are made when they are first needed, for all waiting positions at once, and in many texts never.
+
+A active rows, R of them still going down, L layers, P capacity, D width.
+Knows nothing of how confidence is measured. Next: `confidence.py`; `calibration.py`, the file of a threshold.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from layerskip_moe.generation.calibration import read_calibration
+from layerskip_moe.generation.confidence import Confidence, check_confidence, confidence_of, first_exit
+from layerskip_moe.generation.session import Session
+from layerskip_moe.nn import ModelConfig
+
+CacheRule = Literal["propagate", "exact"]
+
+_DECAY_TEMPERATURE = 4.0  # tau in CALM's section 3.5
+
+
+@dataclass(frozen=True)
+class EarlyExit:
+    """Dynamic early exit: after layer n the head is asked, and if it is confident enough its token is taken.
+
+    Lossy: what comes out is the early exits' text. Prompts run through all layers. Rows of a batch leave at their
+    own depth, and only those that go on cost anything below. `Generation.layers_run` has every token's exit layer.
+
+    Attributes:
+        threshold: an exit is taken at this confidence or above; 1 (or more) never exits, 0 (or less) exits at the
+            first allowed layer, whatever the confidence. A path: of a calibration's JSON, which then says all
+            settings below too.
+        confidence: "softmax_diff", the two largest probabilities' difference; "state", the cosine between the
+            states before and after a layer, from layer 2 on; or a function of (hidden [N, D], previous [N, D],
+            logits [N, V]) to [N] (see `confidence.py`)
+        min_layer: the first exit layer that may be taken, 1..L
+        decay: lower the threshold along the text, as CALM does: clip(0.9 threshold + 0.1 exp(-4 t / N), 0, 1) for
+            the t-th of N new tokens (t from 0), because early mistakes cost more
+        cache: the keys and values of layers a token never reached. "propagate": the exit state passed through their
+            projections (CALM's, cheap, approximate). "exact": its run is taken up again from the exit state when
+            a later token goes deeper, so that a token sees what the full model would have stored.
+    """
+
+    threshold: float | str | Path
+    confidence: Confidence = "softmax_diff"
+    min_layer: int = 1
+    decay: bool = False
+    cache: CacheRule = "propagate"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.threshold, str | Path):
+            self._take(read_calibration(self.threshold), Path(self.threshold))
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float):
+            raise ValueError(f"threshold={self.threshold!r} must be a number between 0 and 1, or a calibration file.")
+        if math.isnan(self.threshold):
+            raise ValueError("threshold is not a number; it must be between 0 (first exit) and 1 (never exit).")
+        check_confidence(self.confidence)
+        if self.cache not in get_args(CacheRule):
+            raise ValueError(f"cache={self.cache!r} is unknown; it is 'propagate' or 'exact'.")
+
+    def _take(self, calibrated: dict[str, object], path: Path) -> None:
+        """Take over a calibration's settings; a threshold means nothing under others."""
+        for name, value in calibrated.items():
+            default = type(self).__dataclass_fields__[name].default
+            if name != "threshold" and getattr(self, name) not in (default, value):
+                raise ValueError(
+                    f"{path} was calibrated with {name}={value!r}, not {getattr(self, name)!r}; leave {name} out."
+                )
+            object.__setattr__(self, name, value)
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise ValueError where the model has no layer min_layer."""
+        if not 1 <= self.min_layer <= config.n_layers:
+            raise ValueError(f"min_layer={self.min_layer} must be between 1 and n_layers={config.n_layers}.")
+
+    def start(self, session: Session) -> None:
+        """Run the prompts through all layers."""
+        session.prefill()
+        session.state = _Depths(session)
+
+    def step(self, session: Session) -> None:
+        """One round: the newest token of each row goes down until it is confident, then one new token."""
+        model, depths = session.model, session.state
+        assert isinstance(depths, _Depths)
+        n_layers = model.config.n_layers
+        threshold = self._threshold(session)
+        going = list(range(len(session.newest)))  # the rows that have not left, R of them
+        hidden, exit_layers = model.embed(session.newest), [n_layers] * len(going)
+        logits = hidden.new_empty(len(going), 1, model.config.vocab_size)
+        done, end = 0, n_layers if threshold >= 1 else min(first_exit(self.confidence, self.min_layer), n_layers)
+        while going:
+            hidden, previous = depths.run(session, hidden, going, range(done, end), self.cache)
+            told = model.unembed(hidden)
+            if end == n_layers or threshold <= 0:
+                leaves = [True] * len(going)
+            else:
+                sure = confidence_of(self.confidence, hidden[:, 0], previous[:, 0], told[:, 0])
+                leaves = (sure >= threshold).tolist()
+            if any(leaves):
+                left = [index for index, leave in enumerate(leaves) if leave]
+                stay = [index for index, leave in enumerate(leaves) if not leave]
+                rows = [going[index] for index in left]
+                logits[rows] = told[left]
+                depths.leave(rows, hidden[left])
+                for row in rows:
+                    exit_layers[row] = end
+                going, hidden = [going[index] for index in stay], hidden[stay]
+            done, end = end, end + 1
+        depths.newest = [position + 1 for position in depths.newest]
+        session.append(session.choose(session.scores(logits), session.noise(1)), layers_run=exit_layers)
+
+    def _threshold(self, session: Session) -> float:
+        """This round's threshold. Every active row has got equally many tokens, t of N."""
+        assert isinstance(self.threshold, int | float), "a path was read at construction"
+        if not self.decay or self.threshold <= 0 or self.threshold >= 1:
+            return self.threshold
+        t = session.max_new_tokens - session.remaining[0]
+        decayed = 0.9 * self.threshold + 0.1 * math.exp(-_DECAY_TEMPERATURE * t / session.max_new_tokens)
+        return min(max(decayed, 0.0), 1.0)
+
+
+class _Depths:
+    """How deep every position of every active row has come, and the state it waits in.
+
+    newest:  by row, the position of its newest token
+    reached: by row and layer, how many leading positions have keys and values there. It never rises with the
+             layer, so what waits for a layer is always the end of the text.
+    states:  [A, P, D], the state each waiting position left in, or was brought to since
+    """
+
+    def __init__(self, session: Session) -> None:
+        config, cache = session.model.config, session.cache
+        self.newest: list[int] = cache.lengths.tolist()
+        self.reached = [[length] * config.n_layers for length in self.newest]
+        shape = (len(self.newest), cache.capacity, config.d_model)
+        self.states = torch.zeros(shape, dtype=session.model.dtype, device=session.model.device)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only the given rows, in that order."""
+        kept = rows.tolist()
+        self.newest, self.reached = [self.newest[row] for row in kept], [self.reached[row] for row in kept]
+        self.states = self.states[rows]
+
+    def leave(self, rows: list[int], hidden: Tensor) -> None:
+        """The newest tokens of some rows stop here, in the states hidden [len(rows), 1, D]."""
+        self.states[rows, [self.newest[row] for row in rows]] = hidden[:, 0]
+
+    def run(
+        self, session: Session, hidden: Tensor, rows: list[int], layers: range, rule: CacheRule
+    ) -> tuple[Tensor, Tensor]:
+        """The newest tokens of R rows through some layers, and first what waits there before them.
+
+        hidden [R, 1, D] -> the states after the last layer and before it, both [R, 1, D].
+        """
+        model, device = session.model, hidden.device
+        cache = session.cache
+        if len(rows) < len(self.newest):
+            cache = cache.subset(torch.tensor(rows, device=device))
+        newest = [self.newest[row] for row in rows]
+        starts = [self.reached[row][layers[0]] for row in rows]
+        for row, position in zip(rows, newest, strict=True):
+            self.reached[row][layers[0] : layers[-1] + 1] = [position + 1] * len(layers)
+        positions = torch.tensor(newest, device=device)[:, None]
+        waiting = max(position - start for position, start in zip(newest, starts, strict=True))
+        if not waiting:
+            before = layers[-2:-1]  # the layer whose output is wanted too; none where there is but one
+            out = model.run(hidden, layers, positions=positions, cache=cache, collect=before)
+            return out.hidden, out.collected[before[0]] if before else hidden
+
+        assert len(layers) == 1, "what waits, waits behind an exit, and from there on exits are one layer apart"
+        # Rows with less to catch up do some of it, or their newest token, several times over, to the same result.
+        first = torch.tensor(starts, device=device)[:, None]
+        places = torch.maximum(positions + torch.arange(-waiting, 0, device=device), first)
+        at = torch.tensor(rows, device=device)[:, None]
+        if rule == "propagate":
+            model.fill(self.states[at, places], layers, positions=places, cache=cache)
+            return model.run(hidden, layers, positions=positions, cache=cache).hidden, hidden
+        self.states[at, positions] = hidden
+        places = torch.cat([places, positions], dim=1)
+        out = model.run(self.states[at, places], layers, positions=places, cache=cache)
+        self.states[at, places] = out.hidden
+        return out.hidden[:, -1:], hidden

@@ -1,0 +1,75 @@
+"""Speculative: another, smaller decoder drafts, the model verifies all drafts in one pass (Leviathan et al.,
+arXiv 2211.17192).
+
+The draft model has a cache of its own. Next: `self_speculative.py`, which needs no second model;
+`verification.py`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from layerskip_moe.generation.session import Session
+from layerskip_moe.generation.verification import Coupling, Round, check_drafting
+from layerskip_moe.nn import KVCache, ModelConfig, MoEDecoder
+
+
+@dataclass(frozen=True)
+class Speculative:
+    """Draft with another decoder of the same vocabulary.
+
+    Attributes:
+        draft_model: the decoder that drafts, on the same device; it is run in eval mode and left as it was
+        draft_length: tokens drafted per round, 1 or more
+        coupling: "shared" or "rejection", see `SelfSpeculative`
+    """
+
+    draft_model: MoEDecoder
+    draft_length: int = 4
+    coupling: Coupling = "shared"
+
+    def __post_init__(self) -> None:
+        check_drafting(self.draft_length, self.coupling)
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise ValueError where the two models do not share a vocabulary."""
+        own = self.draft_model.config
+        if own.vocab_size != config.vocab_size:
+            raise ValueError(
+                f"the draft model has vocab_size={own.vocab_size} and the model {config.vocab_size}; "
+                "they must share one tokenizer."
+            )
+
+    def start(self, session: Session) -> None:
+        """Run the prompts through both models. Raises ValueError where the draft model is too short for them, or
+        elsewhere."""
+        draft, main = self.draft_model, session.cache
+        if draft.config.max_seq_len < main.capacity:
+            raise ValueError(
+                f"the draft model's max_seq_len={draft.config.max_seq_len} is less than prompt and new tokens, "
+                f"{main.capacity}; ask for less, or build it with a larger max_seq_len."
+            )
+        if draft.device != session.model.device:
+            raise ValueError(f"the draft model is on {draft.device} and the model on {session.model.device}; move one.")
+        cache = session.new_cache(draft, len(session.rows), main.capacity)
+        session.prefill(model=draft, cache=cache)
+        session.prefill()
+        session.state = cache
+
+    def step(self, session: Session) -> None:
+        """One round: draft, verify, append what the full model chose."""
+        model, draft = session.model, self.draft_model
+        cache = session.state
+        assert isinstance(cache, KVCache)
+        round_ = Round.begin(session, self.draft_length, self.coupling)
+        positions = session.positions(round_.length + 1)
+        # The draft model has not run the last draft of a round that was accepted whole: it runs the token before
+        # the newest once more in either case, which writes what is there already or what is missing.
+        first = torch.cat([(positions[:, :1] - 1).clamp(min=0), positions[:, :1]], dim=1)
+        tokens, places = session.tokens.gather(1, first), first
+        for place in range(round_.length):
+            hidden = draft.run(draft.embed(tokens), range(draft.config.n_layers), positions=places, cache=cache).hidden
+            tokens, places = round_.draft(draft.unembed(hidden[:, -1:])), positions[:, place + 1 : place + 2]
+        text = torch.cat([session.newest, *round_.drafts], dim=1)
+        hidden = session.run(model.embed(text), range(model.config.n_layers), positions)
+        round_.verify(model.unembed(hidden))
