@@ -25,7 +25,7 @@ def test_loss_curves_show_the_last_exit_and_held_out_ones():
     axes = figures.loss_curves(train, validation).axes[0]
     curves = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert curves.pop("training, whole model") == [[0, 7.0], [1, 6.0], [2, 5.5]]
-    assert curves.pop("held out, exit layer 10 (whole model)") == [[2, pytest.approx(1.0)]]
+    assert curves.pop("held out, exit layer 10\n(whole model)") == [[2, pytest.approx(1.0)]]
     assert curves.pop("held out, exit layer 1") == [[2, pytest.approx(10.0)]]
     assert len(curves) == 3 and all(label.startswith("held out") for label in curves)
 

@@ -1,0 +1,241 @@
+"""How fast strategies decode, how much of a draft is kept, and what their text is worth.
+
+A comparison is an entry of a report's `decoding` or `strategies`: rows of strategies, the baseline first.
+Knows nothing of how they were timed. Next: `exits.py`, the layers that draft.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from layerskip_moe.analysis.figures.drawing import (
+    GREY,
+    MARKERS,
+    SERIES,
+    colour_bar,
+    drawable,
+    drawables,
+    edges,
+    label,
+    labels_beside,
+    legend_outside,
+    new_panels,
+    shades,
+    whole_ticks,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def decoding_label(comparison: Mapping[str, Any]) -> str:
+    """How a comparison's tokens were chosen: "greedy", or its temperature and top-p."""
+    if comparison["temperature"] == 0:
+        return "greedy"
+    top_p = "" if comparison.get("top_p") is None else f", top-p {comparison['top_p']:g}"
+    return f"temperature {comparison['temperature']:g}{top_p}"
+
+
+def fastest_by_exit(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The fastest row of each exit layer, by exit layer."""
+    timed = [row for row in rows if row["exit_layer"] is not None and not math.isnan(drawable(row["speed_up"]))]
+    best = {row["exit_layer"]: row for row in sorted(timed, key=lambda row: row["speed_up"])}
+    return [best[layer] for layer in sorted(best)]
+
+
+def speed_up_by_exit(comparisons: Sequence[Mapping[str, Any]]) -> "Figure":
+    """Speed-up over plain decoding, and acceptance, of the fastest draft length at each exit layer.
+
+    comparisons: `decoding` of a report; each is one series. Whiskers reach over the middle half of the
+    prompts, the number above is the draft length, and faint marks are the draft lengths that were slower.
+    """
+    figure, (left, right) = new_panels(2, height=4.3)
+    handles: list[Any] = [left.axhline(1.0, color=GREY, linewidth=1, linestyle=":", label="plain decoding, same model")]
+    exits: set[int] = set()
+    for index, comparison in enumerate(comparisons):
+        colour, marker, style = SERIES[index % len(SERIES)]
+        rows = [row for row in comparison["strategies"] if row["exit_layer"] is not None]
+        fastest = fastest_by_exit(rows)
+        slower = [row for row in rows if row not in fastest]
+        exits |= {row["exit_layer"] for row in rows}
+        # Series stand a little apart, so that whiskers at one exit layer do not cover each other.
+        shift = 0.12 * (index - (len(comparisons) - 1) / 2)
+        for axes, field, factor in ((right, "acceptance_rate", 100), (left, "speed_up", 1)):
+            x, y = _points(fastest, field, shift, factor)
+            name = decoding_label(comparison)
+            (line,) = axes.plot(x, y, color=colour, marker=marker, linestyle=style, label=name)
+            x, y = _points(slower, field, shift, factor)
+            axes.plot(x, y, color=colour, marker=marker, linestyle="", markersize=4, alpha=0.3)
+        handles.append(line)
+        for row in fastest:
+            low, high = row["speed_up_quartiles"]
+            place = row["exit_layer"] + shift
+            left.vlines(place, low, high, color=colour, alpha=0.5, linewidth=2)
+            label(left, place, high, str(row["draft_length"]), colour, offset=(0, 3), align="center")
+    left.set(title="Speed-up over plain decoding", ylabel="times as fast")
+    left.set_xlabel("exit layer (numbers: tokens drafted per round)")
+    right.set(title="Drafted tokens accepted", xlabel="exit layer", ylabel="% of drafted tokens", ylim=(0, 104))
+    for axes in (left, right):
+        whole_ticks(axes, sorted(exits))
+    left.margins(y=0.12)
+    legend_outside(figure, handles, below=len(handles))
+    return figure
+
+
+def speed_up_contour(sweep: Mapping[str, Any]) -> "Figure":
+    """Speed-up over plain decoding by exit layer and draft length, written at each point that was measured.
+
+    sweep: a report's section: exit_layers, draft_lengths, speed_up [exit layers][draft lengths] and, optional,
+    chosen {exit_layer, draft_length}, which is marked. Filled contours between the points; a heat map where
+    there are fewer than two of either. The dashed line is 1.0: as fast as plain decoding.
+    Raises ValueError if nothing was measured.
+    """
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    exits, drafts = sweep["exit_layers"], sweep["draft_lengths"]
+    speed_up = np.array([drawables(row) for row in sweep["speed_up"]])  # [exit layers, draft lengths]
+    if speed_up.size == 0 or np.isnan(speed_up).all():
+        raise ValueError("There is no speed-up to draw: the sweep timed no pair of exit layer and draft length.")
+    low, high = np.nanmin(speed_up) - 1e-3, np.nanmax(speed_up) + 1e-3
+    grid = np.ma.masked_invalid(speed_up.T)
+
+    figure, (axes,) = new_panels(1, width=8.5, height=4.6)
+    handles: list[Any] = []
+    if min(speed_up.shape) > 1:
+        image: Any = axes.contourf(exits, drafts, grid, levels=np.linspace(low, high, 10), cmap="cividis")
+        if low < 1 < high:
+            axes.contour(exits, drafts, grid, levels=[1.0], colors="black", linestyles="--")
+            handles.append(Line2D([], [], color="black", linestyle="--", label="as fast as\nplain decoding"))
+    else:
+        image = axes.pcolormesh(edges(exits), edges(drafts), grid, cmap="cividis", vmin=low, vmax=high)
+    chosen = sweep.get("chosen") or {}
+    for (row, column), value in np.ndenumerate(speed_up):
+        if not math.isnan(value):
+            picked = (exits[row], drafts[column]) == (chosen.get("exit_layer"), chosen.get("draft_length"))
+            frame = {"boxstyle": "round,pad=0.25", "fc": "white", "ec": "black" if picked else "none", "lw": 2}
+            weight = "bold" if picked else "normal"
+            axes.text(
+                exits[row], drafts[column], f"{value:.2f}", ha="center", va="center", size=9, weight=weight, bbox=frame
+            )
+            if picked:
+                handles.append(Patch(facecolor="white", edgecolor="black", linewidth=2, label="chosen"))
+    axes.set_xlim(edges(exits)[0], edges(exits)[-1])
+    axes.set_ylim(edges(drafts)[0], edges(drafts)[-1])
+    axes.set_xticks(exits)
+    axes.set_yticks(drafts)
+    axes.set(title="Speed-up over plain decoding", xlabel="exit layer", ylabel="tokens drafted per round")
+    colour_bar(figure, axes, image, "times as fast", format="%.2f")
+    legend_outside(figure, handles, below=2)
+    return figure
+
+
+def acceptance_by_position(comparisons: Sequence[Mapping[str, Any]]) -> "Figure":
+    """Acceptance of the i-th draft of a round, a line per exit layer (or draft model) and comparison.
+
+    Left: of the rounds whose drafts before it were all accepted, accepted[i] / min(accepted[i-1], drafted[i]);
+    a little low where some rounds drafted fewer tokens than others. Right: of all rounds that drafted so many,
+    accepted[i] / drafted[i]. Rows of one exit layer, which differ in draft length, are counted together.
+    comparisons: of a report; rows have drafted_by_position and accepted_by_position. Raises ValueError if no
+    row drafted anything.
+    """
+    series: dict[tuple[str, str], np.ndarray[Any, Any]] = {}  # [2, positions]: drafted, accepted
+    for comparison in comparisons:
+        for row in comparison["strategies"]:
+            drafted = row.get("drafted_by_position") or []
+            if drafted:
+                drafter = row["name"] if row["exit_layer"] is None else f"exit layer {row['exit_layer']}"
+                key = (drafter, decoding_label(comparison))
+                counts = np.array([drafted, row["accepted_by_position"]], dtype=np.float64)
+                series[key] = _padded_sum(series[key], counts) if key in series else counts
+    if not series:
+        raise ValueError("There are no drafts to draw: no strategy drafted any tokens.")
+
+    figure, (left, right) = new_panels(2, height=4.3)
+    drafters = list(dict.fromkeys(drafter for drafter, _ in series))
+    decodings = list(dict.fromkeys(decoding for _, decoding in series))
+    colours = dict(zip(drafters, shades(len(drafters)), strict=True))
+    longest = 0
+    handles = []
+    for (drafter, decoding), (drafted, accepted) in series.items():
+        marker = MARKERS[drafters.index(drafter) % len(MARKERS)]
+        style = SERIES[decodings.index(decoding) % len(SERIES)][2]
+        before = np.minimum(np.concatenate([drafted[:1], accepted[:-1]]), drafted)
+        places = range(1, 1 + len(drafted))
+        name = f"{drafter}, {decoding}" if len(decodings) > 1 else drafter
+        for axes, rounds in ((left, before), (right, drafted)):
+            share = 100 * np.divide(accepted, rounds, out=np.full_like(accepted, np.nan), where=rounds > 0)
+            (line,) = axes.plot(
+                places, share, color=colours[drafter], marker=marker, linestyle=style, markersize=5, label=name
+            )
+        handles.append(line)
+        longest = max(longest, len(drafted))
+    left.set(title="Accepted, if all before it were", ylabel="% of those drafts")
+    right.set(title="Accepted, of all drafts", ylabel="% of drafts at this position")
+    for axes in (left, right):
+        axes.set(xlabel="position in the draft", ylim=(0, 104))
+        whole_ticks(axes, range(1, longest + 1))
+    legend_outside(figure, handles, below=4)
+    return figure
+
+
+def quality(comparisons: Sequence[Mapping[str, Any]]) -> "Figure":
+    """What each strategy's text is worth, by its speed: a panel per comparison, a named point per strategy.
+
+    Perplexity is the full model's, of the text the strategy wrote; repetitive text has a low one too, so each
+    name is followed by the share of distinct 4-grams. comparisons: of a report; rows have perplexity. A row
+    without one is named below its panel. Raises ValueError if no row has one.
+    """
+    from matplotlib.lines import Line2D
+
+    def is_scored(row: Mapping[str, Any]) -> bool:
+        return not math.isnan(drawable(row.get("perplexity")) + drawable(row["tokens_per_second"]))
+
+    shown = [c for c in comparisons if any(is_scored(row) for row in c["strategies"])]
+    if not shown:
+        raise ValueError("There is no quality to draw: no strategy has a perplexity of its text.")
+    most = max(len(comparison["strategies"]) for comparison in shown)
+    height = max(2.2, 0.22 * most)  # of a panel's axes
+    figure, panels = new_panels(len(shown), height=0.6 + len(shown) * (height + 0.9), columns=1)
+    exact: dict[str, Any] = {"color": SERIES[0][0], "marker": "o"}
+    lossy: dict[str, Any] = {"color": SERIES[1][0], "marker": "^", "mfc": "white"}
+    for axes, comparison in zip(panels, shown, strict=True):
+        rows = [row for row in comparison["strategies"] if is_scored(row)]
+        left_out = [row["name"] for row in comparison["strategies"] if not is_scored(row)]
+        for row in rows:
+            look = exact if row["identical"] == comparison["prompts"] else lossy
+            axes.plot(row["perplexity"], row["tokens_per_second"], linestyle="", **look)
+        axes.margins(0.08)
+        axes.set(title=f"Speed and quality of the text, {decoding_label(comparison)}", ylabel="tokens/s")
+        note = f"\n(not scored: {', '.join(left_out)})" if left_out else ""
+        axes.set_xlabel(f"perplexity of the text under the full model{note}")
+        labels_beside(
+            axes, [(row["perplexity"], row["tokens_per_second"], _told(row)) for row in rows], gap=0.2 / height
+        )
+    handles = [
+        Line2D([], [], linestyle="", label="same text as the first, on every prompt", **exact),
+        Line2D([], [], linestyle="", label="other text", **lossy),
+    ]
+    legend_outside(figure, handles, below=2)
+    return figure
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    distinct = row.get("distinct_4grams")
+    return row["name"] + ("" if distinct is None else f" ({distinct:.0%} of 4-grams distinct)")
+
+
+def _padded_sum(one: "np.ndarray[Any, Any]", other: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """The sum of two tables of counts, the narrower one continued by zeros."""
+    total = np.zeros((len(one), max(one.shape[1], other.shape[1])))
+    total[:, : one.shape[1]] += one
+    total[:, : other.shape[1]] += other
+    return total
+
+
+def _points(
+    rows: Sequence[Mapping[str, Any]], field: str, shift: float, factor: float
+) -> tuple[list[float], list[float]]:
+    return [row["exit_layer"] + shift for row in rows], drawables((row[field] for row in rows), factor)
