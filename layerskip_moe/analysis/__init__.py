@@ -1,20 +1,30 @@
 """What a trained model does, and the report that tells it.
 
-`exits.py` and `expert_use.py` measure, `figures.py` shows, `report.py` tells. Start reading at `exits.py`.
+`exits.py`, `early_exit.py`, `expert_use.py`, `expert_choice.py` and `continuations.py` measure, `figures.py` shows,
+`report.py` tells. Start reading at `exits.py`.
 """
 
+from layerskip_moe.analysis.continuations import ContinuationScore, score_continuations
+from layerskip_moe.analysis.early_exit import EarlyExitEvaluation, evaluate_early_exit
 from layerskip_moe.analysis.exits import ExitEvaluation, evaluate_exits
+from layerskip_moe.analysis.expert_choice import ExpertChoice, expert_choice
 from layerskip_moe.analysis.expert_use import ExpertUse, expert_use
 from layerskip_moe.analysis.metrics_file import read_metrics
 from layerskip_moe.analysis.repetition import distinct_ngrams
 from layerskip_moe.analysis.report import write_report
 
 __all__ = [
+    "ContinuationScore",
+    "EarlyExitEvaluation",
     "ExitEvaluation",
+    "ExpertChoice",
     "ExpertUse",
     "distinct_ngrams",
+    "evaluate_early_exit",
     "evaluate_exits",
+    "expert_choice",
     "expert_use",
     "read_metrics",
+    "score_continuations",
     "write_report",
 ]
