@@ -1,6 +1,6 @@
 """What a trained model does, and the report that tells it.
 
-`exits.py`, `early_exit.py`, `expert_use.py`, `expert_choice.py` and `continuations.py` measure, `figures.py` shows,
+`exits.py`, `early_exit.py`, `expert_use.py`, `expert_choice.py` and `continuations.py` measure, `figures/` shows,
 `report.py` tells. Start reading at `exits.py`.
 """
 
