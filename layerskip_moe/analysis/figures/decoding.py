@@ -22,6 +22,7 @@ from layerskip_moe.analysis.figures.drawing import (
     labels_beside,
     legend_outside,
     new_panels,
+    plain_log_scale,
     shades,
     whole_ticks,
 )
@@ -94,36 +95,45 @@ def speed_up_contour(sweep: Mapping[str, Any]) -> "Figure":
     """
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
     exits, drafts = sweep["exit_layers"], sweep["draft_lengths"]
     speed_up = np.array([drawables(row) for row in sweep["speed_up"]])  # [exit layers, draft lengths]
     if speed_up.size == 0 or np.isnan(speed_up).all():
         raise ValueError("There is no speed-up to draw: the sweep timed no pair of exit layer and draft length.")
-    low, high = np.nanmin(speed_up) - 1e-3, np.nanmax(speed_up) + 1e-3
+    low, high = np.nanmin(speed_up), np.nanmax(speed_up)
     grid = np.ma.masked_invalid(speed_up.T)
 
     figure, (axes,) = new_panels(1, width=8.5, height=4.6)
     handles: list[Any] = []
     if min(speed_up.shape) > 1:
-        image: Any = axes.contourf(exits, drafts, grid, levels=np.linspace(low, high, 10), cmap="cividis")
+        image: Any = axes.contourf(exits, drafts, grid, levels=MaxNLocator(9).tick_values(low, high), cmap="cividis")
         if low < 1 < high:
             axes.contour(exits, drafts, grid, levels=[1.0], colors="black", linestyles="--")
-            handles.append(Line2D([], [], color="black", linestyle="--", label="as fast as\nplain decoding"))
+            handles.append(Line2D([], [], color="black", linestyle="--", label="as fast as plain decoding"))
     else:
         image = axes.pcolormesh(edges(exits), edges(drafts), grid, cmap="cividis", vmin=low, vmax=high)
     chosen = sweep.get("chosen") or {}
+    size = 9 if max(speed_up.shape) <= 8 else 7
     for (row, column), value in np.ndenumerate(speed_up):
         if not math.isnan(value):
             picked = (exits[row], drafts[column]) == (chosen.get("exit_layer"), chosen.get("draft_length"))
             frame = {"boxstyle": "round,pad=0.25", "fc": "white", "ec": "black" if picked else "none", "lw": 2}
             weight = "bold" if picked else "normal"
             axes.text(
-                exits[row], drafts[column], f"{value:.2f}", ha="center", va="center", size=9, weight=weight, bbox=frame
+                exits[row],
+                drafts[column],
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                size=size,
+                weight=weight,
+                bbox=frame,
             )
             if picked:
                 handles.append(Patch(facecolor="white", edgecolor="black", linewidth=2, label="chosen"))
-    axes.set_xlim(edges(exits)[0], edges(exits)[-1])
-    axes.set_ylim(edges(drafts)[0], edges(drafts)[-1])
+    axes.use_sticky_edges = False  # so that the outer values have room
+    axes.margins(0.09)
     axes.set_xticks(exits)
     axes.set_yticks(drafts)
     axes.set(title="Speed-up over plain decoding", xlabel="exit layer", ylabel="tokens drafted per round")
@@ -141,14 +151,18 @@ def acceptance_by_position(comparisons: Sequence[Mapping[str, Any]]) -> "Figure"
     comparisons: of a report; rows have drafted_by_position and accepted_by_position. Raises ValueError if no
     row drafted anything.
     """
-    series: dict[tuple[str, str], np.ndarray[Any, Any]] = {}  # [2, positions]: drafted, accepted
+    from matplotlib.lines import Line2D
+
+    series: dict[tuple[str, str], np.ndarray[Any, Any]] = {}  # [3, positions]: drafted, reached, accepted
     for comparison in comparisons:
         for row in comparison["strategies"]:
             drafted = row.get("drafted_by_position") or []
             if drafted:
                 drafter = row["name"] if row["exit_layer"] is None else f"exit layer {row['exit_layer']}"
                 key = (drafter, decoding_label(comparison))
-                counts = np.array([drafted, row["accepted_by_position"]], dtype=np.float64)
+                accepted = row["accepted_by_position"]
+                reached = np.minimum([drafted[0], *accepted[:-1]], drafted)
+                counts = np.array([drafted, reached, accepted], dtype=np.float64)
                 series[key] = _padded_sum(series[key], counts) if key in series else counts
     if not series:
         raise ValueError("There are no drafts to draw: no strategy drafted any tokens.")
@@ -156,28 +170,27 @@ def acceptance_by_position(comparisons: Sequence[Mapping[str, Any]]) -> "Figure"
     figure, (left, right) = new_panels(2, height=4.3)
     drafters = list(dict.fromkeys(drafter for drafter, _ in series))
     decodings = list(dict.fromkeys(decoding for _, decoding in series))
-    colours = dict(zip(drafters, shades(len(drafters)), strict=True))
+    looks: dict[str, dict[str, Any]] = {
+        drafter: {"color": colour, "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
+        for i, (drafter, colour) in enumerate(zip(drafters, shades(len(drafters)), strict=True))
+    }
+    styles = {decoding: SERIES[i % len(SERIES)][2] for i, decoding in enumerate(decodings)}
     longest = 0
-    handles = []
-    for (drafter, decoding), (drafted, accepted) in series.items():
-        marker = MARKERS[drafters.index(drafter) % len(MARKERS)]
-        style = SERIES[decodings.index(decoding) % len(SERIES)][2]
-        before = np.minimum(np.concatenate([drafted[:1], accepted[:-1]]), drafted)
-        places = range(1, 1 + len(drafted))
-        name = f"{drafter}, {decoding}" if len(decodings) > 1 else drafter
-        for axes, rounds in ((left, before), (right, drafted)):
+    for (drafter, decoding), (all_drafts, reached, accepted) in series.items():
+        places = range(1, 1 + len(accepted))
+        for axes, rounds in ((left, reached), (right, all_drafts)):
             share = 100 * np.divide(accepted, rounds, out=np.full_like(accepted, np.nan), where=rounds > 0)
-            (line,) = axes.plot(
-                places, share, color=colours[drafter], marker=marker, linestyle=style, markersize=5, label=name
-            )
-        handles.append(line)
-        longest = max(longest, len(drafted))
-    left.set(title="Accepted, if all before it were", ylabel="% of those drafts")
-    right.set(title="Accepted, of all drafts", ylabel="% of drafts at this position")
+            axes.plot(places, share, linestyle=styles[decoding], label=f"{drafter}, {decoding}", **looks[drafter])
+        longest = max(longest, len(accepted))
+    handles = [Line2D([], [], label=drafter, **look) for drafter, look in looks.items()]
+    if len(decodings) > 1:
+        handles += [Line2D([], [], color=GREY, linestyle=styles[name], label=name) for name in decodings]
+    left.set(title="Accepted where all before it were", ylabel="% of those drafts")
+    right.set(title="Accepted of all drafted", ylabel="% of drafts at this position")
     for axes in (left, right):
         axes.set(xlabel="position in the draft", ylim=(0, 104))
         whole_ticks(axes, range(1, longest + 1))
-    legend_outside(figure, handles, below=4)
+    legend_outside(figure, handles, below=-(-len(handles) // -(-len(handles) // 7)))
     return figure
 
 
@@ -204,27 +217,26 @@ def quality(comparisons: Sequence[Mapping[str, Any]]) -> "Figure":
     for axes, comparison in zip(panels, shown, strict=True):
         rows = [row for row in comparison["strategies"] if is_scored(row)]
         left_out = [row["name"] for row in comparison["strategies"] if not is_scored(row)]
+        points = []
         for row in rows:
-            look = exact if row["identical"] == comparison["prompts"] else lossy
-            axes.plot(row["perplexity"], row["tokens_per_second"], linestyle="", **look)
-        axes.margins(0.08)
+            same = row["identical"] == comparison["prompts"]
+            axes.plot(row["perplexity"], row["tokens_per_second"], linestyle="", **(exact if same else lossy))
+            distinct = row.get("distinct_4grams")
+            told = "" if distinct is None else f" ({distinct:.0%} of 4-grams distinct)"
+            name = f"{'●' if same else '△'} {row['name']}{told}"
+            points.append((row["perplexity"], row["tokens_per_second"], name))
+        axes.margins(y=0.08)
+        plain_log_scale(axes, "x", [row["perplexity"] for row in rows])
         axes.set(title=f"Speed and quality of the text, {decoding_label(comparison)}", ylabel="tokens/s")
         note = f"\n(not scored: {', '.join(left_out)})" if left_out else ""
-        axes.set_xlabel(f"perplexity of the text under the full model{note}")
-        labels_beside(
-            axes, [(row["perplexity"], row["tokens_per_second"], _told(row)) for row in rows], gap=0.2 / height
-        )
+        axes.set_xlabel(f"perplexity of the text under the full model (log scale){note}")
+        labels_beside(axes, points, gap=0.2 / height)
     handles = [
         Line2D([], [], linestyle="", label="same text as the first, on every prompt", **exact),
         Line2D([], [], linestyle="", label="other text", **lossy),
     ]
     legend_outside(figure, handles, below=2)
     return figure
-
-
-def _told(row: Mapping[str, Any]) -> str:
-    distinct = row.get("distinct_4grams")
-    return row["name"] + ("" if distinct is None else f" ({distinct:.0%} of 4-grams distinct)")
 
 
 def _padded_sum(one: "np.ndarray[Any, Any]", other: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":

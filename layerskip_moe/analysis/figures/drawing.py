@@ -25,9 +25,14 @@ if TYPE_CHECKING:
 
 GREY, PALE = "#6b6b6b", "#cfcfcf"
 # Colour, marker and line style of series without an order; ordered ones take `shades`.
-SERIES = (("#00487f", "o", "-"), ("#d55e00", "s", "--"), ("#56b4e9", "^", "-."), ("#009e73", "D", ":"))
+SERIES: tuple[tuple[str, str, Literal["-", "--", "-.", ":"]], ...] = (
+    ("#00487f", "o", "-"),
+    ("#d55e00", "s", "--"),
+    ("#56b4e9", "^", "-."),
+    ("#009e73", "D", ":"),
+)
 MARKERS = "os^Dv"
-AMOUNT = "viridis_r"  # of heat maps: light is little, dark is much
+AMOUNT = "Blues"  # of heat maps: white is nothing, dark is much
 
 
 def save_figure(figure: "Figure", path: str | Path) -> None:
@@ -82,32 +87,39 @@ def edges(places: Sequence[float]) -> list[float]:
     return [2 * places[0] - between[0], *between, 2 * places[-1] - between[-1]]
 
 
+def thinned(count: int, most: int) -> slice:
+    """Every n-th of `count` things, the last among them, so that at most `most` are left."""
+    every = -(-count // most)
+    return slice((count - 1) % every, None, every)
+
+
 def whole_ticks(axes: "Axes", layers: Sequence[int], *, most: int = 16) -> None:
     """Ticks at whole layers, every one while there are at most `most`, with half a layer's room at the ends."""
     if layers:
-        axes.set_xticks(layers[:: -(-len(layers) // most)])
+        axes.set_xticks(layers[thinned(len(layers), most)])
         axes.set_xlim(min(layers) - 0.5, max(layers) + 0.5)
 
 
-def step_ticks(axes: "Axes") -> None:
+def step_ticks(axes: "Axes", *, most: int = 7) -> None:
     """Name the x axis "step", with ticks at whole steps only."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=most, integer=True))
 
 
-def plain_log_ticks(axes: "Axes", values: Sequence[float]) -> None:
-    """A log scale with ticks at 1, 2, 5 x 10^n, written out, also where the data spans less than ten times."""
+def plain_log_scale(axes: "Axes", name: Literal["x", "y"], values: Sequence[float]) -> None:
+    """A log scale for x or y with ticks at 1, 2, 5 x 10^n, written out, and limits just around the values."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set(**{f"{name}scale": "log"})
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
     finite = [value for value in values if not math.isnan(value)]
     if finite:
-        axes.set_ylim(min(finite) / 1.25, max(finite) * 1.35)
+        axes.set(**{f"{name}lim": (min(finite) / 1.25, max(finite) * 1.35)})
 
 
 def label(
@@ -137,7 +149,7 @@ def labels_beside(axes: "Axes", points: Sequence[tuple[float, float, str]], *, g
             textcoords="axes fraction",
             va="center",
             fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": PALE, "shrinkA": 1, "shrinkB": 4},
+            arrowprops={"arrowstyle": "-", "color": PALE, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 4},
         )
 
 
@@ -163,7 +175,8 @@ def heat_map(
     """Draw values [rows, columns] as coloured cells with a colour bar, named `bar`, which is returned.
 
     Values (whole, "{:.0f}") are written into the cells while there is room; with more rows or columns than
-    names fit, every n-th is named. nan is an empty cell. norm: of the colours; None: from 0 to the largest.
+    names fit, every n-th is named, the last among them. nan is an empty cell. norm: of the colours; None: from
+    0 to the largest.
     """
     from matplotlib.colors import Normalize
 
@@ -176,10 +189,9 @@ def heat_map(
                 red, green, blue, _ = image.to_rgba(value)
                 colour = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
                 axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=9, color=colour)
-    every = -(-n_columns // 16)
-    axes.set_xticks(range(0, n_columns, every), columns[::every])
-    every = -(-n_rows // 24)
-    axes.set_yticks(range(0, n_rows, every), rows[::every])
+    across, down = thinned(n_columns, 16), thinned(n_rows, 24)
+    axes.set_xticks(range(n_columns)[across], columns[across])
+    axes.set_yticks(range(n_rows)[down], rows[down])
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     return colour_bar(figure, axes, image, bar)

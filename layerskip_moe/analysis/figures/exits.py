@@ -19,7 +19,8 @@ from layerskip_moe.analysis.figures.drawing import (
     label,
     legend_outside,
     new_panels,
-    plain_log_ticks,
+    plain_log_scale,
+    thinned,
     whole_ticks,
 )
 
@@ -38,7 +39,7 @@ def perplexity_by_exit(perplexity: Sequence[float | None], agreement: Sequence[f
     right.plot(layers, percent, color=_BLUE, marker="o")
     left.set(title="Held-out perplexity", xlabel="exit layer", ylabel="perplexity (log scale)")
     right.set(title="Same next token as the last layer", xlabel="exit layer", ylabel="% of positions")
-    plain_log_ticks(left, finite)
+    plain_log_scale(left, "y", finite)
     right.set_ylim(0, 104)
     every = -(-len(layers) // 8)
     for axes, values, form, height in ((left, finite, "{:.3g}", 5), (right, percent, "{:.0f}%", -13)):
@@ -86,8 +87,8 @@ def early_exit_tradeoff(early_exit: Mapping[str, Any]) -> "Figure":
         if row_field == "tokens_per_second" and baseline:
             speed = baseline["tokens_per_second"]
             handles["plain"] = axes.axhline(speed, color=GREY, linewidth=1, linestyle=":", label="plain decoding")
-        every = -(-len(thresholds) // 11)
-        axes.set_xticks(range(0, len(thresholds), every), [f"{t:g}" for t in thresholds[::every]])
+        shown = thinned(len(thresholds), 11)
+        axes.set_xticks(range(len(thresholds))[shown], [f"{t:g}" for t in thresholds[shown]])
         axes.set(title=title, ylabel=unit, xlabel="confidence threshold (not to scale)")
         axes.set_xlim(-0.5, len(thresholds) - 0.5)
         axes.margins(y=0.12)
@@ -109,9 +110,9 @@ def confidence_by_layer(held_out: Mapping[str, Any]) -> "Figure":
     layers = range(1, len(mean) + 1)
     figure, (axes,) = new_panels(1, width=8.5)
     band = axes.fill_between(layers, low, high, color="#9ecae1", linewidth=0, label="middle half\nof positions")
-    axes.vlines(layers, low, high, color="#9ecae1", linewidth=4)  # a layer without neighbours has no area
+    axes.vlines(layers, low, high, color="#9ecae1", linewidth=2)  # a layer without neighbours has no area
     (line,) = axes.plot(layers, mean, color=_BLUE, marker="o", label="mean")
-    axes.set(title="Confidence by exit layer", xlabel="exit layer", ylabel="confidence (1: certain)")
+    axes.set(title="Confidence by exit layer", xlabel="exit layer", ylabel="confidence (at most 1)")
     axes.set_ylim(min(0.0, np.nanmin([*low, *mean]) - 0.05), 1.04)
     whole_ticks(axes, layers)
     legend_outside(figure, [line, band])

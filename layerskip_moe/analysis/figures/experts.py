@@ -21,6 +21,7 @@ from layerskip_moe.analysis.figures.drawing import (
     shades,
     spread,
     step_ticks,
+    thinned,
 )
 from layerskip_moe.training.balance import balance_metrics
 
@@ -43,7 +44,7 @@ def expert_heat_map(load: Mapping[Any, Sequence[int]]) -> "Figure":
     even = 100 / n_experts
     most = max(2 * even, float(percent.max()))
     norm = TwoSlopeNorm(even, vmin=0, vmax=most)
-    figure, (axes,) = new_panels(1, width=min(9.5, 3.5 + 0.6 * n_experts), height=min(9, 1.8 + 0.4 * n_layers))
+    figure, (axes,) = new_panels(1, width=min(9.5, 3.5 + 0.6 * n_experts), height=min(7, 1.8 + 0.4 * n_layers))
     columns = [str(expert) for expert in range(n_experts)]
     bar = heat_map(figure, axes, percent, rows=list(map(str, load)), columns=columns, bar="", cmap="cividis", norm=norm)
     bar.set_ticks([0, even, most], labels=["0%", f"{even:.3g}% (even)", f"{most:.3g}%"])
@@ -67,7 +68,7 @@ def balance_over_training(records: Sequence[Mapping[str, Any]]) -> "Figure":
     handles = []
     for index, (layer, colour) in enumerate(zip(layers, shades(len(layers)), strict=True)):
         metrics = [_metrics(record["load"].get(str(layer), record["load"].get(layer))) for record in loaded]
-        marker = MARKERS[index % len(MARKERS)]
+        marker = MARKERS[index % len(MARKERS)] if len(layers) <= 6 or len(loaded) == 1 else ""
         for axes, name, factor in zip(
             panels, ("max_violation", "normalized_entropy", "dead_experts"), (1, 1, 100), strict=True
         ):
@@ -80,7 +81,9 @@ def balance_over_training(records: Sequence[Mapping[str, Any]]) -> "Figure":
     units = ("largest load / mean load - 1", "entropy of the load / ln E", "% of the layer's experts")
     for axes, title, unit in zip(panels, titles, units, strict=True):
         axes.set(title=title, ylabel=unit)
-        step_ticks(axes)
+        step_ticks(axes, most=5)
+    panels[0].set_ylim(bottom=0)
+    panels[2].set_ylim(-0.5, max(10.0, panels[2].get_ylim()[1]))
     legend_outside(figure, [handles[index] for index in spread(len(handles), 8)])
     return figure
 
@@ -109,8 +112,8 @@ def expert_tokens(expert_choice: Mapping[str, Any]) -> "Figure":
             for x, value in zip(at, values, strict=True):
                 if not math.isnan(value):
                     axes.text(x, value + 1, f"{value:.0f}", ha="center", fontsize=9)
-    every = -(-len(layers) // 16)
-    axes.set_xticks(places[::every], list(map(str, layers))[::every])
+    shown = thinned(len(layers), 16)
+    axes.set_xticks(places[shown], list(map(str, layers))[shown])
     axes.set(title="Expert choices predicted", xlabel="layer (from 0)", ylabel="% of choices", ylim=(0, 108))
     axes.set_xlim(-0.7, len(layers) - 0.3)
     legend_outside(figure, handles)

@@ -19,12 +19,15 @@ from layerskip_moe.analysis.figures.drawing import (
     shades,
     spread,
     step_ticks,
+    thinned,
     whole_ticks,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_NEVER_WHITE = "viridis_r"  # so that a small weight is not taken for none
 
 
 def layer_dropout_schedule(rates: Sequence[Sequence[float]], steps: Sequence[int]) -> "Figure":
@@ -37,7 +40,7 @@ def layer_dropout_schedule(rates: Sequence[Sequence[float]], steps: Sequence[int
     n_layers = percent.shape[1]
     figure, (left, right) = new_panels(2)
     highest = max(percent.max(), 1e-9)
-    mesh = _map(left, percent, steps, first_layer=0, highest=highest)
+    mesh = _map(left, percent, steps, first_layer=0, highest=highest, cmap=AMOUNT)
     colour_bar(figure, left, mesh, "% of samples that skip the layer")
     left.set(title="Layer dropout over depth and time", ylabel="layer (from 0)")
 
@@ -71,14 +74,14 @@ def exit_curriculum(
     figure, (axes,) = new_panels(1)
     axes.set(title="Exits supervised at each step", ylabel="exit layer")
     if weights is None:
-        mesh = _map(axes, np.where(on > 0, 1.0, np.nan), steps, first_layer=1, highest=1.0)
+        mesh = _map(axes, np.where(on > 0, 1.0, np.nan), steps, first_layer=1, highest=1.0, cmap=_NEVER_WHITE)
         legend_outside(
             figure, [Patch(color=mesh.to_rgba(1.0), label="supervised"), Patch(fc="white", ec="black", label="not")]
         )
     else:
         percent = 100 * _by_step(weights, steps, "exit weights")
         shown = np.where(on > 0, percent, np.nan)
-        mesh = _map(axes, shown, steps, first_layer=1, highest=np.nanmax(shown, initial=0.0))
+        mesh = _map(axes, shown, steps, first_layer=1, highest=np.nanmax(shown, initial=0.0), cmap=_NEVER_WHITE)
         colour_bar(figure, axes, mesh, "% of the exit loss (white: not supervised)")
     return figure
 
@@ -91,11 +94,11 @@ def _by_step(rows: Sequence[Sequence[float]], steps: Sequence[int], what: str) -
 
 
 def _map(
-    axes: "Axes", values: "np.ndarray[Any, Any]", steps: Sequence[int], *, first_layer: int, highest: float
+    axes: "Axes", values: "np.ndarray[Any, Any]", steps: Sequence[int], *, first_layer: int, highest: float, cmap: str
 ) -> Any:
     """Cells over steps (x) and layers (y); nan is white."""
     layers = range(first_layer, first_layer + values.shape[1])
-    mesh = axes.pcolormesh(edges(steps), edges(layers), values.T, cmap=AMOUNT, vmin=0, vmax=max(highest, 1e-9))
-    axes.set_yticks(layers[:: -(-len(layers) // 16)])
+    mesh = axes.pcolormesh(edges(steps), edges(layers), values.T, cmap=cmap, vmin=0, vmax=max(highest, 1e-9))
+    axes.set_yticks(layers[thinned(len(layers), 16)])
     step_ticks(axes)
     return mesh

@@ -13,7 +13,7 @@ from layerskip_moe.analysis.figures.drawing import (
     drawables,
     legend_outside,
     new_panels,
-    plain_log_ticks,
+    plain_log_scale,
     whole_ticks,
 )
 
@@ -44,16 +44,20 @@ def comparison(comparison: Mapping[str, Any]) -> "Figure":
     handles = []
     for run, values, (colour, marker, style) in zip(runs, perplexities, looks, strict=True):
         layers = range(1, len(values) + 1)
-        handles += by_exit.plot(layers, values, color=colour, marker=marker, linestyle=style, label=run["name"])
+        handles += by_exit.plot(
+            layers, values, color=colour, marker=marker, linestyle=style, markersize=4, label=run["name"]
+        )
     by_exit.set(title="Held-out perplexity", xlabel="exit layer", ylabel="perplexity (log scale)")
-    plain_log_ticks(by_exit, [value for values in perplexities for value in values])
+    plain_log_scale(by_exit, "y", [value for values in perplexities for value in values])
     whole_ticks(by_exit, range(1, max(map(len, perplexities)) + 1), most=11)
 
     if has_experts:
         axes = others.pop(0)
         for run, (colour, marker, style) in zip(runs, looks, strict=True):
             experts = {int(layer): metrics["max_violation"] for layer, metrics in (run.get("experts") or {}).items()}
-            axes.plot(list(experts), drawables(experts.values()), color=colour, marker=marker, linestyle=style)
+            axes.plot(
+                list(experts), drawables(experts.values()), color=colour, marker=marker, linestyle=style, markersize=4
+            )
         axes.set(title="Uneven expert load", xlabel="layer (from 0)", ylabel="MaxVio (0: even)")
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
