@@ -8,19 +8,47 @@ A report is a dict of plain values. Every section is optional; what is absent is
     model           {parameters, active_parameters, config: {field: value}}
     corpus          {name, train_tokens, validation_tokens, vocab_size}
     training        {steps, seconds, tokens_per_second, final_losses: {exit layer: cross entropy},
-                     best_validation: {step, perplexity} or None}
+                     best_validation: {step, perplexity} or None,
+                     seconds_by_part: {part of a step: mean seconds per step} or None}
+    recipe          {steps, n_layers, train_config: {field: value}}, as training writes it to recipe.json
     exits           {perplexity: [...], agreement: [...], tokens} for exit layers 1..L, as `ExitEvaluation`
-    decoding        [comparison, ...], each {temperature, top_p, max_new_tokens, prompts, seed, strategies}; a
-                    strategy is {name, exit_layer, draft_length, tokens_per_second, prefill_seconds, speed_up,
-                    speed_up_quartiles: (first, third), acceptance_rate, tokens_per_verification,
-                    distinct_4grams, identical, first_differences}, the baseline first: plain decoding of the
-                    same model. Made by `bench.DecodingComparison.as_report`.
+    decoding        [comparison, ...], each {temperature, top_p, max_new_tokens, prompts, seed, strategies}, the
+                    strategies' first the baseline: plain decoding of the same model; the others draft and
+                    verify. Made by `bench.DecodingComparison.as_report`. A strategy is
+                    {name, exit_layer, draft_length, threshold: early exit's, tokens_per_second, prefill_seconds,
+                     speed_up, speed_up_quartiles: (first, third), mean_layers: run per new token,
+                     drafted, accepted, acceptance_rate, tokens_per_verification,
+                     drafted_by_position, accepted_by_position: [tokens, by place in their round],
+                     perplexity, agreement: of what it wrote, under the full model, as `ContinuationScore`,
+                     distinct_4grams, identical, first_differences}, None where a strategy has no such thing
+    strategies      [comparison, ...] as above: every way to decode side by side, lossless or not
+    sweep           {temperature, top_p, prompts, max_new_tokens, exit_layers: [...], draft_lengths: [...],
+                     speed_up, acceptance_rate: [per exit layer][per draft length], chosen: {exit_layer,
+                     draft_length}}, medians over prompts, which are others than `decoding`'s
+    early_exit      {confidence, min_layer, cache: "propagate" or "exact",
+                     held_out: {thresholds, mean_layers, perplexity, agreement: [per threshold],
+                                exits: [L counts per threshold], confidence_mean, confidence_low,
+                                confidence_high: [L], tokens}, as `EarlyExitEvaluation`,
+                     decoding: a comparison, greedy, the baseline and a strategy per threshold,
+                     by_prompt: {threshold, exits: [L counts of new tokens per prompt]} or None}
     experts         {load: {layer: [E counts]}, metrics: {layer: {name: value}}, tokens}, as `ExpertUse`
+    expert_choice   {layers: {layer: {token_dependence, chance, experts: [[{text, share, lift, count}, best
+                     first] per expert]}}, tokens}, as `ExpertChoice`
+    comparison      {steps, seed, runs: [with LayerSkip, without]}, each {name, perplexity: [L],
+                     agreement: [L], best_step, experts: {layer: balance metrics}, decoding: [comparison, ...],
+                     seconds}
     continuations   [{prompt, plain, self_speculative}, ...], texts
     seconds         {stage: seconds}
 
-`write_report` adds `summary` (see `summarise`) and `figures` ({name: path within the folder}).
-Knows nothing of how anything was measured. Next: `report_text.py`, which words it; `figures.py`.
+From the folder of a training run come `recipe` (recipe.json) and `seconds_by_part` (metrics.jsonl) where they
+are not given. `write_report` adds
+
+    summary         the headline of each comparison in `decoding`, see `findings.summarise`
+    findings        what the sentences claim, by section; each a function of `findings.py`
+    figures         {name: path within the folder}
+
+Knows nothing of how anything was measured. Next: `report_text/`, which words it; `report_figures.py`, which
+draws it; `findings.py`.
 """
 
 import json
@@ -28,15 +56,21 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from layerskip_moe.analysis import figures
+from layerskip_moe.analysis.findings import (
+    acceptance_by_position,
+    balance_over_training,
+    best_threshold,
+    compare_runs,
+    mean_seconds_by_part,
+    summarise,
+)
 from layerskip_moe.analysis.metrics_file import read_metrics
+from layerskip_moe.analysis.recipe_schedule import RecipeSchedule, recipe_schedule
+from layerskip_moe.analysis.report_figures import draw_figures
 from layerskip_moe.analysis.report_text import render
 from layerskip_moe.files import replacing
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SECTIONS = (
     "command",
@@ -45,9 +79,15 @@ SECTIONS = (
     "model",
     "corpus",
     "training",
+    "recipe",
     "exits",
     "decoding",
+    "strategies",
+    "sweep",
+    "early_exit",
     "experts",
+    "expert_choice",
+    "comparison",
     "continuations",
     "seconds",
 )
@@ -57,8 +97,9 @@ def write_report(out_dir: str | Path, report: Mapping[str, Any]) -> Path:
     """Write <out_dir>/report.json, report.md and figures/, each in one piece, and return report.md's path.
 
     report: as the module's docstring has it; a dataclass may stand for its dict. Values that JSON has no
-    number for (inf, nan) become null, told as "-". Loss curves are drawn from <out_dir>/metrics.jsonl where
-    there is one. Raises ValueError for a section of unknown name and for values that are not plain.
+    number for (inf, nan) become null, told as "-". What training wrote to out_dir, metrics.jsonl and
+    recipe.json, is drawn and told where it is there. Raises ValueError for a section of unknown name, for
+    values that are not plain, and for a damaged file of training's.
     """
     out_dir = Path(out_dir)
     unknown = [section for section in report if section not in SECTIONS]
@@ -69,8 +110,17 @@ def write_report(out_dir: str | Path, report: Mapping[str, Any]) -> Path:
         told = json.loads(json.dumps(_plain(report), allow_nan=False))
     except TypeError as error:
         raise ValueError(f"A report holds numbers, texts, lists and dicts only ({error}).") from error
+    records = read_metrics(out_dir / "metrics.jsonl") if (out_dir / "metrics.jsonl").is_file() else []
+    train = [record for record in records if record["split"] == "train"]
+    if not told.get("recipe") and (recipe := _recipe(out_dir / "recipe.json")):
+        told["recipe"] = recipe
+    schedule = recipe_schedule(told["recipe"]) if told.get("recipe") else None
+    if told.get("training") and not told["training"].get("seconds_by_part"):
+        told["training"]["seconds_by_part"] = mean_seconds_by_part(train)
+
     told["summary"] = summarise(told.get("decoding") or [])
-    told["figures"] = _draw(out_dir, told)
+    told["findings"] = _plain(_findings(told, train, schedule))
+    told["figures"] = draw_figures(out_dir, told, records, schedule)
     files = {"report.json": json.dumps(told, indent=1, allow_nan=False) + "\n", "report.md": render(told)}
     for name, text in files.items():
         with replacing(out_dir / name) as beside:
@@ -78,59 +128,29 @@ def write_report(out_dir: str | Path, report: Mapping[str, Any]) -> Path:
     return out_dir / "report.md"
 
 
-def summarise(decoding: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The headline of each comparison: its fastest strategy after the baseline, and how exact they all were.
-
-    {decoding: "greedy" or the temperature, prompts, name, exit_layer, draft_length, speed_up,
-    speed_up_quartiles, tokens_per_second, baseline_tokens_per_second, acceptance_rate, outputs: how many
-    outputs of all strategies but the baseline, identical: how many of them equal the baseline's}.
-    A comparison of the baseline alone has no headline.
-    """
-    headlines = []
-    for comparison in decoding:
-        baseline, *others = comparison["strategies"]
-        if not others:
-            continue
-        best = max(others, key=lambda row: row["speed_up"])
-        told = ("name", "exit_layer", "draft_length", "speed_up", "speed_up_quartiles", "tokens_per_second")
-        headlines.append(
-            {
-                "decoding": figures.decoding_label(comparison),
-                "prompts": comparison["prompts"],
-                **{field: best[field] for field in told},
-                "acceptance_rate": best["acceptance_rate"],
-                "baseline_tokens_per_second": baseline["tokens_per_second"],
-                "outputs": comparison["prompts"] * len(others),
-                "identical": sum(row["identical"] for row in others),
-            }
-        )
-    return headlines
+def _findings(
+    report: Mapping[str, Any], train: Sequence[Mapping[str, Any]], schedule: RecipeSchedule | None
+) -> dict[str, Any]:
+    """`findings`, of the sections that are there."""
+    early_exit, comparison = report.get("early_exit"), report.get("comparison")
+    found = {
+        "acceptance_by_position": acceptance_by_position(report.get("decoding") or []),
+        "early_exit": best_threshold(early_exit["held_out"]) if early_exit else None,
+        "recipe": {"curriculum_steps": len(schedule.curriculum_steps)} if schedule else None,
+        "balance_over_training": balance_over_training(train),
+        "comparison": compare_runs(comparison) if comparison else None,
+    }
+    return {name: value for name, value in found.items() if value}
 
 
-def _draw(out_dir: Path, report: Mapping[str, Any]) -> dict[str, str]:
-    """Draw what the report has the data for: figure's name -> path within out_dir."""
-    paths = {}
-
-    def save(name: str, figure: "Figure") -> None:
-        paths[name] = f"figures/{name}.png"
-        figures.save_figure(figure, out_dir / paths[name])
-
-    metrics = out_dir / "metrics.jsonl"
-    records = read_metrics(metrics) if metrics.is_file() else []
-    train = [record for record in records if record["split"] == "train"]
-    if train:
-        validation = [record for record in records if record["split"] == "validation"]
-        save("loss", figures.loss_curves(train, validation))
-    exits = report.get("exits")
-    if exits:
-        save("perplexity_by_exit", figures.perplexity_by_exit(exits["perplexity"], exits["agreement"]))
-    rows = [row for comparison in report.get("decoding") or [] for row in comparison["strategies"]]
-    if any(row["exit_layer"] is not None for row in rows):
-        save("speed_up_by_exit", figures.speed_up_by_exit(report["decoding"]))
-    load = (report.get("experts") or {}).get("load")
-    if load:
-        save("expert_load", figures.expert_heat_map(load))
-    return paths
+def _recipe(path: Path) -> Any:
+    """What training wrote down of its recipe; None where there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{path}' is not the JSON that training writes ({error}); mend or remove it.") from error
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,106 @@
+"""Self-speculative decoding: how fast, how exact, which drafts are accepted, and what the text reads like.
+
+Next: `sweep.py`, for the settings; `strategies.py`, for the ways to decode that change the text.
+"""
+
+from collections.abc import Sequence
+
+from layerskip_moe.analysis.figures import decoding_label
+from layerskip_moe.analysis.report_text.markdown import Report, fenced, figure, number, percent, table
+
+
+def decoding_lines(report: Report) -> list[str]:
+    """`decoding`: a table for each comparison, and the share of drafts accepted by their place in a round."""
+    header = (
+        *("strategy", "exit layer", "draft length", "tokens/s", "speed-up", "middle half", "accepted"),
+        *("tokens per verification", "distinct 4-grams", "identical", "prefill, ms"),
+    )
+    lines = figure(report, "speed_up_by_exit", "Speed-up and acceptance by exit layer")
+    for comparison in report.get("decoding") or []:
+        rows = comparison["strategies"]
+        lines += [
+            f"### {decoding_label(comparison).capitalize()}",
+            "",
+            how_measured(comparison),
+            "",
+            *table(header, [_row(row, comparison["prompts"]) for row in rows]),
+            *differences(rows),
+        ]
+    return lines + _by_position(report)
+
+
+def how_measured(comparison: Report) -> str:
+    """What a comparison's figures are medians of, and what they leave out."""
+    return (
+        f"{comparison['prompts']} held-out prompts x {comparison['max_new_tokens']} tokens, one at a time "
+        f"(batch 1), prompt i with seed {comparison['seed']} + i; warmed up, interleaved, medians over prompts. "
+        f"Speed-up is the ratio to `{comparison['strategies'][0]['name']}` on the same prompt. "
+        "Tokens/s leaves out the prefill."
+    )
+
+
+def quartiles(row: Report) -> str:
+    """The speed-ups between which the middle half of the prompts lies."""
+    return " to ".join(number(quartile, 2) for quartile in row["speed_up_quartiles"])
+
+
+def _row(row: Report, prompts: int) -> tuple[str, ...]:
+    return (
+        row["name"],
+        number(row["exit_layer"]),
+        number(row["draft_length"]),
+        number(row["tokens_per_second"], 1),
+        number(row["speed_up"], 2),
+        quartiles(row),
+        percent(row["acceptance_rate"]),
+        number(row["tokens_per_verification"], 2),
+        percent(row["distinct_4grams"]),
+        f"{row['identical']} of {prompts}",
+        number(None if row["prefill_seconds"] is None else 1000 * row["prefill_seconds"], 1),
+    )
+
+
+def differences(rows: Sequence[Report]) -> list[str]:
+    """Where outputs first differ from the baseline's, a line for each strategy that has such outputs."""
+    lines = []
+    for row in rows:
+        places = [f"{prompt} (token {place})" for prompt, place in row["first_differences"].items()]
+        if places:
+            lines.append(
+                f"- `{row['name']}` parts from `{rows[0]['name']}` on prompts {', '.join(places)}; counted from 0."
+            )
+    return [*lines, ""] if lines else []
+
+
+def _by_position(report: Report) -> list[str]:
+    found = report["findings"].get("acceptance_by_position")
+    if not found:
+        return []
+    longest = max(len(row["accepted"]) for row in found)
+    rows = []
+    for row in found:
+        shares = [*row["accepted"], *[None] * (longest - len(row["accepted"]))]
+        rows.append((row["decoding"], row["name"], *map(percent, shares)))
+    return [
+        "### Which drafts of a round are accepted",
+        "",
+        "A draft counts only if all before it in its round were accepted, so these shares fall with the place even "
+        "where every token is equally easy to guess. They do not say that later tokens are harder: the acceptance "
+        "given that the drafts before were accepted would, and the figure has both.",
+        "",
+        *table(("decoding", "strategy", *(f"draft {place}" for place in range(1, longest + 1))), rows),
+        *figure(report, "acceptance_by_position", "Acceptance by place in the round"),
+    ]
+
+
+def continuation_lines(report: Report) -> list[str]:
+    """`continuations`, as text."""
+    lines = []
+    for place, sample in enumerate(report.get("continuations") or [], start=1):
+        lines += [f"### Prompt {place}", "", *fenced(sample["prompt"]), "Plain decoding:", ""]
+        lines += fenced(sample["plain"])
+        if sample["self_speculative"] == sample["plain"]:
+            lines += ["Self-speculative decoding: the same text.", ""]
+        else:
+            lines += ["Self-speculative decoding:", "", *fenced(sample["self_speculative"])]
+    return lines

@@ -1,0 +1,96 @@
+"""Every way to decode side by side: which keep the whole model's text, and what the others make of it.
+
+Next: `exits.py`, for dynamic early exit over its thresholds; `bench/decoding.py`, which measures.
+"""
+
+import math
+
+from layerskip_moe.analysis.figures import decoding_label
+from layerskip_moe.analysis.report_text.decoding import differences, how_measured, quartiles
+from layerskip_moe.analysis.report_text.markdown import Report, figure, number, percent, speed_verdict, table
+
+_MEANING = (
+    "Lossless: every token is the whole model's own choice, whoever drafted it, so the text is plain decoding's. "
+    "Lossy: some tokens were chosen with layers left out, and the text is another. Perplexity and agreement are of "
+    "the text a strategy wrote, read by the whole model: how likely it finds each token (lower is likelier), and for "
+    "which share it is the first choice. They do not measure how good the text is: text that repeats itself is easy "
+    "to predict, so read them beside the distinct 4-grams."
+)
+
+
+def strategy_lines(report: Report) -> list[str]:
+    """`strategies`: a table for each comparison, and a sentence for each strategy that changes the text."""
+    comparisons = report.get("strategies")
+    if not comparisons:
+        return []
+    lines = [_MEANING, "", *figure(report, "quality", "Speed and likelihood of the text, by strategy")]
+    for comparison in comparisons:
+        baseline, *others = comparison["strategies"]
+        lines += [f"### {decoding_label(comparison).capitalize()}", "", how_measured(comparison), ""]
+        lines += quality_table(comparison)
+        lossless = [row for row in others if _is_lossless(row, baseline)]
+        if lossless:
+            outputs, same = comparison["prompts"] * len(lossless), sum(row["identical"] for row in lossless)
+            lines.append(_lossless_verdict(outputs, same))
+            # Where a lossy strategy parts from plain decoding is no news; where a lossless one does is a fault.
+            lines += differences([baseline, *lossless])
+        lines += [_lossy_verdict(row, baseline) for row in others if not _is_lossless(row, baseline)]
+        lines.append("")
+    return lines
+
+
+def quality_table(comparison: Report) -> list[str]:
+    """Speed beside what became of the text, a row for each strategy."""
+    baseline = comparison["strategies"][0]
+    header = (
+        *("strategy", "kind", "layers per token", "tokens/s", "speed-up", "middle half"),
+        *("perplexity of its text", "agreement", "distinct 4-grams", "identical"),
+    )
+    rows = [
+        (
+            row["name"],
+            "baseline" if row is baseline else "lossless" if _is_lossless(row, baseline) else "lossy",
+            number(row["mean_layers"], 2),
+            number(row["tokens_per_second"], 1),
+            number(row["speed_up"], 2),
+            quartiles(row),
+            number(row["perplexity"], 2),
+            percent(row["agreement"]),
+            percent(row["distinct_4grams"]),
+            f"{row['identical']} of {comparison['prompts']}",
+        )
+        for row in comparison["strategies"]
+    ]
+    return table(header, rows)
+
+
+def _is_lossless(row: Report, baseline: Report) -> bool:
+    """Whether every token went through as many layers as plain decoding's."""
+    return math.isclose(row["mean_layers"], baseline["mean_layers"])
+
+
+def _lossless_verdict(outputs: int, same: int) -> str:
+    if same == outputs:
+        return f"- All {outputs} outputs of the lossless strategies are identical to plain decoding's, token for token."
+    return (
+        f"- **Not all outputs of the lossless strategies are identical** to plain decoding's: {same} of {outputs} are."
+    )
+
+
+def _lossy_verdict(row: Report, baseline: Report) -> str:
+    told = [f"- `{row['name']}` was {speed_verdict(row['speed_up'])}"]
+    if row["perplexity"] is not None and baseline["perplexity"] is not None:
+        ratio = row["perplexity"] / baseline["perplexity"]
+        likely = "about as likely as" if 0.95 < ratio < 1.05 else "less likely than" if ratio > 1 else "likelier than"
+        told.append(
+            f"the whole model finds its text {likely} plain decoding's (perplexity {number(row['perplexity'], 2)} "
+            f"against {number(baseline['perplexity'], 2)})"
+        )
+    if row["distinct_4grams"] is not None and baseline["distinct_4grams"] is not None:
+        more = row["distinct_4grams"] - baseline["distinct_4grams"]
+        repeats = "as much as" if abs(more) < 0.02 else "less than" if more > 0 else "more than"
+        told.append(
+            f"it repeats itself {repeats} plain decoding (distinct 4-grams: {percent(row['distinct_4grams'])} against "
+            f"{percent(baseline['distinct_4grams'])})"
+        )
+    return "; ".join(told) + "."
