@@ -1,0 +1,68 @@
+"""layerskip-moe: Mixture-of-Experts decoders trained with the LayerSkip recipe, decoded faster with the same answers.
+
+    layerskip-moe train     text to a trained model
+    layerskip-moe generate  continue a prompt, under any decoding strategy
+    layerskip-moe evaluate  perplexity and agreement with the last layer, at every exit
+    layerskip-moe report    measure a trained model whole, and write it down with pictures
+
+`layerskip-moe COMMAND --help` lists a command's options. A mistake is one sentence and exit code 1.
+"""
+
+# Knows nothing of what a command does, and imports only the one that is asked for. Next: `train.py`, `generate.py`.
+
+import contextlib
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = ("train", "generate", "evaluate", "report")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code. arguments: without the program's name; None: the command line's.
+
+    0: done. 1: a mistake of the user's, or a run that diverged, told in one sentence on stderr. 130: Ctrl-C.
+    141: nobody reads what is printed any more, as in `layerskip-moe generate ... | head`.
+    """
+    try:
+        with contextlib.suppress(SystemExit):  # a command's --help ends with it
+            _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()  # here, where a closed pipe is understood, and not when the interpreter ends
+        return 0
+    except UnicodeError:
+        raise  # a ValueError too, but no sentence of ours
+    except BrokenPipeError:
+        # What is still buffered would be written, and fail, once more when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        code, told = 1, f"error: {where}{error.strerror or error}."
+    except (ValueError, FloatingPointError) as error:
+        code, told = 1, f"error: {error}"
+    except KeyboardInterrupt:
+        print(file=sys.stderr)  # after the ^C, or a text half written
+        code, told = 130, "interrupted"
+    # Only now, when the error has gone and progress bars that it kept alive have cleared their line. Other people's
+    # sentences may have several lines.
+    print(" ".join(line.strip() for line in told.splitlines()), file=sys.stderr)
+    return code
+
+
+def _run(arguments: list[str]) -> None:
+    command = arguments[0] if arguments else None
+    if command in ("--help", "-h"):
+        print(__doc__.strip())
+    elif command == "--version":
+        from layerskip_moe import __version__
+
+        print(__version__)
+    elif command in COMMANDS:
+        importlib.import_module(f"layerskip_moe.cli.{command}").run(arguments[1:])
+    else:
+        given = "there is no command" if command is None else f"{command!r} is no command of layerskip-moe"
+        close = difflib.get_close_matches(command or "", COMMANDS, n=1)
+        advice = f"did you mean {close[0]}?" if close else f"give one of {', '.join(COMMANDS)}, or --help."
+        raise ValueError(f"{given}; {advice}")

@@ -1,0 +1,57 @@
+"""What several commands ask for: a text, a device, a saved model.
+
+Knows nothing of flags. Next: the commands, `train.py` first.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from layerskip_moe.constants import check_device
+from layerskip_moe.data import Corpus, load_corpus
+from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.pretrained.checkpoint import TOKENIZER, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Text:
+    """Where text comes from.
+
+    Attributes:
+        dataset: python-stdlib, wikitext-2, wikitext-103, tinystories, owner/name on the Hugging Face hub, or a file or
+            folder of .txt, .md, .py, .jsonl or .parquet
+        dataset_config: of a hub dataset that has several
+        sample_fraction: share of the training text to use, above 0 and at most 1
+    """
+
+    dataset: str = "python-stdlib"
+    dataset_config: str | None = None
+    sample_fraction: float = 1.0
+
+
+def load_text(text: Text, tokenizer: str | Path, *, vocab_size: int = 4096, seed: int = 0) -> Corpus:
+    """The corpus that these options name. tokenizer, vocab_size, seed: see `load_corpus`."""
+    return load_corpus(
+        text.dataset,
+        config=text.dataset_config,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        sample_fraction=text.sample_fraction,
+        seed=seed,
+    )
+
+
+def load_saved(checkpoint: str, text: Text, device: str, *, seed: int = 0) -> tuple[MoEDecoder, Corpus]:
+    """A saved model, and the text these options name in its own tokens."""
+    load_tokenizer(checkpoint)  # raises where there is none, or not the one that was saved
+    model = MoEDecoder.from_pretrained(checkpoint, device=device)
+    return model, load_text(text, Path(checkpoint) / TOKENIZER, seed=seed)
+
+
+def pick_device(device: str | None) -> str:
+    """The device that was asked for, else a GPU where there is one, else the CPU. ValueError where it is not there."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
+    return device

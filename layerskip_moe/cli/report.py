@@ -1,0 +1,57 @@
+"""Measure a saved model whole, and write it down: report.md, report.json and figures in --out-dir.
+
+    layerskip-moe report --checkpoint runs/main/model --out-dir runs/report
+    layerskip-moe report --checkpoint runs/main/model --dataset wikitext-2 --out-dir runs/wikitext
+
+The text is read with the tokenizer that was saved with the model. Where --out-dir is the folder of a training run, the
+report tells of the training too.
+"""
+
+# Next: `study.py`, which measures; `analysis/report.py`, which writes.
+
+import shlex
+from dataclasses import dataclass
+
+from layerskip_moe.analysis import write_report
+from layerskip_moe.bench import describe_machine
+from layerskip_moe.cli.flags import fields_of, parse
+from layerskip_moe.cli.options import Text, load_saved, pick_device
+from layerskip_moe.study import StudyConfig, study
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which model, and where its report goes.
+
+    Attributes:
+        checkpoint: folder of a saved model and its tokenizer, such as train's <out-dir>/model
+        out_dir: folder of the report, made if need be
+        device: cpu, cuda, cuda:1, ...; None: a GPU where there is one
+    """
+
+    checkpoint: str
+    out_dir: str = "runs/report"
+    device: str | None = None
+
+
+def run(arguments: list[str]) -> None:
+    """`layerskip-moe report`."""
+    groups = {"model": Options, "text": Text, "study": fields_of(StudyConfig)}
+    options, text, measured = parse("layerskip-moe report", __doc__, groups, arguments)
+    config = StudyConfig(**vars(measured))
+    device = pick_device(options.device)
+    model, corpus = load_saved(options.checkpoint, text, device, seed=config.seed)
+    sections = study(model, corpus, config, progress=True)
+    parameters, active_parameters = model.parameter_counts()
+    about = {
+        "command": shlex.join(["layerskip-moe", "report", *arguments]),
+        "machine": describe_machine(device),
+        "model": {"parameters": parameters, "active_parameters": active_parameters, "config": model.config},
+        "corpus": {
+            "name": corpus.name,
+            "train_tokens": len(corpus.train),
+            "validation_tokens": len(corpus.validation),
+            "vocab_size": corpus.vocab_size,
+        },
+    }
+    print(write_report(options.out_dir, about | sections))

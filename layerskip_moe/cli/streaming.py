@@ -1,0 +1,42 @@
+"""Showing tokens as they come, and which of them a draft had proposed.
+
+Knows nothing of text or terminals. Next: `generate.py`, which prints.
+"""
+
+from collections.abc import Callable
+
+from layerskip_moe.generation import Session, Strategy
+from layerskip_moe.nn import ModelConfig
+
+
+class RoundByRound:
+    """A strategy that tells, after each of its rounds, every new token of its one prompt and whether it is an
+    accepted draft. Of a round's tokens the drafts come first.
+
+    It decodes as `strategy` does; its `on_token` must be given to `generate` beside it.
+    """
+
+    def __init__(self, strategy: Strategy, show: Callable[[int, bool], None]) -> None:
+        self._strategy, self._show = strategy, show
+        self._round: list[int] = []
+
+    def on_token(self, row: int, token: int) -> None:
+        """Keep the token until its round is over."""
+        self._round.append(token)
+
+    def check(self, config: ModelConfig) -> None:
+        """As the strategy."""
+        self._strategy.check(config)
+
+    def start(self, session: Session) -> None:
+        """As the strategy."""
+        self._strategy.start(session)
+
+    def step(self, session: Session) -> None:
+        """A round of the strategy's, then its tokens."""
+        before = session.stats[0].accepted
+        self._strategy.step(session)
+        accepted = session.stats[0].accepted - before
+        for place, token in enumerate(self._round):
+            self._show(token, place < accepted)
+        self._round.clear()
