@@ -1,4 +1,4 @@
-"""Figures show the data they are given; what they look like is for eyes."""
+"""The pictures of loss, exits, load and speed-up show the data they are given; what they look like is for eyes."""
 
 import json
 import math

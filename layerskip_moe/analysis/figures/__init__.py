@@ -1,8 +1,10 @@
 """The report's pictures: small functions from plain data to a matplotlib Figure.
 
 Figures are built without pyplot, so the user's backend and open figures are left alone, and matplotlib is
-imported by the first one drawn. Knows nothing of where the data came from: a report's section, or what a
-notebook has at hand. Start reading at `drawing.py`, which the others share; `report.py` calls them.
+imported by the first one drawn. A notebook shows one as the last line of a cell after `%matplotlib inline`.
+
+Knows nothing of where the data came from: a report's section, or what a notebook has at hand. Start reading at
+`drawing.py`, which the others share; `report_figures.py` calls them.
 """
 
 from layerskip_moe.analysis.figures.decoding import (

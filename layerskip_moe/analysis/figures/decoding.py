@@ -107,12 +107,14 @@ def speed_up_contour(sweep: Mapping[str, Any]) -> "Figure":
     figure, (axes,) = new_panels(1, width=8.5, height=4.6)
     handles: list[Any] = []
     if min(speed_up.shape) > 1:
-        image: Any = axes.contourf(exits, drafts, grid, levels=MaxNLocator(9).tick_values(low, high), cmap="cividis")
+        image: Any = axes.contourf(
+            exits, drafts, grid, levels=MaxNLocator(9).tick_values(low - 0.05, high + 0.05), cmap="cividis"
+        )
         if low < 1 < high:
             axes.contour(exits, drafts, grid, levels=[1.0], colors="black", linestyles="--")
             handles.append(Line2D([], [], color="black", linestyle="--", label="as fast as plain decoding"))
     else:
-        image = axes.pcolormesh(edges(exits), edges(drafts), grid, cmap="cividis", vmin=low, vmax=high)
+        image = axes.pcolormesh(edges(exits), edges(drafts), grid, cmap="cividis", vmin=low - 0.05, vmax=high + 0.05)
     chosen = sweep.get("chosen") or {}
     size = 9 if max(speed_up.shape) <= 8 else 7
     for (row, column), value in np.ndenumerate(speed_up):
@@ -188,7 +190,7 @@ def acceptance_by_position(comparisons: Sequence[Mapping[str, Any]]) -> "Figure"
     left.set(title="Accepted where all before it were", ylabel="% of those drafts")
     right.set(title="Accepted of all drafted", ylabel="% of drafts at this position")
     for axes in (left, right):
-        axes.set(xlabel="position in the draft", ylim=(0, 104))
+        axes.set(xlabel="position in the draft", ylim=(-3, 104))
         whole_ticks(axes, range(1, longest + 1))
     legend_outside(figure, handles, below=-(-len(handles) // -(-len(handles) // 7)))
     return figure

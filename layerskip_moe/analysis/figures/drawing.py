@@ -105,7 +105,7 @@ def step_ticks(axes: "Axes", *, most: int = 7) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=most, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=most, integer=True, min_n_ticks=1))
 
 
 def plain_log_scale(axes: "Axes", name: Literal["x", "y"], values: Sequence[float]) -> None:
@@ -181,7 +181,7 @@ def heat_map(
     from matplotlib.colors import Normalize
 
     n_rows, n_columns = values.shape
-    norm = norm or Normalize(0, max(np.nanmax(values, initial=0.0), 1e-9))
+    norm = norm or Normalize(0, np.nanmax(values, initial=0.0) or 1.0)
     image = axes.imshow(values, cmap=cmap, norm=norm, aspect="auto", interpolation="nearest")
     if n_columns <= 16 and n_rows <= 24:
         for (row, column), value in np.ndenumerate(values):

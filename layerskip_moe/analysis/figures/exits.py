@@ -74,7 +74,7 @@ def early_exit_tradeoff(early_exit: Mapping[str, Any]) -> "Figure":
     )
     handles: dict[str, Any] = {}
     for axes, (title, unit, held_field, row_field, factor) in zip(panels, contents, strict=True):
-        curves = []
+        curves, seen = [], False
         if held_field and held["thresholds"]:
             curves.append(("held-out text", held["thresholds"], held[held_field]))
         if row_field and rows:
@@ -83,6 +83,7 @@ def early_exit_tradeoff(early_exit: Mapping[str, Any]) -> "Figure":
             colour, marker, style = SERIES[name == "decoding"]
             pairs = sorted((thresholds.index(t), factor * drawable(v)) for t, v in zip(at, values, strict=True))
             x, y = zip(*pairs, strict=True)
+            seen = seen or not all(map(math.isnan, y))
             (handles[name],) = axes.plot(x, y, color=colour, marker=marker, linestyle=style, label=name)
         if row_field == "tokens_per_second" and baseline:
             speed = baseline["tokens_per_second"]
@@ -92,7 +93,7 @@ def early_exit_tradeoff(early_exit: Mapping[str, Any]) -> "Figure":
         axes.set(title=title, ylabel=unit, xlabel="confidence threshold (not to scale)")
         axes.set_xlim(-0.5, len(thresholds) - 0.5)
         axes.margins(y=0.12)
-        if not curves:
+        if not seen:
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=GREY)
     legend_outside(figure, list(handles.values()), below=len(handles))
     return figure

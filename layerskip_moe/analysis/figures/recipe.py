@@ -39,7 +39,7 @@ def layer_dropout_schedule(rates: Sequence[Sequence[float]], steps: Sequence[int
     percent = 100 * _by_step(rates, steps, "layer dropout rates")
     n_layers = percent.shape[1]
     figure, (left, right) = new_panels(2)
-    highest = max(percent.max(), 1e-9)
+    highest = percent.max() or 1.0
     mesh = _map(left, percent, steps, first_layer=0, highest=highest, cmap=AMOUNT)
     colour_bar(figure, left, mesh, "% of samples that skip the layer")
     left.set(title="Layer dropout over depth and time", ylabel="layer (from 0)")
@@ -81,7 +81,7 @@ def exit_curriculum(
     else:
         percent = 100 * _by_step(weights, steps, "exit weights")
         shown = np.where(on > 0, percent, np.nan)
-        mesh = _map(axes, shown, steps, first_layer=1, highest=np.nanmax(shown, initial=0.0), cmap=_NEVER_WHITE)
+        mesh = _map(axes, shown, steps, first_layer=1, highest=np.nanmax(shown), cmap=_NEVER_WHITE)
         colour_bar(figure, axes, mesh, "% of the exit loss (white: not supervised)")
     return figure
 
@@ -98,7 +98,7 @@ def _map(
 ) -> Any:
     """Cells over steps (x) and layers (y); nan is white."""
     layers = range(first_layer, first_layer + values.shape[1])
-    mesh = axes.pcolormesh(edges(steps), edges(layers), values.T, cmap=cmap, vmin=0, vmax=max(highest, 1e-9))
+    mesh = axes.pcolormesh(edges(steps), edges(layers), values.T, cmap=cmap, vmin=0, vmax=highest)
     axes.set_yticks(layers[thinned(len(layers), 16)])
     step_ticks(axes)
     return mesh

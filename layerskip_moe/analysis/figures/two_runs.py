@@ -80,6 +80,6 @@ def comparison(comparison: Mapping[str, Any]) -> "Figure":
         axes.set(title="Speed-up of decoding", xlabel="exit layer", ylabel="times as fast as plain")
         whole_ticks(axes, sorted(exits), most=11)
     if comparison.get("steps") is not None:
-        figure.suptitle(f"The same network, {comparison['steps']} steps, one seed each", fontsize=11)
+        figure.suptitle(f"The same network, trained for {comparison['steps']} steps, one seed each", fontsize=11)
     legend_outside(figure, handles, below=len(handles))
     return figure
