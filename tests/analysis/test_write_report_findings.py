@@ -88,9 +88,21 @@ def test_balance_over_training_compares_the_ends(written, train_records, tmp_pat
     assert found["steps"] == [9, 24]
     assert found["max_violation"] == pytest.approx([first["max_violation"] / 2, 0.0])
     assert found["normalized_entropy"] == pytest.approx([(first["normalized_entropy"] + 1) / 2, 1.0])
-    for records, said in ((train_records, "became more even"), (train_records[:2], "became **less** even")):
+    for records, said in (
+        (train_records, "By max violation, the load became more even"),
+        (train_records[:2], "became **less** even"),
+    ):
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         assert said in written({})[0]
+
+
+def test_measures_of_balance_that_disagree_over_training_are_said_to(written, train_records, tmp_path):
+    train_records[0]["load"]["1"], train_records[-1]["load"]["1"] = [16, 8, 8, 8], [15, 15, 10, 0]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in train_records))
+    text, held = written({})
+    found = held["findings"]["balance_over_training"]
+    assert found["max_violation"] == pytest.approx([0.3, 0.25]) and found["dead_experts"] == [0.0, 0.125]
+    assert "more even during training (by entropy" in text
 
 
 def test_balance_over_training_needs_two_loads_with_choices(train_records):

@@ -113,6 +113,14 @@ def test_the_verdict_on_a_lossy_strategy_turns_with_its_text(written, full_repor
     assert "- `layers 1-2` was **1.51 times as fast** as plain decoding." in text.splitlines()
 
 
+def test_an_early_exit_that_never_left_is_not_called_lossless(written, full_report):
+    row = full_report["early_exit"]["decoding"]["strategies"][2] | {"mean_layers": 3.0, "identical": 20}
+    full_report["strategies"][0]["strategies"][2] = row
+    text, _ = written({"strategies": full_report["strategies"]})
+    assert "| threshold 0.9 | lossy | 3.00 |" in text and "All 20 outputs of the lossless" in text
+    assert "`threshold 0.9` was **slower** than plain decoding: 0.94 times its speed, and left out no layer" in text
+
+
 def test_a_lossless_strategy_that_differs_is_a_fault_and_said(written, full_report):
     row = full_report["strategies"][0]["strategies"][1]
     row["identical"], row["first_differences"] = 19, {"4": 33}

@@ -6,7 +6,7 @@ Next: `sweep.py`, for the settings; `strategies.py`, for the ways to decode that
 from collections.abc import Sequence
 
 from layerskip_moe.analysis.figures import decoding_label
-from layerskip_moe.analysis.report_text.markdown import Report, fenced, figure, number, percent, table
+from layerskip_moe.analysis.report_text.markdown import Report, counted, fenced, figure, number, percent, table
 
 
 def decoding_lines(report: Report) -> list[str]:
@@ -32,9 +32,9 @@ def decoding_lines(report: Report) -> list[str]:
 def how_measured(comparison: Report) -> str:
     """What a comparison's figures are medians of, and what they leave out."""
     return (
-        f"{comparison['prompts']} held-out prompts x {comparison['max_new_tokens']} tokens, one at a time "
-        f"(batch 1), prompt i with seed {comparison['seed']} + i; warmed up, interleaved, medians over prompts. "
-        f"Speed-up is the ratio to `{comparison['strategies'][0]['name']}` on the same prompt. "
+        f"{counted(comparison['prompts'], 'held-out prompt')} x {counted(comparison['max_new_tokens'], 'token')}, "
+        f"one at a time (batch 1), prompt i with seed {comparison['seed']} + i; warmed up, interleaved, medians over "
+        f"prompts. Speed-up is the ratio to `{comparison['strategies'][0]['name']}` on the same prompt. "
         "Tokens/s leaves out the prefill."
     )
 

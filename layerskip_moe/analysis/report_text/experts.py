@@ -64,13 +64,16 @@ def _over_training(report: Report) -> list[str]:
     header = ("mean over layers", *(f"step {number(step)}" for step in found["steps"]))
     first, last = found["max_violation"]
     if number(first, 3) == number(last, 3):
-        told = "The load was as even at the end of training as at its start"
+        told = "By max violation, the load was as even at the end of training as at its start"
     else:
-        told = f"The load became {'more' if last < first else '**less**'} even during training"
+        told = f"By max violation, the load became {'more' if last < first else '**less**'} even during training"
+    entropies = found["normalized_entropy"]
+    if (last - first) * (entropies[1] - entropies[0]) > 0:  # one falls with evenness, the other rises
+        told += " (by entropy, which looks at all experts and not the busiest alone, it is the opposite)"
     return [
         "### Over training",
         "",
-        f"{told}, by the loads of single training batches, each noisier than the load of a held-out text.",
+        f"{told}. These are loads of single training batches, each noisier than the load of a held-out text.",
         "",
         *table(header, rows),
         *figure(report, "balance_over_training", "Balance of the experts over training"),

@@ -67,6 +67,11 @@ def short(value: float | None) -> str:
     return "-" if value is None else f"{value:g}"
 
 
+def counted(count: int, what: str) -> str:
+    """ "1 prompt", "2 prompts"."""
+    return f"{number(count)} {what}{'' if count == 1 else 's'}"
+
+
 def percent(share: float | None) -> str:
     """A share, 0 to 1, in percent."""
     return "-" if share is None else f"{100 * share:.1f}%"

@@ -11,7 +11,7 @@ from layerskip_moe.analysis.report_text.markdown import Report, figure, number, 
 
 _MEANING = (
     "Lossless: every token is the whole model's own choice, whoever drafted it, so the text is plain decoding's. "
-    "Lossy: some tokens were chosen with layers left out, and the text is another. Perplexity and agreement are of "
+    "Lossy: tokens may be chosen with layers left out, and the text be another. Perplexity and agreement are of "
     "the text a strategy wrote, read by the whole model: how likely it finds each token (lower is likelier), and for "
     "which share it is the first choice. They do not measure how good the text is: text that repeats itself is easy "
     "to predict, so read them beside the distinct 4-grams."
@@ -65,8 +65,12 @@ def quality_table(comparison: Report) -> list[str]:
 
 
 def _is_lossless(row: Report, baseline: Report) -> bool:
-    """Whether every token went through as many layers as plain decoding's."""
-    return math.isclose(row["mean_layers"], baseline["mean_layers"])
+    """Whether every token is sure to go through all layers: a threshold may be one that nothing reached."""
+    return row["threshold"] is None and not _leaves_out(row, baseline)
+
+
+def _leaves_out(row: Report, baseline: Report) -> bool:
+    return not math.isclose(row["mean_layers"], baseline["mean_layers"])
 
 
 def _lossless_verdict(outputs: int, same: int) -> str:
@@ -79,6 +83,8 @@ def _lossless_verdict(outputs: int, same: int) -> str:
 
 def _lossy_verdict(row: Report, baseline: Report) -> str:
     told = [f"- `{row['name']}` was {speed_verdict(row['speed_up'])}"]
+    if not _leaves_out(row, baseline):
+        return told[0] + ", and left out no layer here."
     if row["perplexity"] is not None and baseline["perplexity"] is not None:
         ratio = row["perplexity"] / baseline["perplexity"]
         likely = "about as likely as" if 0.95 < ratio < 1.05 else "less likely than" if ratio > 1 else "likelier than"

@@ -4,7 +4,7 @@ Next: `decoding.py`, which tells all that was measured.
 """
 
 from layerskip_moe.analysis.figures import decoding_label
-from layerskip_moe.analysis.report_text.markdown import Report, listed, number, speed_verdict
+from layerskip_moe.analysis.report_text.markdown import Report, counted, listed, number, speed_verdict
 
 
 def summary_lines(report: Report) -> list[str]:
@@ -21,8 +21,8 @@ def summary_lines(report: Report) -> list[str]:
         plain = number(best["baseline_tokens_per_second"], 1)
         lines.append(
             f"- {best['decoding'].capitalize()}: at its best, self-speculative decoding was "
-            f"{speed_verdict(best['speed_up'])}, with {setting} (medians over {best['prompts']} prompts: {speed} "
-            f"against {plain} tokens/s; the middle half of the prompts: {low:.2f} to {high:.2f} times). "
+            f"{speed_verdict(best['speed_up'])}, with {setting} (medians over {counted(best['prompts'], 'prompt')}: "
+            f"{speed} against {plain} tokens/s; the middle half of the prompts: {low:.2f} to {high:.2f} times). "
             f"{_exactness(best)}"
         )
     return [

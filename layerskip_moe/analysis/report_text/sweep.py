@@ -4,7 +4,7 @@ Next: `decoding.py`, which tells how the setting did on other prompts.
 """
 
 from layerskip_moe.analysis.figures import decoding_label
-from layerskip_moe.analysis.report_text.markdown import Report, figure, number, percent, table
+from layerskip_moe.analysis.report_text.markdown import Report, counted, figure, number, percent, table
 
 
 def sweep_lines(report: Report) -> list[str]:
@@ -28,9 +28,9 @@ def sweep_lines(report: Report) -> list[str]:
             row.append(f"**{told}**" if (layer, length) == setting else told)
         rows.append(row)
     return [
-        f"Speed-up over plain decoding, {decoding_label(sweep)}, median over {sweep['prompts']} prompts x "
-        f"{sweep['max_new_tokens']} tokens, and in brackets the share of drafts accepted. "
-        f"{_sweep_verdict(cells, setting)}",
+        f"Speed-up over plain decoding, {decoding_label(sweep)}, median over "
+        f"{counted(sweep['prompts'], 'prompt')} x {counted(sweep['max_new_tokens'], 'token')}, and in brackets the "
+        f"share of drafts accepted. {_sweep_verdict(cells, setting)}",
         "",
         "These are other prompts than those under Decoding, so that the setting picked here is not judged by the text "
         "that picked it. The best of many settings looks better on the prompts it was picked on than it is: the "
