@@ -3,28 +3,22 @@
     python main.py                                  # minutes on two CPU cores; the report is runs/main/report.md
     python main.py --n_layers 4 --max_steps 100     # any constant below can be given
     python main.py --dataset tinystories --sample_fraction 0.05 --out_dir runs/stories
+    python main.py --compare                        # and the same network trained without LayerSkip, beside it
 
 Or paste this file into a Colab or Jupyter cell after `pip install -e .`, and change a constant.
 """
 
 import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from layerskip_moe import (
-    Autoregressive,
-    ModelConfig,
-    MoEDecoder,
-    SelfSpeculative,
-    TrainConfig,
-    load_corpus,
-    train,
-)
-from layerskip_moe.analysis import evaluate_exits, expert_use, write_report
-from layerskip_moe.bench import compare_decoding, describe_machine
+from layerskip_moe import ModelConfig, MoEDecoder, TrainConfig, load_corpus, train
+from layerskip_moe.analysis import write_report
+from layerskip_moe.bench import describe_machine
 from layerskip_moe.constants import command_line, default_device, given_constants, override_constants
-from layerskip_moe.generation import Sampling, check_prompts
+from layerskip_moe.study import StudyConfig, side_by_side, study
 
 device: str = default_device(globals())  # "cuda" where there is one, else "cpu"
 gpu = device.startswith("cuda")  # on a GPU the defaults grow
@@ -65,13 +59,14 @@ exit_distillation: float = 0.0  # share of an early exit's target that is the la
 expert_dropout: float = 0.0  # how often an expert sits out a step
 
 # Decoding
-exit_layer: int | None = None  # layers that draft; None: a fifth of n_layers (others are measured too)
-draft_length: int = 4  # tokens drafted per round
+exit_layer: int | None = None  # layers that draft; None: a sweep finds the fastest
+draft_length: int | None = None  # tokens drafted per round; None: a sweep finds the fastest
 temperature: float = 0.8  # of the sampled comparison; the other is greedy
 num_prompts: int = 20  # held-out prompts
 max_new_tokens: int = 128  # per prompt
 
 # Run
+compare: bool = False  # also train the same network without LayerSkip, as long, and report both side by side
 seed: int = 0
 checkpoint_every: int | None = None  # steps between checkpoints; None: ten in a run
 out_dir: str = "runs/main"
@@ -83,13 +78,11 @@ if n_kv_heads is None:
     n_kv_heads = n_heads // 2 if n_heads % 2 == 0 else n_heads
 if max_seq_len is None:
     max_seq_len = max(1024, 4 * seq_len)
-if exit_layer is None:
-    exit_layer = max(n_layers // 5, 1)
 given = given_constants(globals())
 if "epochs" in given and "max_steps" not in given:
     max_steps = None
-constants |= {name: globals()[name] for name in ("n_kv_heads", "max_seq_len", "exit_layer", "max_steps")}
-seconds = dict.fromkeys(("text", "training", "evaluation", "decoding"), 0.0)
+constants |= {name: globals()[name] for name in ("n_kv_heads", "max_seq_len", "max_steps")}
+seconds: dict[str, float] = {}
 clock = time.perf_counter()
 
 
@@ -102,9 +95,6 @@ def stage_ends(name: str) -> None:
 
 # Text -> tokens
 corpus = load_corpus(dataset, config=dataset_config, vocab_size=vocab_size, sample_fraction=sample_fraction, seed=seed)
-prompts = corpus.validation_prompts(num_prompts, 32, seed=seed)
-if len(corpus.validation) <= seq_len:
-    raise ValueError(f"the held-out text has {len(corpus.validation)} tokens, too few for seq_len={seq_len}; lower it.")
 stage_ends("text")
 
 # Build
@@ -121,10 +111,17 @@ config = ModelConfig(
     moe_layers=moe_layers,
     max_seq_len=max_seq_len,
 )
-# What decoding will need is checked now, not after minutes of training.
-SelfSpeculative(exit_layer, draft_length).check(config)
-Sampling(temperature)
-check_prompts(prompts, config, max_new_tokens)
+measured = StudyConfig(
+    seq_len=seq_len,
+    batch_size=batch_size,
+    exit_layer=exit_layer,
+    draft_length=draft_length,
+    num_prompts=num_prompts,
+    max_new_tokens=max_new_tokens,
+    temperature=temperature,
+    seed=seed,
+)
+measured.check(config, corpus)  # what decoding will need is checked now, not after minutes of training
 model = MoEDecoder(config, seed=seed).to(device)
 parameters, active_parameters = model.parameter_counts()
 print(f"{parameters / 1e6:.1f}M parameters, {active_parameters / 1e6:.1f}M of them used per token, on {device}")
@@ -151,21 +148,18 @@ result = train(model, corpus, recipe, out_dir, resume=resume)
 model.save_pretrained(Path(out_dir) / "model", tokenizer=corpus.tokenizer)
 stage_ends("training")
 
-# Evaluate
-exits = evaluate_exits(model, corpus.validation, seq_len=seq_len, batch_size=batch_size, max_windows=200)
-experts = expert_use(model, corpus.validation, seq_len=seq_len, batch_size=batch_size, max_windows=200)
-stage_ends("evaluation")
+# Evaluate every exit and expert on held-out text, and decode in every way
+found = study(model, corpus, measured)
+seconds |= found.pop("seconds")
+clock = time.perf_counter()
 
-# Decode
-strategies = {"plain": Autoregressive()} | {
-    f"exit {n}": SelfSpeculative(n, draft_length)
-    for n in sorted({exit_layer, max(n_layers // 3, 1), max(2 * n_layers // 5, 1)})
-}
-greedy = compare_decoding(model, prompts, strategies, max_new_tokens=max_new_tokens, seed=seed)
-sampled = compare_decoding(
-    model, prompts, strategies, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-)
-stage_ends("decoding")
+if compare:
+    plainly = replace(recipe, layer_dropout_max=0.0, expert_dropout=0.0, exit_curriculum="none")
+    other, beside = MoEDecoder(config, seed=seed).to(device), Path(out_dir) / "without_layerskip"
+    other_result = train(other, corpus, plainly, beside, resume=resume and (beside / "checkpoint.pt").exists())
+    other_found = study(other, corpus, measured)
+    found["comparison"] = side_by_side(result, found, other_result, other_found, seed=seed)
+    stage_ends("comparison")
 
 # Report
 report_path = write_report(
@@ -190,17 +184,7 @@ report_path = write_report(
             if result.validation
             else None,
         },
-        "exits": exits,
-        "decoding": [greedy.as_report(), sampled.as_report()],
-        "experts": experts,
-        "continuations": [
-            {
-                "prompt": corpus.tokenizer.decode(prompts[i]),
-                "plain": corpus.tokenizer.decode(greedy.strategies[0].tokens[i]),
-                "self_speculative": corpus.tokenizer.decode(greedy.strategies[1].tokens[i]),
-            }
-            for i in range(min(3, len(prompts)))
-        ],
+        **found,
         "seconds": seconds,
     },
 )

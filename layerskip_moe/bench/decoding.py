@@ -12,47 +12,66 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from layerskip_moe.analysis import distinct_ngrams
-from layerskip_moe.generation import Generation, Strategy, generate
+from layerskip_moe.analysis import ContinuationScore, distinct_ngrams, score_continuations
+from layerskip_moe.generation import Generation, GenerationStats, Strategy, generate
 from layerskip_moe.nn import MoEDecoder
 
-_WARM_UP_TOKENS = 32  # enough to touch every weight and every kernel
+_WARM_UP_TOKENS = 16  # enough to touch every weight and every kernel
 
 
 @dataclass(frozen=True)
 class StrategyResult:
     """One strategy over all prompts. Medians are over prompts; counts are sums over them.
 
-    exit_layer, draft_length: the strategy's own, None for one that has none
-    tokens_per_second:  median, decoding alone
-    tokens_per_second_by_prompt: what it and `speed_up` are made from
-    prefill_seconds:    median time of running one prompt, which no other figure includes
-    speed_up:           median over prompts of this strategy's tokens/s over the baseline's on the same prompt
-    speed_up_quartiles: the first and third quartile of those ratios
-    drafted, accepted:  tokens; acceptance_rate: accepted / drafted, None where nothing was drafted
-    tokens_per_verification: new tokens per pass of the full model
-    distinct_4grams:    `distinct_ngrams` of the outputs, None for outputs too short to have any
-    identical:          prompts whose output equals the baseline's
-    first_differences:  prompt -> first position at which its output is not the baseline's
-    tokens:             the outputs, token ids per prompt
+    Attributes:
+        name: what the caller calls it
+        exit_layer: the strategy's own, None for one that has none
+        draft_length: likewise
+        threshold: likewise
+        tokens_per_second: median, decoding alone
+        tokens_per_second_by_prompt: what it and `speed_up` are made from
+        prefill_seconds: median time of running one prompt, which no other figure includes
+        speed_up: median over prompts of this strategy's tokens/s over the baseline's on the same prompt
+        speed_up_quartiles: the first and third quartile of those ratios
+        mean_layers: layers run to choose a new token, on average; drafts are not counted
+        drafted: tokens
+        accepted: tokens
+        acceptance_rate: accepted / drafted, None where nothing was drafted
+        drafted_by_position: entry i: tokens drafted as the (i + 1)-th of a round
+        accepted_by_position: how many of those were accepted
+        tokens_per_verification: new tokens per choice of the strategy's last word, in most the full model's
+        perplexity: of the outputs under the full model at temperature 1 (see `score_continuations`)
+        agreement: share of the output tokens that are the full model's most likely ones after the same text
+        distinct_4grams: `distinct_ngrams` of the outputs, None for outputs too short to have any
+        identical: prompts whose output equals the baseline's
+        first_differences: prompt -> first position at which its output is not the baseline's
+        tokens: the outputs, token ids per prompt
+        layers_run: how many layers ran to choose each of them
     """
 
     name: str
     exit_layer: int | None
     draft_length: int | None
+    threshold: float | None
     tokens_per_second: float
     tokens_per_second_by_prompt: list[float]
     prefill_seconds: float
     speed_up: float
     speed_up_quartiles: tuple[float, float]
+    mean_layers: float
     drafted: int
     accepted: int
     acceptance_rate: float | None
+    drafted_by_position: list[int]
+    accepted_by_position: list[int]
     tokens_per_verification: float
+    perplexity: float
+    agreement: float
     distinct_4grams: float | None
     identical: int
     first_differences: dict[int, int]
     tokens: list[list[int]]
+    layers_run: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -67,10 +86,10 @@ class DecodingComparison:
     strategies: list[StrategyResult]
 
     def as_report(self) -> dict[str, Any]:
-        """The entry of a report's `decoding` list: everything but the outputs' tokens."""
+        """The entry of a report's `decoding` list: everything but what there is of every token."""
         entry = asdict(self)
         for row in entry["strategies"]:
-            del row["tokens"]
+            del row["tokens"], row["layers_run"]
         return entry
 
 
@@ -132,7 +151,16 @@ def compare_decoding(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        strategies=[_summarise(name, strategies[name], runs[name], baseline) for name in names],
+        strategies=[
+            _summarise(
+                name,
+                strategies[name],
+                runs[name],
+                baseline,
+                score_continuations(model, prompts, [run.tokens[0] for run in runs[name]]),
+            )
+            for name in names
+        ],
     )
 
 
@@ -144,15 +172,18 @@ def first_difference(tokens: Sequence[int], others: Sequence[int]) -> int | None
     return None if len(tokens) == len(others) else min(len(tokens), len(others))
 
 
-def _summarise(name: str, strategy: Strategy, runs: list[Generation], baseline: list[Generation]) -> StrategyResult:
+def _summarise(
+    name: str, strategy: Strategy, runs: list[Generation], baseline: list[Generation], score: ContinuationScore
+) -> StrategyResult:
     outputs = [run.tokens[0] for run in runs]
     speeds = [run.stats.tokens_per_second for run in runs]
     base_speeds = [run.stats.tokens_per_second for run in baseline]
     assert min(base_speeds) > 0, "without stop tokens every prompt gets new tokens, which take time"
     ratios = [speed / base for speed, base in zip(speeds, base_speeds, strict=True)]
     first_quartile, third_quartile = np.quantile(ratios, [0.25, 0.75]).tolist()
-    drafted = sum(run.stats.drafted for run in runs)
-    accepted = sum(run.stats.accepted for run in runs)
+    counts = GenerationStats()
+    for run in runs:
+        counts.add_counts(run.stats)
     differences = {
         prompt: position
         for prompt, (output, run) in enumerate(zip(outputs, baseline, strict=True))
@@ -162,17 +193,24 @@ def _summarise(name: str, strategy: Strategy, runs: list[Generation], baseline: 
         name=name,
         exit_layer=getattr(strategy, "exit_layer", None),
         draft_length=getattr(strategy, "draft_length", None),
+        threshold=getattr(strategy, "threshold", None),
         tokens_per_second=median(speeds),
         tokens_per_second_by_prompt=speeds,
         prefill_seconds=median(run.stats.prefill_seconds for run in runs),
         speed_up=median(ratios),
         speed_up_quartiles=(first_quartile, third_quartile),
-        drafted=drafted,
-        accepted=accepted,
-        acceptance_rate=accepted / drafted if drafted else None,
-        tokens_per_verification=sum(run.stats.generated for run in runs) / sum(run.stats.rounds for run in runs),
+        mean_layers=counts.mean_layers,
+        drafted=counts.drafted,
+        accepted=counts.accepted,
+        acceptance_rate=counts.acceptance_rate if counts.drafted else None,
+        drafted_by_position=counts.drafted_by_position,
+        accepted_by_position=counts.accepted_by_position,
+        tokens_per_verification=counts.tokens_per_round,
+        perplexity=score.perplexity,
+        agreement=score.agreement,
         distinct_4grams=distinct_ngrams(outputs, 4) if max(map(len, outputs)) >= 4 else None,
         identical=len(runs) - len(differences),
         first_differences=differences,
         tokens=outputs,
+        layers_run=[run.layers_run[0] for run in runs],
     )
