@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character, or not yet
+
 
 class TextStream:
     """The text of one continuation, token by token.
@@ -21,12 +23,13 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: "Tokenizer", stop_strings: Sequence[str] = ()) -> None:
-        from tokenizers.decoders import DecodeStream
-
         self._tokenizer, self._stop_strings = tokenizer, stop_strings
-        self._decoder = DecodeStream(skip_special_tokens=True)
         self._longest = max(map(len, stop_strings), default=1)
         self._tokens: list[int] = []
+        # tokens[:_settled] end with a whole character: their text is _settled_text. What follows is decoded behind
+        # tokens[_context:_settled], whose text is _known, because a decoder may treat the first token otherwise.
+        self._context = self._settled = 0
+        self._known = self._settled_text = ""
         self._given = 0  # characters of the text that were given out
         self.text, self.stopped = "", False
 
@@ -35,7 +38,7 @@ class TextStream:
         assert not self.stopped, "nothing follows a stop string"
         self._tokens.append(token)
         searched = max(0, len(self.text) - self._longest + 1)
-        self.text += self._decoder.step(self._tokenizer, token) or ""
+        self._decode()
         found = [at for stop in self._stop_strings if (at := self.text.find(stop, searched)) >= 0]
         if found:
             self.stopped = True
@@ -46,8 +49,22 @@ class TextStream:
         """What was held back, when no more tokens follow: the beginning of a stop string that never came, and the
         replacement characters for bytes that are no character."""
         if not self.stopped:
-            self.text = self._tokenizer.decode(self._tokens)
+            self.text = self._settled_text + self._told()[len(self._known) :]
         return self._give(len(self.text))
+
+    def _decode(self) -> None:
+        """Take over into `text` what the tokens so far say in whole characters, also where the last of them goes on
+        with part of another (the library's own DecodeStream holds all of such a token back)."""
+        told = self._told()
+        self.text = self._settled_text + told.rstrip(_REPLACEMENT)[len(self._known) :]
+        if len(told) > len(self._known) and not told.endswith(_REPLACEMENT):
+            self._context, self._settled = self._settled, len(self._tokens)
+            self._known, self._settled_text = self._told(), self.text
+
+    def _told(self) -> str:
+        """The text from `_context` on. What lies beyond `_known` in it is new, told apart by length: a decoder that
+        falls back on bytes may call a newline invalid once an invalid byte follows, but what was given out stands."""
+        return self._tokenizer.decode(self._tokens[self._context :])
 
     def _held(self) -> int:
         """How many characters at the end may be the beginning of a stop string."""
