@@ -101,37 +101,29 @@ def speed_up_contour(sweep: Mapping[str, Any]) -> "Figure":
     speed_up = np.array([drawables(row) for row in sweep["speed_up"]])  # [exit layers, draft lengths]
     if speed_up.size == 0 or np.isnan(speed_up).all():
         raise ValueError("There is no speed-up to draw: the sweep timed no pair of exit layer and draft length.")
-    low, high = np.nanmin(speed_up), np.nanmax(speed_up)
+    margin = 0.05 if np.ptp(speed_up[~np.isnan(speed_up)]) < 0.05 else 0.0  # equals need a range of colours too
+    low, high = np.nanmin(speed_up) - margin, np.nanmax(speed_up) + margin
     grid = np.ma.masked_invalid(speed_up.T)
 
     figure, (axes,) = new_panels(1, width=8.5, height=4.6)
     handles: list[Any] = []
     if min(speed_up.shape) > 1:
-        image: Any = axes.contourf(
-            exits, drafts, grid, levels=MaxNLocator(9).tick_values(low - 0.05, high + 0.05), cmap="cividis"
-        )
-        if low < 1 < high:
+        levels = MaxNLocator(9).tick_values(low, high)
+        image: Any = axes.contourf(exits, drafts, grid, levels=levels, cmap="cividis")
+        if np.nanmin(speed_up) < 1 < np.nanmax(speed_up):
             axes.contour(exits, drafts, grid, levels=[1.0], colors="black", linestyles="--")
             handles.append(Line2D([], [], color="black", linestyle="--", label="as fast as plain decoding"))
     else:
-        image = axes.pcolormesh(edges(exits), edges(drafts), grid, cmap="cividis", vmin=low - 0.05, vmax=high + 0.05)
+        image = axes.pcolormesh(edges(exits), edges(drafts), grid, cmap="cividis", vmin=low, vmax=high)
+
     chosen = sweep.get("chosen") or {}
-    size = 9 if max(speed_up.shape) <= 8 else 7
+    style: dict[str, Any] = {"ha": "center", "va": "center", "size": 9 if max(speed_up.shape) <= 8 else 7}
     for (row, column), value in np.ndenumerate(speed_up):
         if not math.isnan(value):
             picked = (exits[row], drafts[column]) == (chosen.get("exit_layer"), chosen.get("draft_length"))
             frame = {"boxstyle": "round,pad=0.25", "fc": "white", "ec": "black" if picked else "none", "lw": 2}
             weight = "bold" if picked else "normal"
-            axes.text(
-                exits[row],
-                drafts[column],
-                f"{value:.2f}",
-                ha="center",
-                va="center",
-                size=size,
-                weight=weight,
-                bbox=frame,
-            )
+            axes.text(exits[row], drafts[column], f"{value:.2f}", weight=weight, bbox=frame, **style)
             if picked:
                 handles.append(Patch(facecolor="white", edgecolor="black", linewidth=2, label="chosen"))
     axes.use_sticky_edges = False  # so that the outer values have room

@@ -51,7 +51,7 @@ def layer_dropout_schedule(rates: Sequence[Sequence[float]], steps: Sequence[int
         handles += right.plot(range(n_layers), percent[row], color=colour, marker=marker, markersize=4, label=name)
     right.set(title="The same by layer", xlabel="layer (from 0)", ylabel="% of samples that skip it")
     right.set_ylim(-0.04 * highest, 1.08 * highest)
-    whole_ticks(right, range(n_layers))
+    whole_ticks(right, range(n_layers), most=11)
     legend_outside(figure, handles)
     return figure
 
