@@ -67,9 +67,13 @@ class StudyConfig:
             raise ValueError(
                 f"the held-out text has {len(corpus.validation)} tokens, too few for seq_len={self.seq_len}; lower it."
             )
+        if self.num_prompts < 1:
+            raise ValueError(f"num_prompts={self.num_prompts} must be 1 or more.")
+        if not self.thresholds or not self.draft_lengths:
+            raise ValueError("give at least one threshold to exit at, and at least one draft length to try.")
         check_prompts(_prompts(corpus, self)[0], model, self.max_new_tokens)
         for length in self.draft_lengths if self.draft_length is None else [self.draft_length]:
-            SelfSpeculative(self.exit_layer or 1, length).check(model)
+            SelfSpeculative(1 if self.exit_layer is None else self.exit_layer, length).check(model)
         for threshold in self.thresholds:
             EarlyExit(threshold)
 
@@ -163,9 +167,11 @@ def side_by_side(
 
 def _prompts(corpus: Corpus, config: StudyConfig) -> tuple[list[list[int]], list[list[int]]]:
     """Held-out prompts of the comparisons, and others of the sweep."""
-    both = corpus.validation_prompts(
-        config.num_prompts + max(config.num_prompts // 5, 1), config.prompt_length, seed=config.seed
-    )
+    more = max(config.num_prompts // 5, 1)
+    try:
+        both = corpus.validation_prompts(config.num_prompts + more, config.prompt_length, seed=config.seed)
+    except ValueError as error:
+        raise ValueError(f"num_prompts={config.num_prompts}, and {more} for the sweep, are too many. {error}") from None
     return both[: config.num_prompts], both[config.num_prompts :]
 
 
@@ -188,7 +194,8 @@ def _sweep(
         seed=config.seed,
         progress=progress,
     )
-    return swept.as_report(), SelfSpeculative(**swept.chosen)
+    chosen = SelfSpeculative(swept.chosen["exit_layer"], swept.chosen["draft_length"])
+    return swept.as_report(), chosen
 
 
 def _lossy(model: ModelConfig, config: StudyConfig) -> dict[str, Strategy]:

@@ -55,7 +55,7 @@ def test_one_line_gives_a_model_and_a_report(text, tmp_path):
     assert "Warning" not in done.stderr
 
     report = json.loads((out / "report.json").read_text())
-    assert report["constants"]["n_layers"] == 3 and report["constants"]["exit_layer"] == 1
+    assert report["constants"]["n_layers"] == 3 and report["constants"]["exit_layer"] is None
     assert len(report["exits"]["perplexity"]) == 3
     greedy, sampled = report["decoding"]
     assert (greedy["temperature"], sampled["temperature"]) == (0.0, 0.8)
@@ -67,6 +67,19 @@ def test_one_line_gives_a_model_and_a_report(text, tmp_path):
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 3
     assert all(perplexity > 1 and math.isfinite(perplexity) for perplexity in report["exits"]["perplexity"])
+
+
+def test_compare_trains_the_same_network_without_the_recipe(text, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", [str(MAIN), *command(dataset=text, out_dir=out), "--compare"])
+    runpy.run_path(str(MAIN), run_name="__main__")
+    report = json.loads((out / "report.json").read_text())
+    first, second = report["comparison"]["runs"]
+    assert report["comparison"]["steps"] == 4 and first["perplexity"] != second["perplexity"]
+    told = json.loads((out / "without_layerskip" / "recipe.json").read_text())["train_config"]
+    assert (told["layer_dropout_max"], told["exit_curriculum"], told["max_steps"]) == (0.0, "none", 4)
+    assert "With and without LayerSkip" in (out / "report.md").read_text()
+    assert (out / report["figures"]["comparison"]).exists()
 
 
 def test_it_runs_pasted_into_a_cell(text, tmp_path, monkeypatch, capsys):
@@ -96,6 +109,8 @@ def test_it_runs_pasted_into_a_cell(text, tmp_path, monkeypatch, capsys):
         ({"max_seq_len": 37}, "past max_seq_len=37"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"temperature": -1}, "temperature=-1"),
+        ({"temperature": 0}, "temperature=0"),
+        ({"draft_length": 0}, "draft_length=0"),
         ({"num_prompts": 5000}, "5000"),
         ({"seq_len": 5000}, "too few for seq_len=5000"),
         ({"device": "banana"}, "device='banana'"),

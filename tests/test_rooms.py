@@ -30,7 +30,7 @@ def imported(path):
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_only_from_rooms_above_it(room):
-    for path in (PACKAGE / room).glob("*.py"):
+    for path in (PACKAGE / room).rglob("*.py"):
         for module, at_top in imported(path):
             parts = module.split(".")
             if parts[0] != "layerskip_moe" or len(parts) < 2 or parts[1] not in ROOMS:

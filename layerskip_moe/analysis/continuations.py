@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerskip_moe.analysis.exits import _LIVE_LOGITS
-from layerskip_moe.analysis.held_out import run_all_layers
+from layerskip_moe.analysis.held_out import LIVE_LOGITS, run_all_layers
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.nn.modes import evaluating
 
@@ -53,7 +52,7 @@ def score_continuations(
     vocabulary, text beyond max_seq_len, and a batch_size below 1.
     """
     rows = _check_rows(model.config, prompts, outputs, batch_size)
-    chunk = max(1, _LIVE_LOGITS // model.config.vocab_size)
+    chunk = max(1, LIVE_LOGITS // model.config.vocab_size)
     loss, agreed, n_tokens = 0.0, 0, 0
     with evaluating(model):
         for start in range(0, len(rows), batch_size):

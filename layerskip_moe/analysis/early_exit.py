@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerskip_moe.analysis.exits import _LIVE_LOGITS
-from layerskip_moe.analysis.held_out import held_out_batches, run_all_layers
+from layerskip_moe.analysis.held_out import LIVE_LOGITS, held_out_batches, run_all_layers
 from layerskip_moe.generation.confidence import Confidence, check_confidence, confidence_of, first_exit
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.modes import evaluating
@@ -114,7 +113,7 @@ def evaluate_early_exit(
         progress=progress,
         description="evaluating early exit",
     )
-    chunk = max(1, _LIVE_LOGITS // model.config.vocab_size)
+    chunk = max(1, LIVE_LOGITS // model.config.vocab_size)
     with evaluating(model):
         for inputs, labels in batches:
             collected = run_all_layers(model, inputs, collect=True).collected

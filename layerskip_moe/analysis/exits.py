@@ -12,11 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerskip_moe.analysis.held_out import held_out_batches, run_all_layers
+from layerskip_moe.analysis.held_out import LIVE_LOGITS, held_out_batches, run_all_layers
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.modes import evaluating
-
-_LIVE_LOGITS = 2**24  # logits held at one time: 64 MiB in float32, whatever the vocabulary
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def _score(model: MoEDecoder, exits: list[Tensor], labels: Tensor) -> tuple[Tens
     """Sums over labels [N] for exits, L tensors [N, D]: cross entropy [L] float64, agreement [L] int64."""
     loss = torch.zeros(len(exits), dtype=torch.float64)
     agreed = torch.zeros(len(exits), dtype=torch.int64)
-    chunk = max(1, _LIVE_LOGITS // model.config.vocab_size)
+    chunk = max(1, LIVE_LOGITS // model.config.vocab_size)
     for rows in torch.arange(len(labels), device=labels.device).split(chunk):
         final_choice = model.unembed(exits[-1][rows]).argmax(dim=-1)
         for layer, hidden in enumerate(exits):

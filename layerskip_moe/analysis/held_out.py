@@ -12,6 +12,8 @@ from tqdm.auto import tqdm
 from layerskip_moe.data import steps_per_epoch, windows
 from layerskip_moe.nn import MoEDecoder, RunOutput
 
+LIVE_LOGITS = 2**24  # logits held at one time: 64 MiB in float32, whatever the vocabulary
+
 
 def held_out_batches(
     model: MoEDecoder,

@@ -56,7 +56,7 @@ def draw_figures(
             save("exits_by_prompt", figures.exits_by_prompt(early_exit["by_prompt"]))
 
     decoding = report.get("decoding") or []
-    if any(row["exit_layer"] is not None for row in _rows(decoding)):
+    if len({row["exit_layer"] for row in _rows(decoding)} - {None}) > 1:  # one is a point, and in the table
         save("speed_up_by_exit", figures.speed_up_by_exit(decoding))
     if any(any(row.get("drafted_by_position") or []) for row in _rows(decoding)):
         save("acceptance_by_position", figures.acceptance_by_position(decoding))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from layerskip_moe.analysis import ContinuationScore, score_continuations
 from layerskip_moe.bench import compare_decoding, decoding
 from layerskip_moe.bench.decoding import first_difference
 from layerskip_moe.generation import Autoregressive, Generation, GenerationStats, SelfSpeculative, generate
@@ -35,12 +36,17 @@ def calls(monkeypatch):
         log.append((strategy.name, prompt, settings))
         tokens = strategy.outputs[0 if run == 0 else run - 1]
         stats = GenerationStats(
-            generated=len(tokens), rounds=strategy.rounds, drafted=strategy.drafted, accepted=strategy.accepted,
+            generated=len(tokens), rounds=strategy.rounds, layers_run=3 * len(tokens),
+            drafted_by_position=[strategy.drafted], accepted_by_position=[strategy.accepted],
             prefill_seconds=float(run), decode_seconds=strategy.seconds[run],
         )  # fmt: skip
-        return Generation([tokens], None, stats, [stats])
+        return Generation([tokens], None, [[3] * len(tokens)], stats, [stats])
+
+    def fake_score(model, prompts, outputs):
+        return ContinuationScore(perplexity=sum(map(sum, outputs)), agreement=0.5, tokens=sum(map(len, outputs)))
 
     monkeypatch.setattr(decoding, "generate", fake_generate)
+    monkeypatch.setattr(decoding, "score_continuations", fake_score)
     return log
 
 
@@ -68,6 +74,9 @@ def test_the_arithmetic_by_hand(calls):
 
     assert quick.tokens_per_second == 2.0 and quick.speed_up == 2.0 and quick.speed_up_quartiles == (2.0, 3.0)
     assert (quick.drafted, quick.accepted, quick.acceptance_rate) == (18, 9, 0.5)
+    assert (quick.drafted_by_position, quick.accepted_by_position) == ([18], [9])
+    assert quick.mean_layers == 3.0 and quick.layers_run == [[3] * 4] * 3
+    assert quick.perplexity == 10 + 16 + 10 and quick.agreement == 0.5  # of all its outputs together
     assert quick.tokens_per_verification == 2.0
     assert quick.identical == 2 and quick.first_differences == {1: 2}
     assert quick.distinct_4grams == pytest.approx(2 / 3)
@@ -132,6 +141,10 @@ def test_a_real_model(temperature):
     assert plain.tokens_per_verification == 1.0 and plain.drafted == 0
     assert 0 < early.acceptance_rate < 1 < early.tokens_per_verification <= 3
     assert whole.acceptance_rate == 1.0  # the whole model agrees with itself
+    assert plain.mean_layers == early.mean_layers == 3.0 and plain.threshold is None
+    score = score_continuations(model, prompts, plain.tokens)
+    assert (plain.perplexity, plain.agreement) == (score.perplexity, score.agreement)
+    assert sum(early.drafted_by_position) == early.drafted and len(early.drafted_by_position) == 2
     again = generate(model, [prompts[2]], SelfSpeculative(1, 2), max_new_tokens=12, temperature=temperature, seed=3 + 2)
     assert again.tokens[0] == early.tokens[2]
     assert model.training and all(p.dtype == torch.float64 for p in model.parameters())
@@ -142,7 +155,7 @@ def test_as_report_is_plain_and_without_tokens(calls):
     compared = _compare(strategies, [[1], [2]], max_new_tokens=2)
     entry = compared.as_report()
     assert json.loads(json.dumps(entry))["strategies"][1]["first_differences"] == {"1": 1}
-    assert all("tokens" not in row for row in entry["strategies"])
+    assert all("tokens" not in row and "layers_run" not in row for row in entry["strategies"])
     assert compared.strategies[1].tokens == [[1, 2], [1, 3]]
     assert entry["strategies"][0]["distinct_4grams"] is None  # two tokens hold no 4-gram
 
