@@ -109,7 +109,7 @@ def test_a_minimal_report_has_what_it_has_data_for(written, saved, tmp_path):
     _write_metrics(tmp_path, [{"split": "train", "step": 0, "exit_losses": {"1": 3.0}}])
     text, held = written(_minimal(), draw=True)
     assert set(held["figures"]) == {
-        "loss", "perplexity_by_exit", "speed_up_by_exit", "speed_up_contour", "acceptance_by_position", "early_exit",
+        "loss", "perplexity_by_exit", "speed_up_contour", "acceptance_by_position", "early_exit",
         "exit_histogram", "exit_curriculum", "quality", "comparison",
     }  # fmt: skip
     for name, path in held["figures"].items():
