@@ -55,7 +55,7 @@ class StudyConfig:
     prompt_length: int = 32
     max_new_tokens: int = 128
     temperature: float = 0.8
-    thresholds: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9)
+    thresholds: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 0.9)
     seed: int = 0
 
     def check(self, model: ModelConfig, corpus: Corpus) -> None:
