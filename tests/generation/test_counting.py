@@ -9,14 +9,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip_moe.generation import Autoregressive, SelfSpeculative, generate
+from layerskip_moe.generation import Autoregressive, SelfSpeculative, Speculative, generate
 
 ROWS, WRONG = 5, 39  # a wrong draft says 39, a position that no test reaches
 
 
 @pytest.fixture(scope="module")
 def counting_model(table_model):
-    """counting_model(agreed): agreed[r] holds the positions at which row r's draft is right."""
+    """counting_model(agreed): agreed[r] holds the positions at which row r's draft is right. `draft_model` is a
+    second stub, of two layers, that drafts the same."""
 
     def build(agreed):
         right_at = torch.zeros(ROWS, 64, dtype=torch.bool)
@@ -31,7 +32,9 @@ def counting_model(table_model):
             guess = torch.where(right_at[rows, positions + 1], positions + 1, WRONG)
             return F.one_hot(rows * 40 + guess, ROWS * 40).float()
 
-        return table_model(ROWS * 40, full, draft, n_layers=4)
+        model = table_model(ROWS * 40, full, draft, n_layers=4)
+        model.draft_model = table_model(ROWS * 40, draft, draft, n_layers=2)
+        return model
 
     return build
 
@@ -64,12 +67,16 @@ def counts(stats):
     return stats.generated, stats.rounds, stats.drafted, stats.accepted
 
 
+@pytest.mark.parametrize("drafter", ["its own layers", "a draft model"])
 @pytest.mark.parametrize("coupling", ["shared", "rejection"])
 @pytest.mark.parametrize("case", BY_HAND)
-def test_counts_of_one_row_by_hand(counting_model, case, coupling):
+def test_counts_of_one_row_by_hand(counting_model, case, coupling, drafter):
     agreed, expected = BY_HAND[case]
+    model = counting_model([agreed])
     strategy = SelfSpeculative(2, 3, coupling=coupling)
-    out = generate(counting_model([agreed]), [prompt(0)], strategy, max_new_tokens=10)
+    if drafter == "a draft model":
+        strategy = Speculative(model.draft_model, 3, coupling=coupling)
+    out = generate(model, [prompt(0)], strategy, max_new_tokens=10)
     assert out.tokens == [text(0, 1, 10)]
     assert counts(out.stats) == counts(out.row_stats[0]) == expected
     assert out.stats.tokens_per_round == 10 / expected[1]
@@ -108,11 +115,13 @@ def simulated(agreed, start, count, draft_length):
 def test_counts_for_any_pattern_and_ragged_prompts(counting_model, rows, draft_length, max_new_tokens, exit_layer):
     model = counting_model([agreed for agreed, _ in rows])
     prompts = [prompt(row, length) for row, (_, length) in enumerate(rows)]
-    out = generate(model, prompts, SelfSpeculative(exit_layer, draft_length), max_new_tokens=max_new_tokens)
-    assert out.tokens == [text(row, length, max_new_tokens) for row, (_, length) in enumerate(rows)]
-    assert [counts(stats) for stats in out.row_stats] == [
-        simulated(agreed, length, max_new_tokens, draft_length) for agreed, length in rows
-    ]
+    for strategy in (SelfSpeculative(exit_layer, draft_length), Speculative(model.draft_model, draft_length)):
+        out = generate(model, prompts, strategy, max_new_tokens=max_new_tokens)
+        assert out.tokens == [text(row, length, max_new_tokens) for row, (_, length) in enumerate(rows)]
+        assert out.layers_run == [[4] * max_new_tokens] * len(rows)
+        assert [counts(stats) for stats in out.row_stats] == [
+            simulated(agreed, length, max_new_tokens, draft_length) for agreed, length in rows
+        ]
 
 
 def test_verification_runs_only_what_the_draft_left_out(counting_model):
@@ -123,6 +132,26 @@ def test_verification_runs_only_what_the_draft_left_out(counting_model):
     # Row 0 took all three tokens at once. Row 1 has two left: one draft; then one: none.
     two_left, one_left = [(0, 1, 1, 1)] * 2 + [(1, 4, 1, 2)], [(0, 1, 1, 1), (1, 4, 1, 1)]
     assert model.calls == [(0, 4, 2, 5), *one_round, *two_left, *one_left]
+
+
+def test_a_draft_model_runs_once_for_each_draft(counting_model):
+    """The token that an all accepted round left unrun goes through beside the newest, not in a pass of its own."""
+    model = counting_model([EVERY, NEVER])
+    generate(model, [prompt(0), prompt(1, 6)], Speculative(model.draft_model, 2), max_new_tokens=3)
+    # Both rows; then row 1 with two tokens left, one draft; then with one left, none.
+    assert model.draft_model.calls == [(0, 2, 2, 5), (0, 2, 2, 2), (0, 2, 2, 1), (0, 2, 1, 2)]
+    assert model.calls == [(0, 4, 2, 5), (0, 4, 2, 3), (0, 4, 1, 2), (0, 4, 1, 1)]
+
+
+def test_drafts_and_acceptances_by_their_place_in_the_round(counting_model):
+    """Row 0 of the case "wrong at one place": rounds of 3, 3 and 2 drafts, of which 2, 3 and 2 are right."""
+    model = counting_model([BY_HAND["wrong at one place"][0], NEVER])
+    for strategy in (SelfSpeculative(2, 3), Speculative(model.draft_model, 3)):
+        out = generate(model, [prompt(0), prompt(1)], strategy, max_new_tokens=10)
+        first, second = out.row_stats
+        assert (first.drafted_by_position, first.accepted_by_position) == ([3, 3, 2], [3, 3, 1])
+        assert (second.drafted_by_position, second.accepted_by_position) == ([9, 8, 7], [0, 0, 0])
+        assert (out.stats.drafted_by_position, out.stats.accepted_by_position) == ([12, 11, 9], [3, 3, 1])
 
 
 def test_plain_decoding_counts_one_token_a_round(counting_model):

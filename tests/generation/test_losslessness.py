@@ -1,4 +1,4 @@
-"""In float32, self-speculative text equals plain decoding's, token for token, greedy and sampled.
+"""In float32, speculative text equals plain decoding's, token for token, greedy and sampled, whoever drafts.
 
 Every text here ends exactly where max_seq_len does. Next: `test_reference_decoding.py`, which checks plain
 decoding itself.
@@ -6,12 +6,13 @@ decoding itself.
 
 import itertools
 import random
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip_moe.generation import Autoregressive, Sampling, SelfSpeculative, generate
+from layerskip_moe.generation import Autoregressive, Sampling, SelfSpeculative, Speculative, generate
 
 MODELS = {
     "every layer": {},
@@ -29,6 +30,8 @@ SAMPLINGS = [
     Sampling(0.9, top_k=4, seed=4),
     Sampling(1.0, top_p=0.7, seed=5),
     Sampling(0.7, top_k=9, top_p=0.9, seed=6),
+    Sampling(repetition_penalty=1.5),
+    Sampling(0.9, top_p=0.9, seed=7, repetition_penalty=1.2),
 ]
 CASES = list(enumerate(itertools.product(SAMPLINGS, (1, 2, 3), range(1, 9))))  # exit layers, draft lengths
 
@@ -42,19 +45,15 @@ def ragged_prompts(number):
     return prompts
 
 
-def options(sampling):
-    return dict(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=sampling.seed)
-
-
-def check_grid(model, cases, assert_same_text):
+def check_grid(model, cases, assert_same_text, strategy=SelfSpeculative):
     """Also that the grid is worth something: texts that do not loop, drafts accepted and drafts rejected."""
     drafted = accepted = 0
     varied = []
     for number, (sampling, exit_layer, length) in cases:
         prompts = ragged_prompts(number)
-        arguments = dict(max_new_tokens=model.config.max_seq_len - max(map(len, prompts)), **options(sampling))
+        arguments = dict(max_new_tokens=model.config.max_seq_len - max(map(len, prompts)), **asdict(sampling))
         plain = generate(model, prompts, Autoregressive(), **arguments)
-        drafting = generate(model, prompts, SelfSpeculative(exit_layer, length), **arguments)
+        drafting = generate(model, prompts, strategy(exit_layer, length), **arguments)
         assert_same_text(model, prompts, plain.tokens, drafting.tokens, sampling)
         assert all(len(row) == arguments["max_new_tokens"] for row in drafting.tokens)
         varied += [len(set(row)) >= 6 for row in plain.tokens]
@@ -67,14 +66,38 @@ def check_grid(model, cases, assert_same_text):
 
 @pytest.mark.parametrize("start", range(len(MODELS)), ids=list(MODELS))
 def test_self_speculation_equals_plain_decoding(trained_model, assert_same_text, start):
-    # Of 168 cases each model gets others: every sampling for each model, every exit and length among them all.
-    check_grid(trained_model(**list(MODELS.values())[start]), CASES[start::21], assert_same_text)
+    # Of 216 cases each model gets 8 others, of as many samplings; every sampling, exit and length is among them all.
+    check_grid(trained_model(**list(MODELS.values())[start]), CASES[start::27], assert_same_text)
+
+
+@pytest.fixture(scope="module")
+def drafting(trained_model, tiny_model):
+    """drafting(number, length): a draft model trained on the same, of as many layers; or, for 3, one of other sizes
+    that knows nothing."""
+    small = dict(d_model=8, n_heads=2, n_kv_heads=1, d_ff=8, num_experts=4, top_k=1, n_layers=2)
+
+    def strategy(number, length):
+        draft = tiny_model(seed=5, **small, max_seq_len=50) if number == 3 else trained_model(n_layers=number)
+        return Speculative(draft, length)
+
+    return strategy
+
+
+@pytest.mark.parametrize(("name", "start"), [("every layer", 10), ("dense, tied", 2)])
+def test_a_draft_model_s_speculation_equals_plain_decoding(trained_model, assert_same_text, drafting, name, start):
+    check_grid(trained_model(**MODELS[name]), CASES[start::51], assert_same_text, drafting)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_self_speculation_equals_plain_decoding_in_every_case(trained_model, assert_same_text, name):
     check_grid(trained_model(**MODELS[name]), CASES, assert_same_text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_a_draft_model_s_speculation_in_every_case(trained_model, assert_same_text, drafting, name):
+    check_grid(trained_model(**MODELS[name]), CASES, assert_same_text, drafting)
 
 
 @given(
@@ -84,21 +107,28 @@ def test_self_speculation_equals_plain_decoding_in_every_case(trained_model, ass
     draft_length=st.integers(1, 8),
     sampling=st.sampled_from(SAMPLINGS),
     name=st.sampled_from(sorted(MODELS)),
+    draft_name=st.none() | st.sampled_from(sorted(MODELS)),
 )
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 def test_random_weights_and_short_texts(
-    tiny_model, assert_same_text, prompts, max_new_tokens, exit_layer, draft_length, sampling, name
+    tiny_model, assert_same_text, prompts, max_new_tokens, exit_layer, draft_length, sampling, name, draft_name
 ):
     """Fewer tokens than a draft is long, prompts longer than what follows, and so on."""
     model = tiny_model(**MODELS[name])
-    arguments = dict(max_new_tokens=max_new_tokens, **options(sampling))
+    arguments = dict(max_new_tokens=max_new_tokens, **asdict(sampling))
     plain = generate(model, prompts, Autoregressive(), **arguments)
-    drafting = generate(model, prompts, SelfSpeculative(exit_layer, draft_length), **arguments)
+    strategy = SelfSpeculative(exit_layer, draft_length)
+    if draft_name is not None:
+        draft = tiny_model(seed=exit_layer, **{**MODELS[draft_name], "n_layers": exit_layer})
+        strategy = Speculative(draft, draft_length)
+    drafting = generate(model, prompts, strategy, **arguments)
     assert_same_text(model, prompts, plain.tokens, drafting.tokens, sampling)
 
 
-@pytest.mark.parametrize("sampling", [SAMPLINGS[0], SAMPLINGS[2]], ids=["greedy", "sampled"])
-def test_drafting_with_the_whole_model_is_always_accepted(trained_model, sampling):
-    out = generate(trained_model(), ragged_prompts(4), SelfSpeculative(3, 4), max_new_tokens=12, **options(sampling))
-    assert out.stats.acceptance_rate == 1.0
-    assert [stats.acceptance_rate for stats in out.row_stats] == [1.0] * 5
+@pytest.mark.parametrize("sampling", [SAMPLINGS[0], SAMPLINGS[2], SAMPLINGS[-1]], ids=str)
+def test_drafting_with_the_whole_model_is_always_accepted(exact_model, sampling):
+    model = exact_model()
+    for strategy in (SelfSpeculative(3, 4), Speculative(model, 4), Speculative(model, 1)):
+        out = generate(model, ragged_prompts(4), strategy, max_new_tokens=12, **asdict(sampling))
+        assert out.stats.acceptance_rate == 1.0
+        assert [stats.acceptance_rate for stats in out.row_stats] == [1.0] * 5
