@@ -12,13 +12,18 @@ PROMPTS = [[3, 4, 1], [5, 1, 7, 2], [8, 8, 1, 0, 2, 3], [1, 2, 3]]  # so prefill
 def watched(exact_model, monkeypatch):
     """A model, and its calls so far: (layer, positions [B][T]) for each layer of each `run`, and of each `fill`."""
     model, ran, filled = exact_model(n_layers=LAYERS), [], []
-    for name, calls in (("run", ran), ("fill", filled)):
 
-        def call(hidden, layers, *, positions, method=getattr(model, name), calls=calls, **others):
+    def watch(name, calls):
+        method = getattr(model, name)
+
+        def call(hidden, layers, *, positions, **others):
             calls.extend((layer, positions.tolist()) for layer in layers)
             return method(hidden, layers, positions=positions, **others)
 
         monkeypatch.setattr(model, name, call)
+
+    watch("run", ran)
+    watch("fill", filled)
     return model, ran, filled
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from layerskip_moe.generation import Autoregressive, Sampling, SelfSpeculative, generate
+from layerskip_moe.generation import Autoregressive, EarlyExit, Sampling, SelfSpeculative, Speculative, generate
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,10 @@ def model(tiny_model):
         ([[1]], dict(top_p=0.0), "top_p=0.0 must be above 0 and at most 1"),
         ([[1]], dict(top_p=1.01), "top_p=1.01"),
         ([[1]], dict(top_p=math.nan), "top_p=nan"),
+        ([[1]], dict(strategy=Autoregressive(0)), "exit_layer=0 must be between 1 and n_layers=3"),
+        ([[1]], dict(strategy=Autoregressive(4)), "exit_layer=4 must be between 1 and n_layers=3"),
+        ([[1]], dict(strategy=EarlyExit(0.5, min_layer=0)), "min_layer=0 must be between 1 and n_layers=3"),
+        ([[1]], dict(strategy=EarlyExit(1.0, min_layer=4)), "min_layer=4 must be between 1 and n_layers=3"),
         ([[1]], dict(strategy=SelfSpeculative(0)), "exit_layer=0 must be between 1 and n_layers=3"),
         ([[1]], dict(strategy=SelfSpeculative(4)), "exit_layer=4 must be between 1 and n_layers=3"),
         ([[1]], dict(strategy=SelfSpeculative(-1, coupling="rejection")), "exit_layer=-1"),
@@ -70,6 +74,39 @@ def test_generate_refuses(model, monkeypatch, prompts, options, message):
 def test_self_speculative_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         SelfSpeculative(2, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "device", "message"),
+    [
+        (dict(vocab_size=30), "cpu", "draft model has vocab_size=30 and the model 29; they must share one tokenizer"),
+        (dict(max_seq_len=8), "cpu", "max_seq_len=8 is less than prompt and new tokens, 9; ask for less, or build it"),
+        ({}, "meta", "the draft model is on meta and the model on cpu; move one"),
+    ],
+    ids=str,
+)
+def test_a_draft_model_that_does_not_fit_is_refused(model, tiny_model, monkeypatch, sizes, device, message):
+    draft = tiny_model(n_layers=1, **sizes).to(device)
+    for each in (model, draft):
+        monkeypatch.setattr(each, "run", lambda *_, **__: pytest.fail("a model ran"))
+    with pytest.raises(ValueError, match=message) as refused:
+        generate(model, [[1, 2], [3, 4, 5, 6, 7]], Speculative(draft), max_new_tokens=4)
+    assert str(refused.value).endswith(".")
+
+
+def test_a_draft_model_may_be_just_long_enough(model, tiny_model):
+    draft = tiny_model(n_layers=1, max_seq_len=9)
+    out = generate(model, [[1, 2], [3, 4, 5, 6, 7]], Speculative(draft, 7), max_new_tokens=4)
+    assert out.tokens == generate(model, [[1, 2], [3, 4, 5, 6, 7]], max_new_tokens=4).tokens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(dict(draft_length=0), "draft_length=0 must be 1 or more"), (dict(coupling="none"), "coupling='none' is unknown")],
+)
+def test_speculative_refuses(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Speculative(model, **arguments)
 
 
 def test_an_empty_string_is_an_empty_prompt(model):

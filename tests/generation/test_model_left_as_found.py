@@ -3,9 +3,25 @@
 import pytest
 import torch
 
-from layerskip_moe.generation import Autoregressive, Generation, SelfSpeculative, generate
+from layerskip_moe.generation import (
+    Autoregressive,
+    EarlyExit,
+    Generation,
+    LayerSkipping,
+    SelfSpeculative,
+    Speculative,
+    generate,
+)
 
-STRATEGIES = [Autoregressive(), SelfSpeculative(1, 3), SelfSpeculative(2, 2, coupling="rejection")]
+STRATEGIES = [
+    Autoregressive(),
+    SelfSpeculative(1, 3),
+    SelfSpeculative(2, 2, coupling="rejection"),
+    EarlyExit(0.3, cache="exact"),
+    EarlyExit(0.3),
+    LayerSkipping((1,)),
+    LayerSkipping(random=1),
+]
 
 
 class Interrupted:
@@ -96,3 +112,41 @@ def test_a_module_frozen_in_eval_mode_stays_so(tiny_model):
     modes = [module.training for module in model.modules()]
     generate(model, [[1, 2]], max_new_tokens=2)
     assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("error", [None, "of the model", "of the draft model"])
+def test_a_draft_model_is_left_as_found_too(tiny_model, monkeypatch, training, error):
+    """Each in its own mode, whichever raises; in between both are in evaluation mode."""
+    model, draft = tiny_model(dropout=0.5).train(not training), tiny_model(n_layers=2, dropout=0.5).train(training)
+    draft.blocks[0].train(not training)
+    modes = [[module.training for module in each.modules()] for each in (model, draft)]
+    weights = {name: value.clone() for name, value in draft.state_dict().items()}
+    expected = generate(model, [[1, 2], [3]], max_new_tokens=6).tokens
+    if error is None:
+        assert generate(model, [[1, 2], [3]], Speculative(draft, 2), max_new_tokens=6).tokens == expected
+    else:
+        culprit, runs = (model if error == "of the model" else draft), []
+        run = culprit.run
+
+        def fail_at_the_third(*arguments, **others):
+            assert not any(module.training for each in (model, draft) for module in each.modules())
+            runs.append(1)
+            if len(runs) == 3:
+                raise RuntimeError("interrupted")
+            return run(*arguments, **others)
+
+        monkeypatch.setattr(culprit, "run", fail_at_the_third)
+        with pytest.raises(RuntimeError, match="interrupted"):
+            generate(model, [[1, 2], [3]], Speculative(draft, 2), max_new_tokens=6)
+        monkeypatch.undo()
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    assert [[module.training for module in each.modules()] for each in (model, draft)] == modes
+    assert all(torch.equal(value, weights[name]) for name, value in draft.state_dict().items())
+    assert generate(model, [[1, 2], [3]], Speculative(draft, 2), max_new_tokens=6).tokens == expected
+
+
+def test_the_model_as_its_own_draft_keeps_its_mode(tiny_model):
+    model = tiny_model().train()
+    generate(model, [[1, 2]], Speculative(model, 2), max_new_tokens=4)
+    assert all(module.training for module in model.modules())

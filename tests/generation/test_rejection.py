@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy.stats import binomtest, chisquare
 
-from layerskip_moe.generation import Autoregressive, Sampling, SelfSpeculative, generate
+from layerskip_moe.generation import Autoregressive, Sampling, SelfSpeculative, Speculative, generate
 
 ERROR_RATE = 1e-4
 SAMPLES, VOCABULARY, NEW = 1500, 5, 5
@@ -60,6 +60,7 @@ def sample(model, prompt, strategy, sampling, count=NEW, rows=SAMPLES):
         top_k=sampling.top_k,
         top_p=sampling.top_p,
         seed=sampling.seed,
+        repetition_penalty=sampling.repetition_penalty,
     )
 
 
@@ -94,6 +95,36 @@ def test_so_do_those_of_the_other_strategies(network, reference_probabilities, s
     sampling = Sampling(1.0, top_p=0.8, seed=5)
     joint = exact_joint(lambda texts: network(texts)[:, -1], [3], NEW, sampling, reference_probabilities)
     check(sample(network, [3], strategy, sampling), joint)
+
+
+def penalized(network, texts, penalty):
+    """The network's logits [N, V] after texts [N, T], those of each text's own tokens made less likely."""
+    logits = network(texts)[:, -1]
+    for scores, text in zip(logits, texts.tolist(), strict=True):
+        for token in set(text):
+            scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+    return logits
+
+
+@pytest.mark.parametrize("drafter", ["its own layers", "a draft model"])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.8, seed=10), Sampling(1.0, top_p=0.9, seed=11, repetition_penalty=2.0)], ids=str
+)
+def test_so_they_do_under_a_penalty_and_whoever_drafts(network, tiny_model, reference_probabilities, sampling, drafter):
+    draft = tiny_model(seed=4, vocab_size=VOCABULARY, n_layers=1, d_model=8, n_heads=2, init_std=0.6)
+    strategy = Speculative(draft, 2, "rejection")
+    if drafter == "its own layers":
+        strategy = SelfSpeculative(1, 2, "rejection")
+    prompt, penalty = [1, 4], sampling.repetition_penalty
+    joint = exact_joint(
+        lambda texts: penalized(network, texts, penalty), prompt, NEW, sampling, reference_probabilities
+    )
+    out = sample(network, prompt, strategy, sampling)
+    assert 0.1 < out.stats.acceptance_rate < 0.9
+    check(out, joint)
+    if penalty != 1:
+        plain = exact_joint(lambda texts: network(texts)[:, -1], prompt, 2, sampling, reference_probabilities)
+        assert p_value(np.array(out.tokens)[:, :2], np.maximum(plain, 1e-12)) < 1e-9, "the penalty was to show"
 
 
 def test_a_draft_that_is_the_whole_model_is_always_accepted(network, reference_probabilities):

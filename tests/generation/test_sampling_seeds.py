@@ -2,7 +2,15 @@
 
 import pytest
 
-from layerskip_moe.generation import Autoregressive, Sampling, SelfSpeculative, generate
+from layerskip_moe.generation import (
+    Autoregressive,
+    EarlyExit,
+    LayerSkipping,
+    Sampling,
+    SelfSpeculative,
+    Speculative,
+    generate,
+)
 
 PROMPTS = [[3], [5, 1, 7, 2], [4] * 8, [1, 2], [8, 8, 1, 0, 2, 3]]
 STRATEGIES = [Autoregressive(), SelfSpeculative(1, 2), SelfSpeculative(2, 5)]
@@ -49,7 +57,45 @@ def test_rejection_repeats_itself_and_does_not_see_the_batch_size(trained_model)
     assert texts[0] == texts[1] == texts[2] == texts[3]
 
 
-@pytest.mark.parametrize("strategy", [Autoregressive(), SelfSpeculative(1, 3, coupling="rejection")], ids=str)
+def test_a_draft_model_s_text_does_not_see_the_batch_size(exact_model):
+    model, arguments = exact_model(), dict(max_new_tokens=12, temperature=1.0, seed=2)
+    expected = generate(model, PROMPTS, **arguments).tokens
+    for coupling in ("shared", "rejection"):
+        strategy = Speculative(exact_model(n_layers=1), 3, coupling)
+        texts = [generate(model, PROMPTS, strategy, batch_size=size, **arguments).tokens for size in (None, 1, 2)]
+        assert texts[0] == texts[1] == texts[2]
+        assert (texts[0] == expected) == (coupling == "shared")
+
+
+LOSSY = [
+    Autoregressive(2),
+    EarlyExit(0.8),
+    EarlyExit(0.8, cache="exact", decay=True),
+    EarlyExit(0.9, "state"),
+    LayerSkipping((1, 3)),
+    LayerSkipping(every=3),
+    LayerSkipping(random=2),
+]
+
+
+@pytest.mark.parametrize("strategy", LOSSY, ids=str)
+def test_lossy_rows_do_not_depend_on_their_batch(exact_model, strategy):
+    """In float64: no other strategy's text says what is right, only the same row in other company."""
+    model, arguments = exact_model(n_layers=5), dict(max_new_tokens=9, temperature=1.0, seed=9)
+    expected = generate(model, PROMPTS, strategy, **arguments)
+    assert expected.tokens != generate(model, PROMPTS, **arguments).tokens
+    for batch_size in (1, 2):
+        got = generate(model, PROMPTS, strategy, batch_size=batch_size, **arguments)
+        assert (got.tokens, got.layers_run) == (expected.tokens, expected.layers_run)
+    others = [[1] * 11, [7, 7], PROMPTS[2], [5], [6, 6]]
+    assert generate(model, others, strategy, **arguments).tokens[2] == expected.tokens[2]
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [Autoregressive(), SelfSpeculative(1, 3, coupling="rejection"), EarlyExit(0.3), LayerSkipping(random=1)],
+    ids=str,
+)
 def test_other_seeds_and_other_rows_get_other_texts(tiny_model, strategy):
     def texts(seed):
         return generate(tiny_model(), [[3]] * 4, strategy, max_new_tokens=12, temperature=1.5, seed=seed).tokens

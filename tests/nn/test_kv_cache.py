@@ -118,6 +118,57 @@ def test_selected_rows_go_on_as_if_they_had_been_alone(tiny_model):
     torch.testing.assert_close(logits, model(text[rows])[:, 7:], atol=1e-10, rtol=1e-10)
 
 
+@torch.no_grad()
+def test_a_subset_s_rows_go_on_in_the_buffers_of_the_whole(tiny_model):
+    """Some rows run the late layers, in another order than theirs; afterwards the whole cache is as if each row had
+    been alone, and the rows left out are untouched."""
+    model = tiny_model(num_experts=0)
+    text = random_tokens(4, 12)
+    cache = new_cache(model, 4)
+    step(model, cache, text[:, :7], torch.zeros(4, dtype=torch.int64))
+    cache.extend(torch.tensor([7, 6, 5, 4]))
+    untouched = cache.keys[:, [0, 2]].clone()
+    rows = torch.tensor([3, 1])
+    part = cache.subset(rows)
+    assert part.lengths.tolist() == [4, 6] and part.capacity == cache.capacity
+    logits = step(model, part, text[rows, 7:10], torch.full((2,), 7))
+    torch.testing.assert_close(logits, model(text[rows, :10])[:, 7:], atol=1e-10, rtol=1e-10)
+    assert torch.equal(cache.keys[:, [0, 2]], untouched)
+    # A subset of the subset, then all rows: what was written there is read here.
+    last = part.subset(torch.tensor([1]))
+    assert last.lengths.tolist() == [6]
+    logits = step(model, last, text[1:2, 10:11], torch.tensor([10]))
+    torch.testing.assert_close(logits, model(text[1:2, :11])[:, 10:], atol=1e-10, rtol=1e-10)
+    tokens = torch.stack([text[row, at] for row, at in enumerate([7, 11, 7, 10])])[:, None]
+    logits = step(model, cache, tokens, torch.tensor([7, 11, 7, 10]))
+    for row, at in enumerate([7, 11, 7, 10]):
+        torch.testing.assert_close(logits[row], model(text[row : row + 1, : at + 1])[0, at:], atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+def test_fill_through_a_subset_writes_its_rows_alone(tiny_model):
+    model = tiny_model()
+    states = torch.randn(3, 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[0, 1], [4, 5], [2, 3]])
+    whole, parts = new_cache(model, 3), new_cache(model, 3)
+    model.fill(states, [0, 2], positions=positions, cache=whole)
+    rows = torch.tensor([2, 0])
+    model.fill(states[rows], [0, 2], positions=positions[rows], cache=parts.subset(rows))
+    torch.testing.assert_close(parts.keys[:, rows], whole.keys[:, rows], atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(parts.values[:, rows], whole.values[:, rows], atol=1e-12, rtol=1e-12)
+    assert whole.keys[2, 1].any() and not parts.keys[:, 1].any() and not parts.values[:, 1].any()
+
+
+def test_a_subset_keeps_count_for_itself_and_cannot_drop_rows(tiny_model):
+    cache = new_cache(tiny_model(), 3)
+    cache.extend(torch.tensor([3, 4, 5]))
+    part = cache.subset(torch.tensor([2, 0]))
+    part.extend(torch.tensor([1, 1]))
+    assert part.lengths.tolist() == [6, 4] and cache.lengths.tolist() == [3, 4, 5]
+    with pytest.raises(AssertionError, match="a subset cannot drop rows"):
+        part.select(torch.tensor([0]))
+
+
 @pytest.mark.parametrize("qk_norm", ["head", "full", None])
 @torch.no_grad()
 def test_fill_writes_what_run_would_write_from_the_same_state(tiny_model, qk_norm):
