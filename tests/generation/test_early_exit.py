@@ -133,7 +133,7 @@ samplings = st.just(Sampling()) | st.builds(
     sampling=samplings,
     stop_tokens=st.sets(st.integers(0, 28), max_size=5),
 )
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 def test_any_batch(exact_model, cache, name, prompts, count, threshold, kind, min_layer, decay, sampling, stop_tokens):
     if kind == "state" and 0 < threshold < 1:
         threshold = 1 - threshold / 4  # neighbouring states are seldom further apart
@@ -143,8 +143,8 @@ def test_any_batch(exact_model, cache, name, prompts, count, threshold, kind, mi
 
 @pytest.mark.parametrize(
     "strategy",
-    [EarlyExit(0.8), EarlyExit(0.8, decay=True), EarlyExit(0.95, "state"), EarlyExit(0.9, logits_gap, min_layer=2)],
-    ids=["softmax_diff", "decay", "state", "a function"],
+    [EarlyExit(0.8), EarlyExit(0.95, "state", decay=True), EarlyExit(0.9, logits_gap, min_layer=2)],
+    ids=["softmax_diff", "state, decaying", "a function"],
 )
 @pytest.mark.parametrize("cache", ["exact", "propagate"])
 @pytest.mark.parametrize("name", MODELS)
@@ -161,7 +161,7 @@ def test_rows_leave_at_their_own_depth(exact_model, name, cache, strategy):
 
 @pytest.mark.parametrize("kind", ["softmax_diff", "state"])
 @pytest.mark.parametrize("cache", ["exact", "propagate"])
-@pytest.mark.parametrize("threshold", [1, 1.0, 1.5])
+@pytest.mark.parametrize("threshold", [1.0, 1.5])
 def test_from_one_on_it_never_exits(trained_model, assert_same_text, threshold, cache, kind):
     model, sampling = trained_model(n_layers=LAYERS), Sampling(0.8, seed=2)
     arguments = dict(max_new_tokens=12, temperature=0.8, seed=2)
@@ -177,7 +177,7 @@ def never_sure(hidden, previous, logits):
 
 
 @pytest.mark.parametrize("cache", ["exact", "propagate"])
-@pytest.mark.parametrize("threshold", [0, 0.0, -0.5])
+@pytest.mark.parametrize("threshold", [0, -0.5])
 @pytest.mark.parametrize(
     ("kind", "min_layer", "exit_layer"),
     [("softmax_diff", 1, 1), ("softmax_diff", 3, 3), ("state", 1, 2), ("state", 4, 4), (never_sure, 2, 2)],

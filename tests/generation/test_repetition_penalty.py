@@ -45,7 +45,7 @@ def reference_text(model, prompt, row, count, penalty, temperature, seed):
     return text[len(prompt) :]
 
 
-@pytest.mark.parametrize(("penalty", "temperature"), [(0.8, 0.0), (1.2, 0.9), (3.0, 0.0)])
+@pytest.mark.parametrize(("penalty", "temperature"), [(0.8, 0.0), (1.3, 0.9)])
 def test_every_strategy_writes_the_reference_s_text(exact_model, penalty, temperature):
     model, draft = exact_model(), exact_model(n_layers=1)
     expected = [

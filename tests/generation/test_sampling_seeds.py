@@ -73,7 +73,6 @@ LOSSY = [
     EarlyExit(0.8, cache="exact", decay=True),
     EarlyExit(0.9, "state"),
     LayerSkipping((1, 3)),
-    LayerSkipping(every=3),
     LayerSkipping(random=2),
 ]
 
@@ -84,9 +83,8 @@ def test_lossy_rows_do_not_depend_on_their_batch(exact_model, strategy):
     model, arguments = exact_model(n_layers=5), dict(max_new_tokens=9, temperature=1.0, seed=9)
     expected = generate(model, PROMPTS, strategy, **arguments)
     assert expected.tokens != generate(model, PROMPTS, **arguments).tokens
-    for batch_size in (1, 2):
-        got = generate(model, PROMPTS, strategy, batch_size=batch_size, **arguments)
-        assert (got.tokens, got.layers_run) == (expected.tokens, expected.layers_run)
+    got = generate(model, PROMPTS, strategy, batch_size=2, **arguments)
+    assert (got.tokens, got.layers_run) == (expected.tokens, expected.layers_run)
     others = [[1] * 11, [7, 7], PROMPTS[2], [5], [6, 6]]
     assert generate(model, others, strategy, **arguments).tokens[2] == expected.tokens[2]
 

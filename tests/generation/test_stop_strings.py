@@ -141,7 +141,7 @@ def test_a_network_s_text_is_cut_where_decoding_anew_finds_it(exact_model, byte_
     arguments = dict(max_new_tokens=12, temperature=temperature, seed=3, tokenizer=tokenizer)
     whole = generate(model, prompts, **arguments)
     found_at = set()
-    for start in range(0, 12, 2):
+    for start in range(0, 12, 3):
         text = whole.text[start % 4]
         stops = [
             stop for stop in (text[start : start + 3], text[start + 4 : start + 6]) if stop and "\ufffd" not in stop
@@ -163,7 +163,7 @@ def test_a_network_s_text_is_cut_where_decoding_anew_finds_it(exact_model, byte_
         ):
             out = generate(model, prompts, strategy, stop_strings=stops, **arguments)
             assert list(zip(out.tokens, out.text, strict=True)) == expected
-    assert len(found_at) > 4, "stop strings were to be found at various places"
+    assert len(found_at) >= 4, "stop strings were to be found at various places"
 
 
 @pytest.mark.parametrize(
