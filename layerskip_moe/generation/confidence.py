@@ -28,12 +28,14 @@ def state_similarity(previous: Tensor, hidden: Tensor) -> Tensor:
     return F.cosine_similarity(previous.float(), hidden.float(), dim=-1)
 
 
-def confidence_of(kind: Confidence, hidden: Tensor, previous: Tensor, logits: Tensor) -> Tensor:
-    """Confidences [N] of states hidden [N, D]. Raises ValueError for a function that returns another shape."""
-    if kind == "softmax_diff":
-        return softmax_diff(logits)
+def confidence_of(kind: Confidence, hidden: Tensor, previous: Tensor, logits: Tensor | None) -> Tensor:
+    """Confidences [N] of states hidden [N, D]. "state" needs no logits. Raises ValueError for a function that returns
+    another shape."""
     if kind == "state":
         return state_similarity(previous, hidden)
+    assert logits is not None, "only the cosine does without the head"
+    if kind == "softmax_diff":
+        return softmax_diff(logits)
     assert callable(kind), "check_confidence refuses other names"
     found = kind(hidden, previous, logits)
     if found.shape != hidden.shape[:1]:

@@ -61,6 +61,8 @@ class EarlyExit:
         if math.isnan(self.threshold):
             raise ValueError("threshold is not a number; it must be between 0 (first exit) and 1 (never exit).")
         check_confidence(self.confidence)
+        if isinstance(self.min_layer, bool) or not isinstance(self.min_layer, int):
+            raise ValueError(f"min_layer={self.min_layer!r} must be a whole number: it counts layers.")
         if self.cache not in get_args(CacheRule):
             raise ValueError(f"cache={self.cache!r} is unknown; it is 'propagate' or 'exact'.")
 
@@ -96,17 +98,17 @@ class EarlyExit:
         done, end = 0, n_layers if threshold >= 1 else min(first_exit(self.confidence, self.min_layer), n_layers)
         while going:
             hidden, previous = depths.run(session, hidden, going, range(done, end), self.cache)
-            told = model.unembed(hidden)
-            if end == n_layers or threshold <= 0:
-                leaves = [True] * len(going)
-            else:
-                sure = confidence_of(self.confidence, hidden[:, 0], previous[:, 0], told[:, 0])
-                leaves = (sure >= threshold).tolist()
+            last = end == n_layers or threshold <= 0  # nobody is asked
+            told = None if self.confidence == "state" and not last else model.unembed(hidden)
+            leaves = [True] * len(going)
+            if not last:
+                asked = None if told is None else told[:, 0]
+                leaves = (confidence_of(self.confidence, hidden[:, 0], previous[:, 0], asked) >= threshold).tolist()
             if any(leaves):
                 left = [index for index, leave in enumerate(leaves) if leave]
                 stay = [index for index, leave in enumerate(leaves) if not leave]
                 rows = [going[index] for index in left]
-                logits[rows] = told[left]
+                logits[rows] = model.unembed(hidden[left]) if told is None else told[left]
                 depths.leave(rows, hidden[left])
                 for row in rows:
                     exit_layers[row] = end
