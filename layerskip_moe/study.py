@@ -50,12 +50,12 @@ class StudyConfig:
     max_windows: int = 200
     exit_layer: int | None = None
     draft_length: int | None = None
-    draft_lengths: tuple[int, ...] = (2, 4, 6, 8)
+    draft_lengths: tuple[int, ...] = (2, 4, 6)
     num_prompts: int = 20
     prompt_length: int = 32
     max_new_tokens: int = 128
     temperature: float = 0.8
-    thresholds: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 0.9)
+    thresholds: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5)
     seed: int = 0
 
     def check(self, model: ModelConfig, corpus: Corpus) -> None:
@@ -118,7 +118,7 @@ def study(model: MoEDecoder, corpus: Corpus, config: StudyConfig, *, progress: b
         "cache": "propagate",
         "held_out": asdict(held_out),
         "decoding": by_threshold.as_report(),
-        "by_prompt": _exits_by_prompt(by_threshold, len(config.thresholds) // 2, model.config.n_layers),
+        "by_prompt": _exits_by_prompt(by_threshold, (len(config.thresholds) - 1) // 2, model.config.n_layers),
     }
     every = fixed | _lossy(model.config, config)
     report["strategies"] = [
@@ -201,7 +201,7 @@ def _sweep(
 def _lossy(model: ModelConfig, config: StudyConfig) -> dict[str, Strategy]:
     """Ways to decode that change the text, each leaving out about as much as a small network can bear."""
     n_layers = model.n_layers
-    threshold = config.thresholds[len(config.thresholds) // 2]
+    threshold = config.thresholds[(len(config.thresholds) - 1) // 2]
     strategies: dict[str, Strategy] = {
         f"early exit at {threshold:g}": EarlyExit(threshold),
         f"early exit at {threshold:g}, exact cache": EarlyExit(threshold, cache="exact"),
