@@ -157,7 +157,7 @@ if compare:
     plainly = replace(recipe, layer_dropout_max=0.0, expert_dropout=0.0, exit_curriculum="none")
     other, beside = MoEDecoder(config, seed=seed).to(device), Path(out_dir) / "without_layerskip"
     other_result = train(other, corpus, plainly, beside, resume=resume and (beside / "checkpoint.pt").exists())
-    other_found = study(other, corpus, measured)
+    other_found = study(other, corpus, measured, whole=False)
     found["comparison"] = side_by_side(result, found, other_result, other_found, seed=seed)
     stage_ends("comparison")
 

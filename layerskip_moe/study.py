@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from layerskip_moe.analysis import evaluate_early_exit, evaluate_exits, expert_choice, expert_use
-from layerskip_moe.bench import DecodingComparison, compare_decoding, sweep_drafting
+from layerskip_moe.bench import compare_decoding, sweep_drafting
 from layerskip_moe.data import Corpus
 from layerskip_moe.generation import (
     Autoregressive,
@@ -41,7 +41,7 @@ class StudyConfig:
         prompt_length: tokens of each
         max_new_tokens: of the main comparison; the others get half as many
         temperature: of the sampled comparisons; the others are greedy
-        thresholds: of dynamic early exit
+        thresholds: of dynamic early exit, rising
         seed: of prompts and sampling
     """
 
@@ -55,7 +55,7 @@ class StudyConfig:
     prompt_length: int = 32
     max_new_tokens: int = 128
     temperature: float = 0.8
-    thresholds: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5)
+    thresholds: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 0.9)
     seed: int = 0
 
     def check(self, model: ModelConfig, corpus: Corpus) -> None:
@@ -69,18 +69,24 @@ class StudyConfig:
             )
         if self.num_prompts < 1:
             raise ValueError(f"num_prompts={self.num_prompts} must be 1 or more.")
+        if self.prompt_length < 1:
+            raise ValueError(f"prompt_length={self.prompt_length} must be 1 or more.")
         if not self.thresholds or not self.draft_lengths:
             raise ValueError("give at least one threshold to exit at, and at least one draft length to try.")
+        for threshold in self.thresholds:
+            EarlyExit(threshold)
+        if list(self.thresholds) != sorted(set(self.thresholds)):
+            raise ValueError(f"thresholds={list(self.thresholds)} must rise, each once.")
         check_prompts(_prompts(corpus, self)[0], model, self.max_new_tokens)
         for length in self.draft_lengths if self.draft_length is None else [self.draft_length]:
             SelfSpeculative(1 if self.exit_layer is None else self.exit_layer, length).check(model)
-        for threshold in self.thresholds:
-            EarlyExit(threshold)
 
 
-def study(model: MoEDecoder, corpus: Corpus, config: StudyConfig, *, progress: bool = True) -> dict[str, Any]:
-    """The report's sections exits, experts, expert_choice, early_exit, sweep, decoding, strategies and continuations,
-    and seconds of both stages. Raises ValueError as `StudyConfig.check` does.
+def study(
+    model: MoEDecoder, corpus: Corpus, config: StudyConfig, *, whole: bool = True, progress: bool = True
+) -> dict[str, Any]:
+    """The report's sections exits, experts, sweep, decoding and continuations; where `whole`, also expert_choice,
+    early_exit and strategies; and seconds of both stages. Raises ValueError as `StudyConfig.check` does.
 
     The setting of self-speculative decoding is picked by the sweep, and stated on other prompts.
     """
@@ -96,34 +102,18 @@ def study(model: MoEDecoder, corpus: Corpus, config: StudyConfig, *, progress: b
     report: dict[str, Any] = {
         "exits": evaluate_exits(model, corpus.validation, **text),
         "experts": expert_use(model, corpus.validation, **text),
-        "expert_choice": expert_choice(model, corpus.validation, corpus.tokenizer, **text),
     }
-    held_out = evaluate_early_exit(model, corpus.validation, thresholds=config.thresholds, **text)
+    if whole:
+        report["expert_choice"] = expert_choice(model, corpus.validation, corpus.tokenizer, **text)
+        held_out = evaluate_early_exit(model, corpus.validation, thresholds=config.thresholds, **text)
     evaluated = time.perf_counter()
 
     report["sweep"], setting = _sweep(model, sweep_prompts, config, progress)
-    fixed: dict[str, Strategy] = {"plain": Autoregressive(), "self-speculative": setting}
-    main: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "seed": config.seed, "progress": progress}
-    greedy = compare_decoding(model, prompts, fixed, **main)
-    sampled = compare_decoding(model, prompts, fixed, temperature=config.temperature, **main)
+    strategies: dict[str, Strategy] = {"plain": Autoregressive(), "self-speculative": setting}
+    settings: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "seed": config.seed, "progress": progress}
+    greedy = compare_decoding(model, prompts, strategies, **settings)
+    sampled = compare_decoding(model, prompts, strategies, temperature=config.temperature, **settings)
     report["decoding"] = [greedy.as_report(), sampled.as_report()]
-
-    few = prompts[: max(len(prompts) // 4, 1)]
-    short = main | {"max_new_tokens": max(config.max_new_tokens // 2, 1)}
-    exits: dict[str, Strategy] = {f"threshold {threshold:g}": EarlyExit(threshold) for threshold in config.thresholds}
-    by_threshold = compare_decoding(model, few, {"plain": Autoregressive()} | exits, **short)
-    report["early_exit"] = {
-        "confidence": "softmax_diff",
-        "min_layer": 1,
-        "cache": "propagate",
-        "held_out": asdict(held_out),
-        "decoding": by_threshold.as_report(),
-        "by_prompt": _exits_by_prompt(by_threshold, (len(config.thresholds) - 1) // 2, model.config.n_layers),
-    }
-    every = fixed | _lossy(model.config, config)
-    report["strategies"] = [
-        compare_decoding(model, few, every, temperature=config.temperature, **short).as_report(),
-    ]
     report["continuations"] = [
         {
             "prompt": corpus.tokenizer.decode(prompts[i]),
@@ -132,6 +122,13 @@ def study(model: MoEDecoder, corpus: Corpus, config: StudyConfig, *, progress: b
         }
         for i in range(min(3, len(prompts)))
     ]
+    if whole:
+        few = prompts[: max(len(prompts) // 4, 1)]
+        settings["max_new_tokens"] = max(config.max_new_tokens // 2, 1)
+        report["early_exit"] = _early_exit(model, few, config, settings) | {"held_out": asdict(held_out)}
+        every = strategies | _lossy(model.config, config)
+        compared = compare_decoding(model, few, every, temperature=config.temperature, **settings)
+        report["strategies"] = [compared.as_report()]
     report["seconds"] = {"evaluation": evaluated - started, "decoding": time.perf_counter() - evaluated}
     return report
 
@@ -201,10 +198,10 @@ def _sweep(
 def _lossy(model: ModelConfig, config: StudyConfig) -> dict[str, Strategy]:
     """Ways to decode that change the text, each leaving out about as much as a small network can bear."""
     n_layers = model.n_layers
-    threshold = config.thresholds[(len(config.thresholds) - 1) // 2]
+    threshold = config.thresholds[_middle(config)]
     strategies: dict[str, Strategy] = {
-        f"early exit at {threshold:g}": EarlyExit(threshold),
-        f"early exit at {threshold:g}, exact cache": EarlyExit(threshold, cache="exact"),
+        f"early exit at {threshold}": EarlyExit(threshold),
+        f"early exit at {threshold}, exact cache": EarlyExit(threshold, cache="exact"),
     }
     if n_layers >= 2:
         strategies[f"first {n_layers // 2} layers alone"] = Autoregressive(exit_layer=n_layers // 2)
@@ -214,8 +211,26 @@ def _lossy(model: ModelConfig, config: StudyConfig) -> dict[str, Strategy]:
     return strategies
 
 
-def _exits_by_prompt(compared: DecodingComparison, index: int, n_layers: int) -> dict[str, Any]:
-    """Where the tokens of each prompt left, at the index-th threshold."""
-    row = compared.strategies[1 + index]
-    counts = [[layers.count(n) for n in range(1, n_layers + 1)] for layers in row.layers_run]
-    return {"threshold": row.threshold, "exits": counts}
+def _early_exit(
+    model: MoEDecoder, prompts: list[list[int]], config: StudyConfig, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Greedy decoding at every threshold, and at the middle one where the tokens of each prompt left."""
+    exits: dict[str, Strategy] = {f"threshold {threshold}": EarlyExit(threshold) for threshold in config.thresholds}
+    compared = compare_decoding(model, prompts, {"plain": Autoregressive()} | exits, **settings)
+    middle = compared.strategies[1 + _middle(config)]
+    layers = range(1, model.config.n_layers + 1)
+    return {
+        "confidence": "softmax_diff",
+        "min_layer": 1,
+        "cache": "propagate",
+        "decoding": compared.as_report(),
+        "by_prompt": {
+            "threshold": middle.threshold,
+            "exits": [[run.count(layer) for layer in layers] for run in middle.layers_run],
+        },
+    }
+
+
+def _middle(config: StudyConfig) -> int:
+    """Which threshold stands for all, where there is room for one."""
+    return (len(config.thresholds) - 1) // 2

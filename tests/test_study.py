@@ -62,6 +62,17 @@ def test_all_sections_and_a_report_of_them(corpus, tmp_path):
         assert f"## {title}" in text
 
 
+def test_a_part_of_it_for_a_comparison(corpus):
+    config = StudyConfig(**SMALL, thresholds=(0.1, 0.1000001))  # near, and yet two
+    model = model_of(3, corpus)
+    whole, part = (
+        study(model, corpus, config, progress=False),
+        study(model, corpus, config, whole=False, progress=False),
+    )
+    assert whole.keys() - part.keys() == {"expert_choice", "early_exit", "strategies"}
+    assert part["exits"] == whole["exits"] and len(whole["early_exit"]["decoding"]["strategies"]) == 3
+
+
 @pytest.mark.parametrize("n_layers", [1, 2, 3])
 @pytest.mark.parametrize("num_experts", [0, 4])
 def test_small_and_dense_models_have_what_they_can_have(corpus, n_layers, num_experts):
@@ -88,6 +99,9 @@ def test_a_setting_given_whole_is_not_swept(corpus):
         ({"draft_length": 0}, "draft_length=0"),
         ({"max_new_tokens": 60}, "past max_seq_len=64"),
         ({"thresholds": ()}, "at least one threshold"),
+        ({"thresholds": (0.1, 0.1)}, "thresholds=.* must rise"),
+        ({"thresholds": (0.5, 0.1)}, "thresholds=.* must rise"),
+        ({"prompt_length": 0}, "prompt_length=0"),
         ({"thresholds": (math.nan,)}, "threshold"),
         ({"draft_lengths": ()}, "at least one draft length"),
         ({"num_prompts": 0}, "num_prompts=0"),

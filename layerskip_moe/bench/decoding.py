@@ -110,9 +110,9 @@ def compare_decoding(
     `generate`; prompt i is decoded with seed + i by all strategies.
 
     Each strategy first decodes a little of the first prompt untimed, to warm up. Then, prompt by prompt, each runs
-    once, the order rotated by one from prompt to prompt: drift of the machine and the place in the order hit all
-    alike, and a ratio compares runs made seconds apart. Garbage collection stays on, as it is for users;
-    medians absorb it.
+    once, the order rotated from prompt to prompt so that over all prompts each stands as often early as late, as far
+    as there are prompts enough: drift of the machine hits all about alike, and a ratio compares runs of one prompt.
+    Garbage collection stays on, as it is for users; medians absorb it.
 
     Raises ValueError without prompts or strategies, and for what `generate` refuses.
     """
@@ -140,7 +140,7 @@ def compare_decoding(
             decode(name, 0, min(max_new_tokens, _WARM_UP_TOKENS))
             bar.update()
         for index in range(len(prompts)):
-            turn = index % len(names)
+            turn = index * max(1, len(names) // len(prompts)) % len(names)
             for name in names[turn:] + names[:turn]:
                 runs[name].append(decode(name, index))
                 bar.update()

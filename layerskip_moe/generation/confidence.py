@@ -2,7 +2,8 @@
 2207.07061, section 3.5).
 
 N states, D width, V vocabulary. `hidden` is the state after some layer, `previous` the state one layer before,
-`logits` the head's opinion of `hidden`. A confidence is at most 1, where 1 is sure.
+`logits` the head's opinion of `hidden`, before temperature and repetition penalty. A confidence is at most 1, where
+1 is sure.
 Knows nothing of thresholds. Next: `early_exit.py`, which compares; `analysis/early_exit.py`, which measures.
 """
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from layerskip_moe.generation.calibration import read_calibration
 from layerskip_moe.generation.confidence import Confidence, check_confidence, confidence_of, first_exit
 from layerskip_moe.generation.session import Session
-from layerskip_moe.nn import ModelConfig
+from layerskip_moe.nn import KVCache, ModelConfig
 
 CacheRule = Literal["propagate", "exact"]
 
@@ -30,12 +30,13 @@ class EarlyExit:
     """Dynamic early exit: after layer n the head is asked, and if it is confident enough its token is taken.
 
     Lossy: what comes out is the early exits' text. Prompts run through all layers. Rows of a batch leave at their
-    own depth, and only those that go on cost anything below. `Generation.layers_run` has every token's exit layer.
+    own depth, and only those that go on cost anything below: their newest token, and what they have to make up for.
+    `Generation.layers_run` has every token's exit layer.
 
     Attributes:
         threshold: an exit is taken at this confidence or above; 1 (or more) never exits, 0 (or less) exits at the
             first allowed layer, whatever the confidence. A path: of a calibration's JSON, which then says all
-            settings below too.
+            settings below too, and wins over one that is left at its default here.
         confidence: "softmax_diff", the two largest probabilities' difference; "state", the cosine between the
             states before and after a layer, from layer 2 on; or a function of (hidden [N, D], previous [N, D],
             logits [N, V]) to [N] (see `confidence.py`)
@@ -160,31 +161,40 @@ class _Depths:
 
         hidden [R, 1, D] -> the states after the last layer and before it, both [R, 1, D].
         """
-        model, device = session.model, hidden.device
-        cache = session.cache
-        if len(rows) < len(self.newest):
-            cache = cache.subset(torch.tensor(rows, device=device))
-        newest = [self.newest[row] for row in rows]
-        starts = [self.reached[row][layers[0]] for row in rows]
-        for row, position in zip(rows, newest, strict=True):
-            self.reached[row][layers[0] : layers[-1] + 1] = [position + 1] * len(layers)
-        positions = torch.tensor(newest, device=device)[:, None]
-        waiting = max(position - start for position, start in zip(newest, starts, strict=True))
-        if not waiting:
-            before = layers[-2:-1]  # the layer whose output is wanted too; none where there is but one
-            out = model.run(hidden, layers, positions=positions, cache=cache, collect=before)
-            return out.hidden, out.collected[before[0]] if before else hidden
-
+        waiting: dict[int, list[int]] = {}  # how many positions wait -> which of the R rows have that many
+        for index, row in enumerate(rows):
+            waiting.setdefault(self.newest[row] - self.reached[row][layers[0]], []).append(index)
+            self.reached[row][layers[0] : layers[-1] + 1] = [self.newest[row] + 1] * len(layers)
+        if waiting.keys() == {0}:
+            return self._run_newest(session, hidden, rows, layers)
         assert len(layers) == 1, "what waits, waits behind an exit, and from there on exits are one layer apart"
-        # Rows with less to catch up do some of it, or their newest token, several times over, to the same result.
-        first = torch.tensor(starts, device=device)[:, None]
-        places = torch.maximum(positions + torch.arange(-waiting, 0, device=device), first)
-        at = torch.tensor(rows, device=device)[:, None]
-        if rule == "propagate":
-            model.fill(self.states[at, places], layers, positions=places, cache=cache)
-            return model.run(hidden, layers, positions=positions, cache=cache).hidden, hidden
-        self.states[at, positions] = hidden
-        places = torch.cat([places, positions], dim=1)
-        out = model.run(self.states[at, places], layers, positions=places, cache=cache)
-        self.states[at, places] = out.hidden
-        return out.hidden[:, -1:], hidden
+        # Rows that have equally much to make up for do it together: padding would cost what early exit saves.
+        after = torch.empty_like(hidden)
+        for count, indices in waiting.items():
+            at, positions, cache = self._places(session, [rows[index] for index in indices], count)
+            if rule == "propagate":
+                if count:
+                    states = self.states[at, positions[:, :-1]]
+                    session.model.fill(states, layers, positions=positions[:, :-1], cache=cache)
+                continue
+            self.states[at[:, 0], positions[:, -1]] = hidden[indices, 0]
+            out = session.model.run(self.states[at, positions], layers, positions=positions, cache=cache).hidden
+            self.states[at, positions] = out
+            after[indices] = out[:, -1:]
+        return self._run_newest(session, hidden, rows, layers) if rule == "propagate" else (after, hidden)
+
+    def _run_newest(self, session: Session, hidden: Tensor, rows: list[int], layers: range) -> tuple[Tensor, Tensor]:
+        _, positions, cache = self._places(session, rows, 0)
+        before = layers[-2:-1]  # the layer whose output is wanted too; none where there is but one
+        out = session.model.run(hidden, layers, positions=positions, cache=cache, collect=before)
+        return out.hidden, out.collected[before[0]] if before else hidden
+
+    def _places(self, session: Session, rows: list[int], waiting: int) -> tuple[Tensor, Tensor, KVCache]:
+        """Where the newest token of each of R rows stands, and as many positions before it as wait: rows [R, 1],
+        positions [R, waiting + 1], and the cache of these rows."""
+        device, cache = self.states.device, session.cache
+        at = torch.tensor(rows, device=device)
+        newest = torch.tensor([self.newest[row] for row in rows], device=device)
+        if len(rows) < len(self.newest):
+            cache = cache.subset(at)
+        return at[:, None], newest[:, None] + torch.arange(-waiting, 1, device=device), cache

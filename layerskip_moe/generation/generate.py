@@ -103,7 +103,11 @@ def generate(
         raise ValueError(f"batch_size={batch_size} must be 1 or more.")
     if stop_tokens is None:
         stop_tokens = [] if tokenizer is None else _end_of_text(tokenizer)
-    streams = _text_streams(stop_strings, tokenizer, len(encoded))
+    if isinstance(stop_tokens, int):
+        raise ValueError(f"stop_tokens={stop_tokens} is one id; give a list, such as [{stop_tokens}].")
+    streams = _text_streams(
+        stop_strings if isinstance(stop_strings, str) else tuple(stop_strings), tokenizer, len(encoded)
+    )
 
     result = Generation([], None, [], GenerationStats(), [])
     size = batch_size or len(encoded)
@@ -117,7 +121,7 @@ def generate(
                 sampling,
                 max_new_tokens=max_new_tokens,
                 stop_tokens=stop_tokens,
-                texts=streams[first : first + size] if stop_strings else None,
+                texts=streams[first : first + size] if streams else None,
                 on_token=on_token,
                 first_row=first,
             )
@@ -152,7 +156,11 @@ def _text_streams(stop_strings: Sequence[str], tokenizer: "Tokenizer | None", n_
         raise ValueError("stop_strings are looked for in the text; give tokenizer= as well.")
     if not all(isinstance(stop, str) and stop for stop in stop_strings):
         raise ValueError("stop_strings holds something other than a text of at least one character; leave it out.")
-    return [TextStream(tokenizer, tuple(stop_strings)) for _ in range(n_prompts)]
+    for stop in stop_strings:
+        token = tokenizer.token_to_id(stop)
+        if token is not None and not tokenizer.decode([token]):
+            raise ValueError(f"{stop!r} is a special token, which no text shows; give its id, {token}, in stop_tokens.")
+    return [TextStream(tokenizer, stop_strings) for _ in range(n_prompts)]
 
 
 def _encode(prompts: Sequence[Sequence[int] | str], tokenizer: "Tokenizer | None") -> list[list[int]]:

@@ -38,6 +38,8 @@ class LayerSkipping:
     random: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.layers, int):
+            raise ValueError(f"layers={self.layers} is one index; give a list, such as [{self.layers}].")
         object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
         given = (bool(self.layers), self.every is not None, self.random is not None)
         if sum(given) != 1:
@@ -100,10 +102,11 @@ def _run_some(session: Session, hidden: Tensor, positions: Tensor, run: Tensor) 
     # Neighbouring layers that the same rows run are run together.
     for rows_run, group in groupby(range(run.shape[1]), key=lambda layer: run[:, layer].tolist()):
         layers = list(group)
-        goes = torch.tensor(rows_run, device=hidden.device)
-        for rows, runs in ((goes.nonzero()[:, 0], True), ((~goes).nonzero()[:, 0], False)):
-            if len(rows) == 0:
+        for runs in (True, False):
+            chosen = [row for row, goes in enumerate(rows_run) if goes == runs]
+            if not chosen:
                 continue
+            rows = torch.tensor(chosen, device=hidden.device)
             part = cache if len(rows) == len(hidden) else cache.subset(rows)
             if runs:
                 out = model.run(hidden[rows], layers, positions=positions[rows], cache=part).hidden

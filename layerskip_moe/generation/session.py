@@ -57,7 +57,7 @@ class Session:
         self.rows = torch.arange(first_row, first_row + len(prompts), device=device)
         self._active = list(range(len(prompts)))  # the same rows, counted within this batch
         self.newest = torch.tensor([[prompt[-1]] for prompt in prompts], device=device)
-        self.cache = self.new_cache(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
+        self.cache = new_cache(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
         self.cache.extend(torch.tensor([len(prompt) - 1 for prompt in prompts], device=device))
         padded = [[*prompt, *[0] * (self.cache.capacity - len(prompt))] for prompt in prompts]
         self.tokens = torch.tensor(padded, device=device)
@@ -70,10 +70,6 @@ class Session:
             firsts = self.tokens[:, :1]  # padding counts as one more of the row's own first token
             inside = torch.arange(self.cache.capacity, device=device) <= self.cache.lengths[:, None]
             self._seen.scatter_(1, torch.where(inside, self.tokens, firsts), True)
-
-    def new_cache(self, model: MoEDecoder, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache that fits `model`."""
-        return KVCache(model.config, batch_size, capacity, dtype=model.dtype, device=model.device)
 
     def prefill(
         self, layers: Sequence[int] | None = None, *, model: MoEDecoder | None = None, cache: KVCache | None = None
@@ -187,13 +183,21 @@ class Session:
 
     def _remember(self, tokens: Tensor, counts: Tensor) -> None:
         """Write the round's tokens where later rounds look for them."""
+        if tokens.shape[1] == 1:
+            self.tokens.scatter_(1, self.cache.lengths[:, None] + 1, tokens)
+        else:
+            tokens = self._write_up_to(tokens, counts)
+        if self._seen is not None:
+            self._seen.scatter_(1, tokens, True)
+
+    def _write_up_to(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """Tokens [A, T], beyond each row's count its first token instead: they are all in `tokens` now."""
         place = torch.arange(tokens.shape[1], device=tokens.device)
         # Beyond its count a row's first token is written again, where it already stands.
         place = torch.where(place < counts[:, None], place, 0)
         tokens = tokens.gather(1, place)
         self.tokens.scatter_(1, self.cache.lengths[:, None] + 1 + place, tokens)
-        if self._seen is not None:
-            self._seen.scatter_(1, tokens, True)
+        return tokens
 
     def _keep(self, stays: list[int]) -> None:
         """Drop the finished rows, so that no work is spent on them."""
@@ -205,3 +209,8 @@ class Session:
         self.cache.select(kept)
         if self.state is not None:
             self.state.select(kept)
+
+
+def new_cache(model: MoEDecoder, batch_size: int, capacity: int) -> KVCache:
+    """An empty cache that fits `model`."""
+    return KVCache(model.config, batch_size, capacity, dtype=model.dtype, device=model.device)

@@ -6,10 +6,11 @@ The draft model has a cache of its own. Next: `self_speculative.py`, which needs
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from layerskip_moe.generation.session import Session
+from layerskip_moe.generation.session import Session, new_cache
 from layerskip_moe.generation.verification import Coupling, Round, check_drafting
 from layerskip_moe.nn import KVCache, ModelConfig, MoEDecoder
 
@@ -33,6 +34,8 @@ class Speculative:
 
     def check(self, config: ModelConfig) -> None:
         """Raise ValueError where the two models do not share a vocabulary."""
+        if isinstance(self.draft_model, str | Path):
+            raise ValueError(f"draft_model={self.draft_model!r} is no model; load it by MoEDecoder.from_pretrained.")
         own = self.draft_model.config
         if own.vocab_size != config.vocab_size:
             raise ValueError(
@@ -51,7 +54,7 @@ class Speculative:
             )
         if draft.device != session.model.device:
             raise ValueError(f"the draft model is on {draft.device} and the model on {session.model.device}; move one.")
-        cache = session.new_cache(draft, len(session.rows), main.capacity)
+        cache = new_cache(draft, len(session.rows), main.capacity)
         session.prefill(model=draft, cache=cache)
         session.prefill()
         session.state = cache

@@ -14,7 +14,8 @@ class GenerationStats:
         generated: new tokens given back (a stop token is not one of them)
         rounds: choices by the strategy's last word, the full model in most: verifications, or plain steps; one that
             only met a stop token is counted too
-        layers_run: layers run to choose the new tokens, summed over them; drafts are not counted
+        layers_run: layers run to choose the new tokens, summed over them; neither drafts are counted, nor what early
+            exit makes up for at earlier positions
         drafted_by_position: entry i: how many tokens were proposed as the (i + 1)-th draft of a round
         accepted_by_position: how many of those the full model agreed with; the token it adds itself is not one
         prefill_seconds: wall time of running the prompts
@@ -52,7 +53,8 @@ class GenerationStats:
 
     @property
     def mean_layers(self) -> float:
-        """Layers run to choose a new token, on average: the mean exit layer under early exit."""
+        """Layers run to choose a new token, on average: the mean exit layer under early exit. See `layers_run` for
+        what it leaves out."""
         return self.layers_run / self.generated if self.generated else 0.0
 
     @property

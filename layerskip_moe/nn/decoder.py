@@ -142,7 +142,7 @@ class MoEDecoder(nn.Module):
         """Draw all weights anew, as the class docstring says; without memory (meta device) there are none."""
         if self.device.type == "meta":
             return
-        generator = torch.Generator("cpu").manual_seed(seed)  # the same weights on every device
+        generator = torch.Generator("cpu").manual_seed(seed % 2**63)  # the same weights on every device
         std = self.config.init_std
         assert std is not None, "ModelConfig fills it in"
         into_stream = std / (2 * self.config.n_layers) ** 0.5

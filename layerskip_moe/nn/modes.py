@@ -14,8 +14,8 @@ from torch import nn
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     """The whole model in one mode; each module gets its own back at the end, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
-    model.train(training)
     try:
+        model.train(training)
         yield
     finally:
         for module, own in modes:

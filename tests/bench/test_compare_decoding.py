@@ -107,6 +107,12 @@ def test_order_warm_up_and_seeds(calls):
     assert all(s["temperature"] == 0.5 and s["max_new_tokens"] == 1 for *_, s in calls)
 
 
+def test_with_fewer_prompts_than_strategies_the_turns_are_spread(calls):
+    names = "abcdef"
+    _compare([Fake(name, [1.0] * 4, [[1]] * 3) for name in names], [[10], [11], [12]], max_new_tokens=1)
+    assert "".join(name for name, *_ in calls[6::6]) == "ace"
+
+
 @pytest.mark.parametrize(
     ("one", "other", "position"),
     [([1, 2], [1, 2], None), ([], [], None), ([1, 2], [1, 3], 1), ([1], [1, 2], 1), ([], [7], 0), ([4], [5], 0)],

@@ -86,3 +86,23 @@ def test_layers_before_the_first_exit_run_together(watched):
         assert len(asked) == 6
     finally:
         model.norm._forward_hooks.clear()
+
+
+@pytest.mark.parametrize("cache", ["exact", "propagate"])
+def test_no_row_pays_for_what_another_makes_up_for(watched, cache):
+    """A batch whose rows have unequally much to make up for: over all of it a layer still runs, or is filled, at most
+    once for each row's position, and never for padding."""
+    model, ran, filled = watched
+    out = generate(model, PROMPTS, EarlyExit(0.8, cache=cache), max_new_tokens=14, temperature=0.7)
+    firsts = [len(prompt) - 1 for prompt in PROMPTS]
+    for layer in range(LAYERS):
+        deep, shallow = 0, 0
+        for first, exits in zip(firsts, out.layers_run, strict=True):
+            below = [first + t for t, depth in enumerate(exits) if depth > layer]
+            deep += len(below)
+            shallow += below[-1] + 1 - first - len(below) if below else 0
+        prompts = max(firsts) * len(PROMPTS)  # the prefill is padded
+        positions = sum(len(rows) * len(rows[0]) for n, rows in ran if n == layer) - prompts
+        copied = sum(len(rows) * len(rows[0]) for n, rows in filled if n == layer)
+        assert (positions, copied) == ((deep + shallow, 0) if cache == "exact" else (deep, shallow))
+    assert len({tuple(exits) for exits in out.layers_run}) == len(PROMPTS)

@@ -153,6 +153,7 @@ def test_one_way_must_be_chosen(arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (dict(layers=3), r"layers=3 is one index; give a list, such as \[3\]"),
         (dict(every=1), "every=1 must be 2 or more"),
         (dict(every=0), "every=0 must be 2 or more"),
         (dict(random=0), "random=0 must be 1 or more"),

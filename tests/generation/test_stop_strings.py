@@ -180,3 +180,18 @@ def test_stop_strings_refused(counting_up, byte_level_tokenizer, stop_strings, w
     with pytest.raises(ValueError, match=message) as refused:
         generate(counting_up, [[1]], max_new_tokens=4, stop_strings=stop_strings, tokenizer=tokenizer)
     assert str(refused.value).endswith(".") and not counting_up.calls
+
+
+def test_a_special_token_is_refused_as_a_stop_string(counting_up, byte_level_tokenizer):
+    """Decoding leaves it out, so it would never be found."""
+    tokenizer = byte_level_tokenizer(NUMBERS)
+    tokenizer.add_special_tokens(["<|end|>"])
+    token = tokenizer.token_to_id("<|end|>")
+    with pytest.raises(ValueError, match=rf"special token, which no text shows; give its id, {token}, in stop_tokens"):
+        generate(counting_up, [[1]], max_new_tokens=4, stop_strings=["7", "<|end|>"], tokenizer=tokenizer)
+
+
+def test_stop_strings_may_come_from_a_generator(counting_up, byte_level_tokenizer):
+    tokenizer = byte_level_tokenizer(NUMBERS)
+    out = generate(counting_up, [[1]], stop_strings=(f"{n}," for n in (9, 5)), max_new_tokens=9, tokenizer=tokenizer)
+    assert (out.tokens, out.text) == ([[2, 3, 4, 5]], ["2,3,4,"])
