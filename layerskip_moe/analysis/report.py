@@ -9,7 +9,8 @@ A report is a dict of plain values. Every section is optional; what is absent is
     corpus          {name, train_tokens, validation_tokens, vocab_size}
     training        {steps, seconds, tokens_per_second, final_losses: {exit layer: cross entropy},
                      best_validation: {step, perplexity} or None,
-                     seconds_by_part: {part of a step: mean seconds per step} or None}
+                     seconds_by_part: {part of a step: mean seconds per step} or None}; nothing but
+                    seconds_by_part where only metrics.jsonl is known of the training
     recipe          {steps, n_layers, train_config: {field: value}}, as training writes it to recipe.json
     exits           {perplexity: [...], agreement: [...], tokens} for exit layers 1..L, as `ExitEvaluation`
     decoding        [comparison, ...], each {temperature, top_p, max_new_tokens, prompts, seed, strategies}, the
@@ -53,6 +54,7 @@ draws it; `findings.py`.
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -93,13 +95,17 @@ SECTIONS = (
 )
 
 
-def write_report(out_dir: str | Path, report: Mapping[str, Any]) -> Path:
+def write_report(out_dir: str | Path, report: Mapping[str, Any], *, run_dir: str | Path | None = None) -> Path:
     """Write <out_dir>/report.json, report.md and figures/, each in one piece, and return report.md's path.
 
     report: as the module's docstring has it; a dataclass may stand for its dict. Values that JSON has no
-    number for (inf, nan) become null, told as "-". What training wrote to out_dir, metrics.jsonl and
-    recipe.json, is drawn and told where it is there. Raises ValueError for a section of unknown name, for
-    values that are not plain, and for a damaged file of training's.
+    number for (inf, nan) become null, told as "-".
+    run_dir: the folder of the model's training run, None: out_dir; what training wrote there, metrics.jsonl and
+    recipe.json, is drawn and told where it is there, and left out with a warning where its network has another
+    number of layers than the model.
+
+    Raises ValueError for a section of unknown name, for values that are not plain, and for a damaged file of
+    training's.
     """
     out_dir = Path(out_dir)
     unknown = [section for section in report if section not in SECTIONS]
@@ -110,13 +116,14 @@ def write_report(out_dir: str | Path, report: Mapping[str, Any]) -> Path:
         told = json.loads(json.dumps(_plain(report), allow_nan=False))
     except TypeError as error:
         raise ValueError(f"A report holds numbers, texts, lists and dicts only ({error}).") from error
-    records = read_metrics(out_dir / "metrics.jsonl") if (out_dir / "metrics.jsonl").is_file() else []
+    recipe, records = _training_run(out_dir if run_dir is None else Path(run_dir), told.get("model") or {})
     train = [record for record in records if record["split"] == "train"]
-    if not told.get("recipe") and (recipe := _recipe(out_dir / "recipe.json")):
+    if not told.get("recipe") and recipe:
         told["recipe"] = recipe
     schedule = recipe_schedule(told["recipe"]) if told.get("recipe") else None
-    if told.get("training") and not told["training"].get("seconds_by_part"):
-        told["training"]["seconds_by_part"] = mean_seconds_by_part(train)
+    training, seconds = told.get("training") or {}, mean_seconds_by_part(train)
+    if not training.get("seconds_by_part") and (training or seconds):
+        told["training"] = training | {"seconds_by_part": seconds}
 
     told["summary"] = summarise(told.get("decoding") or [])
     told["findings"] = _plain(_findings(told, train, schedule))
@@ -143,14 +150,32 @@ def _findings(
     return {name: value for name, value in found.items() if value}
 
 
+def _training_run(folder: Path, model: Mapping[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
+    """The recipe (or None) and the records (or none) that a training run left in folder; neither where they are
+    not of a report's `model`."""
+    recipe, metrics = _recipe(folder / "recipe.json"), folder / "metrics.jsonl"
+    n_layers = (model.get("config") or {}).get("n_layers")
+    if recipe and n_layers is not None and recipe["n_layers"] != n_layers:
+        warnings.warn(
+            f"the training run in '{folder}' was of a network of {recipe['n_layers']} layers, and this model has "
+            f"{n_layers}, so the report leaves the run out.",
+            stacklevel=3,
+        )
+        return None, []
+    return recipe, read_metrics(metrics) if metrics.is_file() else []
+
+
 def _recipe(path: Path) -> Any:
     """What training wrote down of its recipe; None where there is no such file."""
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        recipe = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"'{path}' is not the JSON that training writes ({error}); mend or remove it.") from error
+    if not isinstance(recipe, dict) or not {"steps", "n_layers", "train_config"} <= set(recipe):
+        raise ValueError(f"'{path}' is not the JSON that training writes (fields are missing); mend or remove it.")
+    return recipe
 
 
 def _plain(value: Any) -> Any:

@@ -3,14 +3,15 @@
     layerskip-moe report --checkpoint runs/main/model --out-dir runs/report
     layerskip-moe report --checkpoint runs/main/model --dataset wikitext-2 --out-dir runs/wikitext
 
-The text is read with the tokenizer that was saved with the model. Where --out-dir is the folder of a training run, the
-report tells of the training too.
+The text is read with the tokenizer that was saved with the model. Where the model lies in the folder of its training
+run, as train leaves it, the report tells of the training too.
 """
 
 # Next: `study.py`, which measures; `analysis/report.py`, which writes.
 
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 from layerskip_moe.analysis import write_report
 from layerskip_moe.bench import describe_machine
@@ -54,4 +55,5 @@ def run(arguments: list[str]) -> None:
             "vocab_size": corpus.vocab_size,
         },
     }
-    print(write_report(options.out_dir, about | sections))
+    # resolve: of a checkpoint that is given as ".", or by a link, the run is where it really lies.
+    print(write_report(options.out_dir, about | sections, run_dir=Path(options.checkpoint).resolve().parent))

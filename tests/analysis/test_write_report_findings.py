@@ -55,8 +55,9 @@ def test_recipe_json_is_read_where_no_recipe_is_given(written, full_report, tmp_
     assert "first 12 of 50 steps" in written({})[0]
 
 
-def test_a_damaged_recipe_is_refused_in_a_sentence(tmp_path):
-    (tmp_path / "recipe.json").write_text('{"steps": ')
+@pytest.mark.parametrize("content", ['{"steps": ', "[1]", '{"steps": 3, "sugar": 100}'])
+def test_a_damaged_recipe_is_refused_in_a_sentence(tmp_path, content):
+    (tmp_path / "recipe.json").write_text(content)
     with pytest.raises(ValueError, match="not the JSON that training writes"):
         write_report(tmp_path, {})
     assert not (tmp_path / "report.json").exists()
@@ -75,7 +76,9 @@ def test_seconds_by_part_come_from_metrics_where_none_are_given(written, full_re
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in train_records))
     given = full_report["training"]
     assert written({"training": given})[1]["training"] == given
+    alone = written({})[1]["training"]
     text, held = written({"training": {**given, "seconds_by_part": None}})
+    assert alone == {"seconds_by_part": held["training"]["seconds_by_part"]}
     assert held["training"]["seconds_by_part"] == findings.mean_seconds_by_part(train_records)
     assert "most of it into `backward`" in text and "| forward | 220.0 |" in text
 

@@ -7,11 +7,13 @@ from layerskip_moe.analysis.report_text.markdown import Report, figure, number, 
 
 
 def training_lines(report: Report) -> list[str]:
-    """`training`, with the curves of metrics.jsonl; the curves alone where there is no such section."""
+    """`training`, with the curves of metrics.jsonl; what there is of them where the section is partial or absent."""
     training = report.get("training")
     curves = figure(report, "loss", "Loss during training")
     if not training:
         return curves + figure(report, "step_parts", "Time per part of a training step")
+    if "steps" not in training:
+        return curves + _step_parts(report)
     best = training.get("best_validation")
     told = (
         f"{number(training['steps'])} steps in {number(training['seconds'], 1)} s, "
