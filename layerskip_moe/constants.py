@@ -48,11 +48,33 @@ def default_device(namespace: MutableMapping[str, Any]) -> str:
 
 
 def check_device(device: str) -> None:
-    """Raise ValueError unless torch can put a tensor there."""
+    """Raise ValueError unless it is a CPU or CUDA device that is there. Others can hold tensors too, but not all
+    that is computed: mps has no float64, meta no values."""
     try:
-        torch.empty(0, device=device)
+        kind = torch.empty(0, device=device).device.type
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device={device!r} is not to be had here; 'cpu' always is, 'cuda' with a GPU.") from error
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device={device!r} is not supported; 'cpu' always is, 'cuda' with a GPU.")
+
+
+def user_error(error: BaseException) -> str | None:
+    """The sentence for what a user can mend: a ValueError, a run that diverged, memory that ran out. None for
+    anything else, which is a fault of ours and keeps its traceback."""
+    if _is_out_of_memory(error):
+        return "out of memory; lower batch_size, seq_len or d_model."
+    # A UnicodeError is a ValueError too, but no sentence of ours.
+    if isinstance(error, ValueError | FloatingPointError) and not isinstance(error, UnicodeError):
+        return str(error)
+    return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """On the CPU torch raises a RuntimeError like any other, told apart by its words."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = ("DefaultCPUAllocator", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def override_constants(namespace: MutableMapping[str, Any], arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -129,8 +151,8 @@ def _describe(kind: Any) -> str:
 
 
 def _one_sentence(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-    ours = (ValueError, FloatingPointError)  # what a user did, and a run that diverged
-    if issubclass(kind, ours) and not issubclass(kind, UnicodeError):
-        print(f"error: {error}", file=sys.stderr)
-    else:
+    told = user_error(error)
+    if told is None:
         sys.__excepthook__(kind, error, trace)
+    else:
+        print(f"error: {told}", file=sys.stderr)

@@ -5,8 +5,9 @@ import sys
 from typing import Literal
 
 import pytest
+import torch
 
-from layerskip_moe.constants import default_device, given_constants, override_constants
+from layerskip_moe.constants import default_device, given_constants, override_constants, user_error
 
 
 def script_globals():
@@ -96,13 +97,13 @@ def test_a_notebook_has_no_command_line(monkeypatch):
 
 
 def test_the_device_is_known_before_the_constants_that_depend_on_it(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["script.py", "--layers", "2", "--device", "meta"])
-    assert default_device(script_globals()) == "meta"
+    monkeypatch.setattr(sys, "argv", ["script.py", "--layers", "2", "--device", "cpu:0"])
+    assert default_device(script_globals()) == "cpu:0"
     assert given_constants(script_globals()) == {"layers", "device"}
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):
-    for device in ("banana", "cuda:99"):
+    for device in ("banana", "cuda:99", "mps", "meta"):
         monkeypatch.setattr(sys, "argv", ["script.py", "--device", device])
         with pytest.raises(ValueError, match=f"device='{device}'"):
             default_device(script_globals())
@@ -124,6 +125,7 @@ def test_a_script_ends_with_one_sentence_and_exit_code_1(tmp_path):
         "override_constants(globals())\n"
         "if layers == 3: raise ValueError('layers=3 is odd.')\n"
         "if layers == 5: raise RuntimeError('ours')\n"
+        "if layers == 7: raise MemoryError\n"
         "print(layers)\n"
     )
 
@@ -132,5 +134,16 @@ def test_a_script_ends_with_one_sentence_and_exit_code_1(tmp_path):
 
     done = run("--layers", "3")
     assert (done.returncode, done.stderr) == (1, "error: layers=3 is odd.\n")
+    full = run("--layers", "7")
+    assert (full.returncode, full.stderr) == (1, "error: out of memory; lower batch_size, seq_len or d_model.\n")
     ours = run("--layers=5")
     assert ours.returncode == 1 and "Traceback" in ours.stderr  # a fault of ours is not dressed up as the user's
+
+
+def test_memory_that_ran_out_is_told_as_such():
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2**46)  # 256 TiB, more than an address can name
+    for error in (refused.value, torch.OutOfMemoryError("CUDA out of memory."), MemoryError()):
+        assert user_error(error) == "out of memory; lower batch_size, seq_len or d_model."
+    for error in (RuntimeError("x"), KeyError("x"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x")):
+        assert user_error(error) is None

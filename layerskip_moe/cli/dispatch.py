@@ -10,12 +10,14 @@
 
 # Knows nothing of what a command does, and imports only the one that is asked for. Next: `train.py`, `generate.py`.
 
-import contextlib
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
+
+from layerskip_moe.constants import user_error
 
 COMMANDS = ("train", "generate", "evaluate", "report")
 
@@ -23,16 +25,19 @@ COMMANDS = ("train", "generate", "evaluate", "report")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. arguments: without the program's name; None: the command line's.
 
-    0: done. 1: a mistake of the user's, or a run that diverged, told in one sentence on stderr. 130: Ctrl-C.
-    141: nobody reads what is printed any more, as in `layerskip-moe generate ... | head`.
+    0: done. 1: a mistake of the user's, a run that diverged, or memory that ran out, told in one sentence on stderr.
+    130: Ctrl-C. 141: nobody reads what is printed any more, as in `layerskip-moe generate ... | head`.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack characters of a text, or of its name
     try:
-        with contextlib.suppress(SystemExit):  # a command's --help ends with it
+        try:
             _run(list(sys.argv[1:] if arguments is None else arguments))
+        except SystemExit as end:
+            if end.code:  # a command's --help ends with 0
+                raise
         sys.stdout.flush()  # here, where a closed pipe is understood, and not when the interpreter ends
         return 0
-    except UnicodeError:
-        raise  # a ValueError too, but no sentence of ours
     except BrokenPipeError:
         # What is still buffered would be written, and fail, once more when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -40,11 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = "" if error.filename is None else f"{error.filename}: "
         code, told = 1, f"error: {where}{error.strerror or error}."
-    except (ValueError, FloatingPointError) as error:
-        code, told = 1, f"error: {error}"
     except KeyboardInterrupt:
         print(file=sys.stderr)  # after the ^C, or a text half written
         code, told = 130, "interrupted"
+    except Exception as error:
+        sentence = user_error(error)
+        if sentence is None:
+            raise
+        code, told = 1, f"error: {sentence}"
     # Only now, when the error has gone and progress bars that it kept alive have cleared their line. Other people's
     # sentences may have several lines.
     print(" ".join(line.strip() for line in told.splitlines()), file=sys.stderr)

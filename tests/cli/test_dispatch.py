@@ -1,11 +1,13 @@
 """Which command runs, what it imports, and what becomes of its errors."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 import layerskip_moe
 from layerskip_moe.cli import train as train_command
@@ -73,6 +75,7 @@ def raising(error):
         (FloatingPointError("The loss is not finite."), 1, "error: The loss is not finite.\n"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 1, "error: /x: Permission denied.\n"),
         (OSError("no network"), 1, "error: no network.\n"),
+        (torch.OutOfMemoryError("CUDA: 2 GiB"), 1, "error: out of memory; lower batch_size, seq_len or d_model.\n"),
         (KeyboardInterrupt(), 130, "\ninterrupted\n"),
     ],
 )
@@ -86,3 +89,21 @@ def test_our_own_mistakes_keep_their_traceback(shell, monkeypatch, error):
     monkeypatch.setattr(train_command, "run", raising(error))
     with pytest.raises(type(error)):
         shell("train")
+
+
+def test_an_end_that_is_no_success_is_none(shell, monkeypatch):
+    monkeypatch.setattr(train_command, "run", raising(SystemExit(3)))
+    with pytest.raises(SystemExit) as end:
+        shell("train")
+    assert end.value.code == 3
+    monkeypatch.setattr(train_command, "run", raising(SystemExit(0)))
+    assert shell("train") == (0, "", "")
+
+
+def test_every_command_prints_what_a_terminal_lacks(monkeypatch):
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="\n")
+    monkeypatch.setattr(train_command, "run", lambda arguments: print("on été"))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", screen)
+        assert layerskip_moe.cli.main(["train"]) == 0
+    assert screen.buffer.getvalue() == b"on \\xe9t\\xe9\n"
