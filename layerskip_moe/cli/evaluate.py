@@ -9,13 +9,12 @@ The text is read with the tokenizer that was saved with the model.
 # Next: `analysis/exits.py`, which measures.
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Literal
 
 from layerskip_moe.analysis import ExitEvaluation, evaluate_exits
 from layerskip_moe.cli.flags import parse
-from layerskip_moe.cli.options import Text, load_saved, pick_device
+from layerskip_moe.cli.options import Text, json_line, load_saved, pick_device
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def run(arguments: list[str]) -> None:
     )
     if options.json:
         source = {"checkpoint": options.checkpoint, "corpus": corpus.name, "split": options.split}
-        print(json.dumps(source | dataclasses.asdict(exits)))
+        print(json_line(source | dataclasses.asdict(exits)))
     else:
         print(_table(exits))
         print(f"over {exits.tokens} tokens of the {options.split} split of {corpus.name}")

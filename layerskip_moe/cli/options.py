@@ -1,10 +1,12 @@
-"""What several commands ask for: a text, a device, a saved model.
+"""What several commands share: a text, a device, a saved model; a line of JSON.
 
 Knows nothing of flags. Next: the commands, `train.py` first.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,3 +57,9 @@ def pick_device(device: str | None) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     check_device(device)
     return device
+
+
+def json_line(values: dict[str, Any]) -> str:
+    """One line of JSON. Numbers that JSON does not have (inf, nan) are null."""
+    plain = json.loads(json.dumps(values), parse_constant=lambda name: None)  # Python writes them as Infinity, NaN
+    return json.dumps(plain, allow_nan=False)

@@ -21,6 +21,7 @@ from layerskip_moe.cli.flags import fields_of, parse
 from layerskip_moe.cli.options import Text, load_text, pick_device
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.training import TrainConfig, train
+from layerskip_moe.training.checkpoint import NAME as CHECKPOINT
 
 _VOCAB_SIZE = "ids of the tokenizer, at most; the model has as many as there are"
 _SEED = "of the first weights, the share of the text, batches and dropout"
@@ -31,13 +32,14 @@ class Options:
     """Where a run is kept.
 
     Attributes:
-        out_dir: folder of the run: metrics.jsonl, checkpoint.pt and, at the end, model/
+        out_dir: folder of the run: metrics.jsonl, checkpoint.pt and, at the end, model/; one that holds a
+            checkpoint.pt is taken only to resume
         resume: go on from <out-dir>/checkpoint.pt
         tokenizer: bpe or unigram, trained on the text; or the path of a tokenizer.json
         device: cpu, cuda, cuda:1, ...; None: a GPU where there is one
     """
 
-    out_dir: str = "runs/main"
+    out_dir: str = "runs/train"
     resume: bool = False
     tokenizer: str = "bpe"
     device: str | None = None
@@ -54,6 +56,7 @@ def run(arguments: list[str]) -> None:
     options, text, network, recipe = parse("layerskip-moe train", __doc__, groups, arguments)
     config, recipe = ModelConfig(**vars(network)), TrainConfig(**vars(recipe))  # refused before any text is read
     device = pick_device(options.device)
+    _check_out_dir(Path(options.out_dir), options.resume)
     corpus = load_text(text, options.tokenizer, vocab_size=config.vocab_size, seed=recipe.seed)
     config = dataclasses.replace(config, vocab_size=corpus.vocab_size)
 
@@ -63,3 +66,9 @@ def run(arguments: list[str]) -> None:
     model.save_pretrained(folder, tokenizer=corpus.tokenizer)
     held_out = f", held-out perplexity {result.validation[-1]:.1f}" if result.validation else ""
     print(f"{result.steps} steps in {result.seconds:.0f} s{held_out}; the model is in {folder}")
+
+
+def _check_out_dir(out_dir: Path, resume: bool) -> None:
+    """Raise ValueError where a new run would overwrite another's."""
+    if not resume and (out_dir / CHECKPOINT).exists():
+        raise ValueError(f"{out_dir} holds {CHECKPOINT} of another run; give --resume to go on, or another --out-dir.")

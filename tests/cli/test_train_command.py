@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from layerskip_moe import MoEDecoder
-from layerskip_moe.analysis import evaluate_exits
+from layerskip_moe.analysis import ExitEvaluation, evaluate_exits
+from layerskip_moe.cli import evaluate as evaluate_command
 from layerskip_moe.cli import train as train_command
 from layerskip_moe.data import load_corpus
 
@@ -43,6 +44,18 @@ def test_training_leaves_a_model_that_can_be_evaluated(shell, text):
     assert json.loads(out)["tokens"] == 32 and math.isfinite(json.loads(out)["perplexity"][0])
 
 
+def test_a_perplexity_past_all_numbers_is_null(shell, text, checkpoint, monkeypatch):
+    found = ExitEvaluation([math.inf, 3.0], [0.5, 1.0], 7)
+    monkeypatch.setattr(evaluate_command, "evaluate_exits", lambda *args, **settings: found)
+    code, out, _ = shell("evaluate", "--checkpoint", checkpoint, "--dataset", text, "--json")
+    assert code == 0 and json.loads(out, parse_constant=pytest.fail)["perplexity"] == [None, 3.0]
+
+
+def test_a_run_of_ones_own_is_not_main_pys(shell, text):
+    assert shell("train", "--dataset", text, *TINY.split(), "--max-steps", 1)[0] == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["train"]
+
+
 def test_a_stopped_run_is_resumed_from_the_shell(shell, text, monkeypatch):
     command = ["train", "--dataset", text, "--out-dir", "run", *TINY.split(), "--max-steps", 4]
     assert shell(*command)[0] == 0
@@ -55,6 +68,9 @@ def test_a_stopped_run_is_resumed_from_the_shell(shell, text, monkeypatch):
         patch.setattr(train_command.MoEDecoder, "save_pretrained", stops)
         code, _, err = shell(*command, "--out-dir", "again")
     assert (code, err.rstrip().splitlines()[-1]) == (130, "interrupted")
+    code, _, err = shell(*command, "--out-dir", "again")
+    said = "error: again holds checkpoint.pt of another run; give --resume to go on, or another --out-dir.\n"
+    assert (code, err) == (1, said)  # before any text is read
     code, out, err = shell(*command, "--out-dir", "again", "--resume")
     assert code == 0 and "again/model" in out
     assert all(
