@@ -16,6 +16,8 @@ from typing import Any
 
 import tyro
 
+_FRAME = re.compile("[\u2500-\u257f]+")  # box-drawing characters
+
 
 def fields_of(kind: type, **changed: tuple[Any, Any]) -> type:
     """A dataclass with the fields, defaults and help of the dataclass `kind`, but none of its checks.
@@ -110,7 +112,7 @@ def _refused(box: str, hints: Mapping[str, Any], arguments: Sequence[str]) -> st
     """One sentence for what tyro printed in a box: it names the flag; what was given, and what fits, are known."""
     named = re.search(r"(?<!-)--[a-z][\w-]*", box)
     if named is None or named[0] not in hints:
-        return box  # in tyro's own words, whatever it was
+        return " ".join(_FRAME.sub(" ", box).split())  # in tyro's own words, whatever it was
     given = value_of(named[0], arguments)
     if given is None:
         return f"{named[0]} has no value; it is {_describe(hints[named[0]])}."

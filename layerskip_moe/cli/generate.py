@@ -11,15 +11,13 @@ Every strategy has options of its own: `--strategy NAME --help` lists them. A pr
 # Next: `strategies.py`, `streaming.py`; `generation/generate.py` does the work.
 
 import dataclasses
-import io
-import json
 import os
 import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from layerskip_moe.cli.flags import fields_of, parse, value_of
-from layerskip_moe.cli.options import pick_device
+from layerskip_moe.cli.options import json_line, pick_device
 from layerskip_moe.cli.strategies import StrategyName, make_strategy, strategy_flags
 from layerskip_moe.cli.streaming import RoundByRound
 from layerskip_moe.generation import Generation, GenerationStats, Sampling, generate
@@ -40,6 +38,8 @@ class Options:
         strategy: how to decode; each has options of its own
         max_new_tokens: tokens to add, at most
         stop_strings: the text ends before the first of these
+        stop_tokens: ids, and the text ends before the first of these; None: the tokenizer's end of text. Special
+            tokens, which no text shows, can be stopped at only so
         device: cpu, cuda, cuda:1, ...; None: a GPU where there is one
         color: drafts that were accepted in green; auto: where standard output is a terminal and NO_COLOR is not set
         json: print nothing but one JSON object, with text, tokens, layers run per token, and statistics
@@ -50,6 +50,7 @@ class Options:
     strategy: StrategyName = "autoregressive"
     max_new_tokens: int = 128
     stop_strings: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] | None = None
     device: str | None = None
     color: Literal["auto", "always", "never"] = "auto"
     json: bool = False
@@ -64,12 +65,10 @@ def run(arguments: list[str]) -> None:
     prompt = _read(options.prompt)
     model = MoEDecoder.from_pretrained(options.checkpoint, device=pick_device(options.device))
     tokenizer = load_tokenizer(options.checkpoint)
-    strategy = make_strategy(name, flags, model)
+    strategy = make_strategy(name, flags, model, tokenizer)
 
     text = TextStream(tokenizer, options.stop_strings)
     colored = _is_colored(options.color)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack characters that a model writes
 
     def show(token: int, accepted: bool) -> None:
         piece = text.push(token)
@@ -78,12 +77,13 @@ def run(arguments: list[str]) -> None:
     settings: dict[str, Any] = vars(sampling) | {
         "max_new_tokens": options.max_new_tokens,
         "stop_strings": options.stop_strings,
+        "stop_tokens": options.stop_tokens,
         "tokenizer": tokenizer,
     }
     if options.json:
         out = generate(model, [prompt], strategy, **settings)
         described = {"name": name} | {field: getattr(strategy, field, value) for field, value in vars(flags).items()}
-        print(json.dumps(_as_json(prompt, out, described)))
+        print(json_line(_told(prompt, out, described)))
         return
     rounds = RoundByRound(strategy, show)
     out = generate(model, [prompt], rounds, on_token=rounds.on_token, **settings)
@@ -104,7 +104,7 @@ def _is_colored(color: str) -> bool:
     return color == "always" or (color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
 
 
-def _as_json(prompt: str, out: Generation, strategy: dict[str, Any]) -> dict[str, Any]:
+def _told(prompt: str, out: Generation, strategy: dict[str, Any]) -> dict[str, Any]:
     """layers_run: for each token, how many layers ran to choose it, which is its exit layer under early exit."""
     assert out.text is not None
     rates = ("drafted", "accepted", "acceptance_rate", "tokens_per_round", "mean_layers", "tokens_per_second")

@@ -4,17 +4,25 @@ Knows nothing of prompts. Next: `generate.py`; the strategies themselves are in 
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from tyro.conf import arg
 
 from layerskip_moe.cli.flags import fields_of
 from layerskip_moe.generation import Autoregressive, EarlyExit, LayerSkipping, SelfSpeculative, Speculative, Strategy
 from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.pretrained.checkpoint import load_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 StrategyName = Literal["autoregressive", "self-speculative", "speculative", "early-exit", "layer-skipping"]
 
 _EXIT_LAYER = "layers that draft, 1..L; None: a fifth of them"
+_CONFIDENCE = (
+    '"softmax_diff", the two largest probabilities\' difference; "state", the cosine between the states before and '
+    "after a layer, from layer 2 on"
+)
 _EVERY = "leave out every n-th layer, 2 or more; 4 where none of these three is given"
 
 
@@ -45,14 +53,18 @@ def strategy_flags(name: str) -> type:
             return _SpeculativeFlags
         case "early-exit":
             rules = Literal["softmax_diff", "state"]  # a function cannot be written in a shell
-            return fields_of(EarlyExit, threshold=(float | str, 0.9), confidence=(rules, "softmax_diff"))
+            confidence = (Annotated[rules, arg(help=_CONFIDENCE)], "softmax_diff")
+            return fields_of(EarlyExit, threshold=(float | str, 0.9), confidence=confidence)
         case "layer-skipping":
             return fields_of(LayerSkipping, every=(Annotated[int | None, arg(help=_EVERY)], None))
     raise ValueError(f"--strategy {name} is unknown; it is one of {', '.join(get_args(StrategyName))}.")
 
 
-def make_strategy(name: str, flags: Any, model: MoEDecoder) -> Strategy:
-    """The strategy that these flags describe; what was left open follows from the model."""
+def make_strategy(name: str, flags: Any, model: MoEDecoder, tokenizer: "Tokenizer") -> Strategy:
+    """The strategy that these flags describe; what was left open follows from the model.
+
+    tokenizer: the model's. Raises ValueError for a draft model with another one, and as the strategies do.
+    """
     values = dict(vars(flags))
     n_layers = model.config.n_layers
     match name:
@@ -63,12 +75,20 @@ def make_strategy(name: str, flags: Any, model: MoEDecoder) -> Strategy:
                 values["exit_layer"] = max(n_layers // 5, 1)
             return SelfSpeculative(**values)
         case "speculative":
-            draft = MoEDecoder.from_pretrained(values.pop("draft_checkpoint"), device=model.device)
-            return Speculative(draft, **values)
+            folder = values.pop("draft_checkpoint")
+            # With other tokens every draft would be wrong, and decoding slow, with nothing to show why.
+            if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+                raise ValueError(
+                    f"the draft model in {folder} has another tokenizer than the model; give one that was trained with "
+                    "the model's own, by train --tokenizer <checkpoint>/tokenizer.json."
+                )
+            return Speculative(MoEDecoder.from_pretrained(folder, device=model.device), **values)
         case "early-exit":
             return EarlyExit(**values)
         case "layer-skipping":
             if not values["layers"] and values["every"] is None and values["random"] is None:
+                if n_layers < 2:
+                    raise ValueError("layer-skipping needs a model of 2 layers or more, and this one has 1.")
                 values["every"] = min(4, n_layers)
             return LayerSkipping(**values)
     raise AssertionError(f"strategy_flags refused {name}")

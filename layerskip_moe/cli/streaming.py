@@ -18,6 +18,8 @@ class RoundByRound:
 
     def __init__(self, strategy: Strategy, show: Callable[[int, bool], None]) -> None:
         self._strategy, self._show = strategy, show
+        if hasattr(strategy, "draft_model"):
+            self.draft_model = strategy.draft_model  # which `generate` runs in eval mode
         self._round: list[int] = []
 
     def on_token(self, row: int, token: int) -> None:

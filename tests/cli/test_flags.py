@@ -9,7 +9,7 @@ from tyro.conf import arg
 
 from layerskip_moe import ModelConfig, TrainConfig
 from layerskip_moe.cli import generate as generate_command
-from layerskip_moe.cli.flags import fields_of, parse, value_of
+from layerskip_moe.cli.flags import _refused, fields_of, parse, value_of
 from layerskip_moe.cli.strategies import StrategyName, strategy_flags
 from layerskip_moe.cli.train import Options, Text
 from layerskip_moe.generation import Autoregressive, EarlyExit, LayerSkipping, Sampling, SelfSpeculative, Speculative
@@ -90,6 +90,11 @@ def test_a_mistake_is_one_sentence(capsys, arguments, sentence):
         parsed(*arguments)
     assert str(error.value) == sentence
     assert capsys.readouterr() == ("", "")
+
+
+def test_what_tyro_refuses_without_a_flag_is_told_without_its_frame():
+    box = "╭─ Value error ───╮\n│ Both of these │\n│ ───────────── │\n│ cannot be.    │\n╰───────────────╯\n"
+    assert _refused(box, {}, []) == "Value error Both of these cannot be."
 
 
 def test_the_value_of_a_flag_is_found_before_parsing():

@@ -1,5 +1,6 @@
 """`layerskip-moe generate`: text as it comes, the same text under every lossless strategy, JSON, colours, refusals."""
 
+import dataclasses
 import io
 import json
 import re
@@ -8,7 +9,9 @@ import sys
 import pytest
 
 from layerskip_moe import Autoregressive, MoEDecoder, generate
-from layerskip_moe.generation import EarlyExit, LayerSkipping, SelfSpeculative
+from layerskip_moe.cli.streaming import RoundByRound
+from layerskip_moe.data.tokenizer import train_tokenizer
+from layerskip_moe.generation import EarlyExit, LayerSkipping, SelfSpeculative, Speculative
 from layerskip_moe.generation.text import TextStream
 
 PROMPT = "The 1 brown"
@@ -92,6 +95,42 @@ def test_another_model_drafts(ask, expect, checkpoint):
     }
 
 
+def test_a_draft_with_another_tokenizer_is_refused(shell, checkpoint, tokenizer):
+    others = train_tokenizer("bpe", tokenizer.get_vocab_size(), [("train", "Quite other words, xyz.\n" * 40)], False)
+    MoEDecoder.from_pretrained(checkpoint).save_pretrained("draft", tokenizer=others)
+    given = ["--checkpoint", checkpoint, "--prompt", PROMPT, "--strategy", "speculative", "--draft-checkpoint", "draft"]
+    code, out, err = shell("generate", *given)
+    assert (code, out) == (1, "") and err.count("\n") == 1
+    assert "the draft model in draft has another tokenizer" in err
+
+
+def test_a_draft_model_is_run_in_eval_mode(checkpoint):
+    draft, modes = MoEDecoder.from_pretrained(checkpoint).train(), []
+    draft.blocks[0].register_forward_pre_hook(lambda block, inputs: modes.append(block.training))
+    rounds = RoundByRound(Speculative(draft, 2), lambda token, accepted: None)
+    generate(MoEDecoder.from_pretrained(checkpoint), [[1, 2]], rounds, max_new_tokens=4, on_token=rounds.on_token)
+    assert modes and not any(modes) and draft.training
+
+
+def test_a_token_ends_the_text(ask, expect):
+    tokens = expect().tokens[0]
+    ends = next(token for token in tokens[1:] if token != tokens[0])
+    told = json.loads(ask("--stop-tokens", 299, ends, "--json")[0])
+    assert told["tokens"] == tokens[: tokens.index(ends)] == expect(stop_tokens=[299, ends]).tokens[0]
+
+
+def test_numbers_that_json_lacks_are_null(ask):
+    out, _ = ask("--strategy", "early-exit", "--threshold", "inf", "--json")
+    assert json.loads(out, parse_constant=pytest.fail)["strategy"]["threshold"] is None
+
+
+def test_a_model_of_one_layer_has_none_to_skip(shell, checkpoint, tokenizer):
+    config = dataclasses.replace(MoEDecoder.from_pretrained(checkpoint).config, n_layers=1)
+    MoEDecoder(config).save_pretrained("one", tokenizer=tokenizer)
+    code, _, err = shell("generate", "--checkpoint", "one", "--prompt", PROMPT, "--strategy", "layer-skipping")
+    assert code == 1 and "needs a model of 2 layers or more, and this one has 1" in err and "every" not in err
+
+
 def test_sampling_and_stopping_reach_the_library(ask, expect):
     given = ["--temperature", 0.9, "--top-k", 7, "--top-p", 0.8, "--seed", 5, "--repetition-penalty", 1.3]
     settings = {"temperature": 0.9, "top_k": 7, "top_p": 0.8, "seed": 5, "repetition_penalty": 1.3}
@@ -109,20 +148,22 @@ def test_the_prompt_is_read_from_standard_input(ask, monkeypatch):
 
 
 def test_text_comes_piece_by_piece(ask, expect, tokenizer, monkeypatch):
-    written = []
+    """Whenever the model runs for one more token, the text of all before it is on the screen."""
+    screen, seen, run = io.StringIO(), [], MoEDecoder.run
 
-    class Screen(io.StringIO):
-        def write(self, piece):
-            written.append(piece)
-            return super().write(piece)
+    def watched(*args, **settings):
+        seen.append(screen.getvalue())
+        return run(*args, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", Screen())
+        patch.setattr(sys, "stdout", screen)
+        patch.setattr(MoEDecoder, "run", watched)
         ask()
-    stream = TextStream(tokenizer)
-    expected = [stream.push(token) for token in expect().tokens[0]]
-    assert [piece for piece in written if piece][: len(list(filter(None, expected)))] == list(filter(None, expected))
-    assert len(list(filter(None, expected))) > 3
+    stream, expected = TextStream(tokenizer), [""]
+    for token in expect().tokens[0][:-1]:
+        expected.append(expected[-1] + stream.push(token))
+    assert seen[-len(expected) :] == expected
+    assert len(set(expected)) > 4
 
 
 @pytest.mark.parametrize("strategy", [SelfSpeculative(5, 1), SelfSpeculative(5, 3)])
@@ -193,6 +234,11 @@ def test_every_strategy_has_its_own_help(shell):
         (["--temperature", "-1"], "temperature=-1.0 must be 0 (greedy)"),
         (["--top-p", "2"], "top_p=2.0"),
         (["--stop-strings", ""], "stop_strings"),
+        (
+            ["--stop-tokens", "a"],
+            "--stop-tokens a does not fit: it is any number of values, each a whole",
+        ),
+        (["--device", "meta"], "device='meta' is not supported"),
         (["--max-new-tokens", "0"], "max_new_tokens=0"),
         (["--max-new-tokens", "500"], "past max_seq_len=64"),
         (["--prompt", ""], "prompt 0 is empty"),
