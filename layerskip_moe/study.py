@@ -32,7 +32,7 @@ class StudyConfig:
     Attributes:
         seq_len: tokens per window of held-out text, as the model was trained with
         batch_size: windows at a time
-        max_windows: windows of held-out text that are read
+        max_windows: windows of held-out text that are read, 2 or more
         exit_layer: layers that draft; None: the sweep finds the fastest
         draft_length: tokens drafted per round; None: the sweep finds the fastest
         draft_lengths: what the sweep tries, at about the first half of the layers
@@ -63,9 +63,12 @@ class StudyConfig:
         if self.temperature == 0:
             raise ValueError("temperature=0 is greedy, which is compared in any case; give one above 0, such as 0.8.")
         Sampling(self.temperature)
-        if len(corpus.validation) <= self.seq_len:
+        if self.max_windows < 2:
+            raise ValueError(f"max_windows={self.max_windows} must be 2 or more: one half foretells the other.")
+        if len(corpus.validation) <= 2 * self.seq_len:
             raise ValueError(
-                f"the held-out text has {len(corpus.validation)} tokens, too few for seq_len={self.seq_len}; lower it."
+                f"the held-out text has {len(corpus.validation)} tokens, too few for two windows of "
+                f"seq_len={self.seq_len}; lower it, or give more text."
             )
         if self.num_prompts < 1:
             raise ValueError(f"num_prompts={self.num_prompts} must be 1 or more.")
@@ -214,9 +217,11 @@ def _lossy(model: ModelConfig, config: StudyConfig) -> dict[str, Strategy]:
 def _early_exit(
     model: MoEDecoder, prompts: list[list[int]], config: StudyConfig, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Greedy decoding at every threshold, and at the middle one where the tokens of each prompt left."""
+    """Decoding at every threshold, and at the middle one where the tokens of each prompt left. At the sampled
+    temperature: the loops of greedy text are easy to leave early."""
     exits: dict[str, Strategy] = {f"threshold {threshold}": EarlyExit(threshold) for threshold in config.thresholds}
-    compared = compare_decoding(model, prompts, {"plain": Autoregressive()} | exits, **settings)
+    strategies = {"plain": Autoregressive()} | exits
+    compared = compare_decoding(model, prompts, strategies, temperature=config.temperature, **settings)
     middle = compared.strategies[1 + _middle(config)]
     layers = range(1, model.config.n_layers + 1)
     return {

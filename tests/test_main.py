@@ -112,7 +112,7 @@ def test_it_runs_pasted_into_a_cell(text, tmp_path, monkeypatch, capsys):
         ({"temperature": 0}, "temperature=0"),
         ({"draft_length": 0}, "draft_length=0"),
         ({"num_prompts": 5000}, "5000"),
-        ({"seq_len": 5000}, "too few for seq_len=5000"),
+        ({"seq_len": 5000}, "too few for two windows of seq_len=5000"),
         ({"device": "banana"}, "device='banana'"),
         ({"dataset": "nowhere.txt"}, "nowhere.txt"),
     ],

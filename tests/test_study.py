@@ -93,7 +93,8 @@ def test_a_setting_given_whole_is_not_swept(corpus):
     ("settings", "sentence"),
     [
         ({"temperature": 0}, "temperature=0 is greedy"),
-        ({"seq_len": 10**6}, "too few for seq_len"),
+        ({"seq_len": 10**6}, "too few for two windows of seq_len"),
+        ({"max_windows": 1}, "max_windows=1 must be 2 or more"),
         ({"exit_layer": 4}, "exit_layer=4 must be between 1 and n_layers=3"),
         ({"exit_layer": 0}, "exit_layer=0 must be between 1 and n_layers=3"),
         ({"draft_length": 0}, "draft_length=0"),

@@ -30,6 +30,8 @@ class DraftingSweep:
         identical: outputs that equal plain decoding's, of all settings together
         outputs: how many there are
         chosen: {exit_layer, draft_length} of the largest speed-up; of equal ones the first
+        by_position: for each exit layer at the longest draft length {exit_layer, draft_length, drafted_by_position,
+            accepted_by_position}, as in `StrategyResult`
     """
 
     temperature: float
@@ -43,6 +45,7 @@ class DraftingSweep:
     identical: int
     outputs: int
     chosen: dict[str, int]
+    by_position: list[dict[str, Any]]
 
     def as_report(self) -> dict[str, Any]:
         """The `sweep` of a report."""
@@ -92,6 +95,15 @@ def sweep_drafting(
         identical=sum(row.identical for row in rows.values()),
         outputs=len(pairs) * len(prompts),
         chosen={"exit_layer": best[0], "draft_length": best[1]},
+        by_position=[
+            {
+                "exit_layer": n,
+                "draft_length": draft_lengths[-1],
+                "drafted_by_position": rows[n, draft_lengths[-1]].drafted_by_position,
+                "accepted_by_position": rows[n, draft_lengths[-1]].accepted_by_position,
+            }
+            for n in exit_layers
+        ],
     )
 
 

@@ -20,7 +20,8 @@ def test_every_pair_stands_where_it_belongs(monkeypatch):
             # 1.0 where the pair is (2, 3) or (5, 1): of equal ones the first is taken.
             speed_up = 1.0 if (n, length) in ((2, 3), (5, 1)) else 0.1 * n + 0.01 * length
             acceptance = None if length == 1 else n / 10
-            rows.append(SimpleNamespace(speed_up=speed_up, acceptance_rate=acceptance, identical=2))
+            places = dict(drafted_by_position=[n] * length, accepted_by_position=[1] * length)
+            rows.append(SimpleNamespace(speed_up=speed_up, acceptance_rate=acceptance, identical=2, **places))
         return SimpleNamespace(strategies=rows)
 
     monkeypatch.setattr(sweep, "compare_decoding", fake_compare)
@@ -32,6 +33,10 @@ def test_every_pair_stands_where_it_belongs(monkeypatch):
     assert [row[1] for row in swept.acceptance_rate] == [0.2, 0.5]
     assert all(math.isnan(row[0]) for row in swept.acceptance_rate)
     assert swept.chosen == {"exit_layer": 2, "draft_length": 3}
+    assert [(at["exit_layer"], at["draft_length"], at["drafted_by_position"]) for at in swept.by_position] == [
+        (2, 3, [2, 2, 2]),
+        (5, 3, [5, 5, 5]),
+    ]
     assert (swept.prompts, swept.identical, swept.outputs) == (2, 8, 8)
 
 
