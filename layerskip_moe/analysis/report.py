@@ -24,13 +24,14 @@ A report is a dict of plain values. Every section is optional; what is absent is
                      distinct_4grams, identical, first_differences}, None where a strategy has no such thing
     strategies      [comparison, ...] as above: every way to decode side by side, lossless or not
     sweep           {temperature, top_p, prompts, max_new_tokens, exit_layers: [...], draft_lengths: [...],
-                     speed_up, acceptance_rate: [per exit layer][per draft length], chosen: {exit_layer,
-                     draft_length}}, medians over prompts, which are others than `decoding`'s
+                     speed_up, acceptance_rate: [per exit layer][per draft length], identical, outputs,
+                     chosen: {exit_layer, draft_length}, by_position: [...]}, as `DraftingSweep`: medians over
+                     prompts, which are others than `decoding`'s
     early_exit      {confidence, min_layer, cache: "propagate" or "exact",
                      held_out: {thresholds, mean_layers, perplexity, agreement: [per threshold],
                                 exits: [L counts per threshold], confidence_mean, confidence_low,
                                 confidence_high: [L], tokens}, as `EarlyExitEvaluation`,
-                     decoding: a comparison, greedy, the baseline and a strategy per threshold,
+                     decoding: a comparison, the baseline and a strategy per threshold,
                      by_prompt: {threshold, exits: [L counts of new tokens per prompt]} or None}
     experts         {load: {layer: [E counts]}, metrics: {layer: {name: value}}, tokens}, as `ExpertUse`
     expert_choice   {layers: {layer: {token_dependence, chance, experts: [[{text, share, lift, count}, best
