@@ -11,11 +11,18 @@ from typing import Any
 
 import torch
 
-from layerskip_moe.analysis.figures import decoding_label
 from layerskip_moe.training.balance import balance_metrics
 
 _LEAST_AGREEMENT = 0.95  # with the last layer, for a threshold of early exit to be recommended
 _BALANCE = ("max_violation", "normalized_entropy", "dead_experts")
+
+
+def decoding_label(comparison: Mapping[str, Any]) -> str:
+    """How a comparison's tokens were chosen: "greedy", or its temperature and top-p."""
+    if comparison["temperature"] == 0:
+        return "greedy"
+    top_p = "" if comparison.get("top_p") is None else f", top-p {comparison['top_p']:g}"
+    return f"temperature {comparison['temperature']:g}{top_p}"
 
 
 def summarise(decoding: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

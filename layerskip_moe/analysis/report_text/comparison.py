@@ -5,7 +5,7 @@ Next: `findings.py`, which computes what is claimed here; `main.py --compare`, w
 
 from collections.abc import Sequence
 
-from layerskip_moe.analysis.figures import decoding_label
+from layerskip_moe.analysis.findings import decoding_label
 from layerskip_moe.analysis.report_text.decoding import quartiles
 from layerskip_moe.analysis.report_text.markdown import Report, figure, number, percent, table
 

@@ -5,7 +5,7 @@ Next: `sweep.py`, for the settings; `strategies.py`, for the ways to decode that
 
 from collections.abc import Sequence
 
-from layerskip_moe.analysis.figures import decoding_label
+from layerskip_moe.analysis.findings import decoding_label
 from layerskip_moe.analysis.report_text.markdown import Report, counted, fenced, figure, number, percent, table
 
 

@@ -3,7 +3,7 @@
 Next: `strategies.py`, whose table and words are used for decoding.
 """
 
-from layerskip_moe.analysis.figures import decoding_label
+from layerskip_moe.analysis.findings import decoding_label
 from layerskip_moe.analysis.report_text.decoding import how_measured
 from layerskip_moe.analysis.report_text.markdown import (
     Report,

@@ -5,7 +5,7 @@ Next: `exits.py`, for dynamic early exit over its thresholds; `bench/decoding.py
 
 import math
 
-from layerskip_moe.analysis.figures import decoding_label
+from layerskip_moe.analysis.findings import decoding_label
 from layerskip_moe.analysis.report_text.decoding import differences, how_measured, quartiles
 from layerskip_moe.analysis.report_text.markdown import Report, figure, number, percent, speed_verdict, table
 

@@ -3,7 +3,7 @@
 Next: `decoding.py`, which tells all that was measured.
 """
 
-from layerskip_moe.analysis.figures import decoding_label
+from layerskip_moe.analysis.findings import decoding_label
 from layerskip_moe.analysis.report_text.markdown import Report, counted, listed, number, speed_verdict
 
 

@@ -3,7 +3,7 @@
 Next: `decoding.py`, which tells how the setting did on other prompts.
 """
 
-from layerskip_moe.analysis.figures import decoding_label
+from layerskip_moe.analysis.findings import decoding_label
 from layerskip_moe.analysis.report_text.markdown import Report, counted, figure, number, percent, table
 
 
