@@ -14,6 +14,10 @@ import torch
 from layerskip_moe.training.balance import balance_metrics
 
 _LEAST_AGREEMENT = 0.95  # with the last layer, for a threshold of early exit to be recommended
+_MOST_LAYERS = 0.75  # share of the layers that must agree for a verdict on two runs' balance
+_SMALL_LEAD = 0.1  # of a sweep's best setting over the next: the few prompts of a sweep do not tell less apart
+# What a few hundred tokens do not tell apart: shares in percentage points.
+_MARGINS = {"perplexity_ratio": 0.15, "agreement_points": 6, "distinct_4grams_points": 5}
 _BALANCE = ("max_violation", "normalized_entropy", "dead_experts")
 
 
@@ -29,8 +33,9 @@ def summarise(decoding: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The headline of each comparison: its fastest strategy after the baseline, and how exact they all were.
 
     {decoding: "greedy" or the temperature, prompts, name, exit_layer, draft_length, speed_up,
-    speed_up_quartiles, tokens_per_second, baseline_tokens_per_second, acceptance_rate, outputs: how many
-    outputs of all strategies but the baseline, identical: how many of them equal the baseline's}.
+    speed_up_quartiles, tokens_per_second, distinct_4grams, baseline_tokens_per_second, acceptance_rate, settings:
+    how many strategies there are but the baseline, outputs: how many outputs of theirs, identical: how many of
+    them equal the baseline's}.
     A comparison of the baseline alone has no headline.
     """
     headlines = []
@@ -39,7 +44,10 @@ def summarise(decoding: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if not others:
             continue
         best = max(others, key=lambda row: row["speed_up"])
-        told = ("name", "exit_layer", "draft_length", "speed_up", "speed_up_quartiles", "tokens_per_second")
+        told = (
+            *("name", "exit_layer", "draft_length", "speed_up", "speed_up_quartiles"),
+            *("tokens_per_second", "distinct_4grams"),
+        )
         headlines.append(
             {
                 "decoding": decoding_label(comparison),
@@ -47,6 +55,7 @@ def summarise(decoding: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 **{field: best[field] for field in told},
                 "acceptance_rate": best["acceptance_rate"],
                 "baseline_tokens_per_second": baseline["tokens_per_second"],
+                "settings": len(others),
                 "outputs": comparison["prompts"] * len(others),
                 "identical": sum(row["identical"] for row in others),
             }
@@ -54,16 +63,49 @@ def summarise(decoding: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return headlines
 
 
-def acceptance_by_position(decoding: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """{decoding, name, accepted: [share of the i-th drafts accepted]} of every strategy that drafted."""
+def acceptance_by_position(
+    decoding: Sequence[Mapping[str, Any]], sweep: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """{decoding, name, accepted: [share of the i-th drafts accepted]} of every strategy that drafted, and then of
+    every exit layer of the sweep at its longest draft length."""
+    drafted = [
+        (decoding_label(comparison), row["name"], row) for comparison in decoding for row in comparison["strategies"]
+    ]
+    for row in (sweep or {}).get("by_position") or []:
+        drafted.append((decoding_label(sweep or {}), f"sweep, exit layer {row['exit_layer']}", row))
     found = []
-    for comparison in decoding:
-        for row in comparison["strategies"]:
-            counts = zip(row.get("drafted_by_position") or [], row.get("accepted_by_position") or [], strict=True)
-            shares = [accepted / drafted for drafted, accepted in counts if drafted]
-            if shares:
-                found.append({"decoding": decoding_label(comparison), "name": row["name"], "accepted": shares})
+    for label, name, row in drafted:
+        counts = zip(row.get("drafted_by_position") or [], row.get("accepted_by_position") or [], strict=True)
+        shares = [accepted / drafted for drafted, accepted in counts if drafted]
+        if shares:
+            found.append({"decoding": label, "name": name, "accepted": shares})
     return found
+
+
+def sweep_lead(sweep: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The setting that comes next to the chosen one: {exit_layer, draft_length, speed_up, small: whether the
+    chosen one's lead over it is 10% or less}. None where no other was measured."""
+    measured = {
+        (layer, length): sweep["speed_up"][i][j]
+        for i, layer in enumerate(sweep["exit_layers"])
+        for j, length in enumerate(sweep["draft_lengths"])
+        if sweep["speed_up"][i][j] is not None
+    }
+    chosen = measured.pop((sweep["chosen"]["exit_layer"], sweep["chosen"]["draft_length"]), None)
+    if chosen is None or not measured:
+        return None
+    layer, length = max(measured, key=lambda place: measured[place])
+    speed_up = measured[layer, length]
+    small = chosen <= (1 + _SMALL_LEAD) * speed_up
+    return {"exit_layer": layer, "draft_length": length, "speed_up": speed_up, "small": small}
+
+
+def resolution(strategies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many tokens a strategy wrote in each comparison, and the differences that so few do not tell apart.
+
+    The margins are rough: they are about what a few hundred sampled tokens vary by, and are not computed from these.
+    """
+    return {"tokens": [entry["prompts"] * entry["max_new_tokens"] for entry in strategies], **_MARGINS}
 
 
 def best_threshold(held_out: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,8 +128,8 @@ def best_threshold(held_out: Mapping[str, Any]) -> dict[str, Any]:
 def balance_over_training(train: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The balance in the first and in the last train record that has a load, means over layers.
 
-    {steps: (first, last), and so for max_violation, normalized_entropy and dead_experts}; None without two
-    such records, or where a record's layers had no choice to make.
+    {steps: (first, last), how many were done; and so for max_violation, normalized_entropy and dead_experts}; None
+    without two such records, or where a record's layers had no choice to make.
     """
     loaded = [record for record in train if record.get("load")]
     if len(loaded) < 2:
@@ -98,30 +140,49 @@ def balance_over_training(train: Sequence[Mapping[str, Any]]) -> dict[str, Any] 
     )
     if first is None or last is None:
         return None
-    return {"steps": [record["step"] for record in ends], **{name: [first[name], last[name]] for name in _BALANCE}}
+    return {"steps": [record["step"] + 1 for record in ends], **{name: [first[name], last[name]] for name in _BALANCE}}
 
 
 def compare_runs(comparison: Mapping[str, Any]) -> dict[str, Any]:
     """What two runs can be compared by.
 
     {runs: [{balance: means over layers or None, decoding: `summarise` of the run's}, ...],
-    layers: how many layers hold experts in both, more_even: in how many of them MaxVio is lower in the first}.
+    layers: how many layers hold experts in both, more_even: in how many of them MaxVio is lower in the first,
+    balance: "better" or "worse" in the first where the means of MaxVio and of entropy and the MaxVio of three
+    layers in four say so alike; None where they do not}.
     """
     runs = comparison["runs"]
     first, second = (run.get("experts") or {} for run in runs)
     both = [(first[layer]["max_violation"], second[layer]["max_violation"]) for layer in first if layer in second]
     measured = [pair for pair in both if None not in pair]
+    balances = [_mean_balance((run.get("experts") or {}).values()) for run in runs]
+    more_even = sum(with_ < without for with_, without in measured)
+    less_even = sum(with_ > without for with_, without in measured)
     return {
         "runs": [
-            {
-                "balance": _mean_balance((run.get("experts") or {}).values()),
-                "decoding": summarise(run["decoding"]),
-            }
-            for run in runs
+            {"balance": balance, "decoding": summarise(run["decoding"])}
+            for balance, run in zip(balances, runs, strict=True)
         ],
         "layers": len(measured),
-        "more_even": sum(with_ < without for with_, without in measured),
+        "more_even": more_even,
+        "balance": _balance_verdict(balances, more_even / len(measured), less_even / len(measured))
+        if measured
+        else None,
     }
+
+
+def _balance_verdict(balances: Sequence[dict[str, float] | None], more_even: float, less_even: float) -> str | None:
+    """Of two runs' means, and the shares of layers in which the first is the more and the less even."""
+    first, second = balances
+    if first is None or second is None:
+        return None
+    violation = first["max_violation"] - second["max_violation"]  # falls with evenness
+    entropy = first["normalized_entropy"] - second["normalized_entropy"]  # rises with it
+    if violation < 0 < entropy and more_even >= _MOST_LAYERS:
+        return "better"
+    if entropy < 0 < violation and less_even >= _MOST_LAYERS:
+        return "worse"
+    return None
 
 
 def mean_seconds_by_part(train: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:

@@ -67,7 +67,9 @@ from layerskip_moe.analysis.findings import (
     best_threshold,
     compare_runs,
     mean_seconds_by_part,
+    resolution,
     summarise,
+    sweep_lead,
 )
 from layerskip_moe.analysis.metrics_file import read_metrics
 from layerskip_moe.analysis.recipe_schedule import RecipeSchedule, recipe_schedule
@@ -142,9 +144,16 @@ def _findings(
     """`findings`, of the sections that are there."""
     early_exit, comparison = report.get("early_exit"), report.get("comparison")
     found = {
-        "acceptance_by_position": acceptance_by_position(report.get("decoding") or []),
+        "acceptance_by_position": acceptance_by_position(report.get("decoding") or [], report.get("sweep")),
+        "sweep": sweep_lead(report["sweep"]) if report.get("sweep") else None,
+        "strategies": resolution(report["strategies"]) if report.get("strategies") else None,
         "early_exit": best_threshold(early_exit["held_out"]) if early_exit else None,
-        "recipe": {"curriculum_steps": len(schedule.curriculum_steps)} if schedule else None,
+        "recipe": {
+            "curriculum_steps": len(schedule.curriculum_steps),
+            "highest_dropout": max(map(max, schedule.rates)),
+        }
+        if schedule
+        else None,
         "balance_over_training": balance_over_training(train),
         "comparison": compare_runs(comparison) if comparison else None,
     }

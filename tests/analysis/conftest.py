@@ -115,7 +115,14 @@ _FULL = dict(
         "temperature": 0.8, "top_p": None, "prompts": 6, "max_new_tokens": 64, "exit_layers": [1, 2],
         "draft_lengths": [3, 4, 6], "speed_up": [[1.081, 1.042, 0.973], [1.124, 1.231, 1.153]],
         "acceptance_rate": [[0.513, 0.482, 0.421], [0.674, 0.633, 0.561]],
-        "chosen": {"exit_layer": 2, "draft_length": 4},
+        "chosen": {"exit_layer": 2, "draft_length": 4}, "identical": 36, "outputs": 36,
+        "by_position": [
+            {
+                "exit_layer": layer, "draft_length": 6, "drafted_by_position": [80, 75, 72, 70, 66, 61],
+                "accepted_by_position": accepted,
+            }
+            for layer, accepted in ((1, [45, 30, 21, 14, 9, 6]), (2, [58, 47, 36, 29, 22, 17]))
+        ],
     },
     early_exit={
         "confidence": "softmax_diff",

@@ -14,7 +14,8 @@ from layerskip_moe.analysis import write_report
 def _numbers(value):
     """Every number in the JSON, those within texts and names included."""
     if isinstance(value, dict):
-        return [n for key, part in value.items() for n in (*_numbers(key), *_numbers(part))]
+        counted_from_1 = [n + 1 for pair in value.get("first_differences", {}).items() for n in map(int, pair)]
+        return counted_from_1 + [n for key, part in value.items() for n in (*_numbers(key), *_numbers(part))]
     if isinstance(value, list):
         return [n for part in value for n in _numbers(part)] + [float(i + 1) for i in range(len(value))]
     if isinstance(value, str):

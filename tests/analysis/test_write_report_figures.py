@@ -53,7 +53,7 @@ def test_a_full_report_has_every_figure(written, full_report, train_records, sav
     _write_metrics(tmp_path, [*train_records, validation])
     text, held = written(full_report, draw=True)
     assert set(held["figures"]) == {
-        "loss", "perplexity_by_exit", "speed_up_by_exit", "expert_load", "speed_up_contour", "acceptance_by_position",
+        "loss", "perplexity_by_exit", "expert_load", "speed_up_contour", "acceptance_by_position",
         "early_exit", "confidence_by_layer", "exit_histogram", "exits_by_prompt", "layer_dropout", "exit_curriculum",
         "balance_over_training", "expert_tokens", "step_parts", "quality", "comparison",
     }  # fmt: skip

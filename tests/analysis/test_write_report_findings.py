@@ -80,7 +80,7 @@ def test_seconds_by_part_come_from_metrics_where_none_are_given(written, full_re
     text, held = written({"training": {**given, "seconds_by_part": None}})
     assert alone == {"seconds_by_part": held["training"]["seconds_by_part"]}
     assert held["training"]["seconds_by_part"] == findings.mean_seconds_by_part(train_records)
-    assert "most of it into `backward`" in text and "| forward | 220.0 |" in text
+    assert "the largest part into `backward`" in text and "| forward | 220.0 |" in text
 
 
 def test_balance_over_training_compares_the_ends(written, train_records, tmp_path):
@@ -88,11 +88,11 @@ def test_balance_over_training_compares_the_ends(written, train_records, tmp_pat
 
     found = findings.balance_over_training(train_records)
     first = balance_metrics(torch.tensor([9, 11, 13, 7]))
-    assert found["steps"] == [9, 24]
+    assert found["steps"] == [10, 25]
     assert found["max_violation"] == pytest.approx([first["max_violation"] / 2, 0.0])
     assert found["normalized_entropy"] == pytest.approx([(first["normalized_entropy"] + 1) / 2, 1.0])
     for records, said in (
-        (train_records, "By max violation, the load became more even"),
+        (train_records, "By MaxVio, the load became more even"),
         (train_records[:2], "became **less** even"),
     ):
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

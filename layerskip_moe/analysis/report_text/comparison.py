@@ -6,8 +6,7 @@ Next: `findings.py`, which computes what is claimed here; `main.py --compare`, w
 from collections.abc import Sequence
 
 from layerskip_moe.analysis.findings import decoding_label
-from layerskip_moe.analysis.report_text.decoding import quartiles
-from layerskip_moe.analysis.report_text.markdown import Report, figure, number, percent, table
+from layerskip_moe.analysis.report_text.markdown import Report, figure, number, percent, quartiles, table
 
 
 def comparison_lines(report: Report) -> list[str]:
@@ -49,26 +48,24 @@ def _perplexity_verdict(runs: Sequence[Report]) -> list[str]:
 
 
 def _balance_verdict(runs: Sequence[Report], found: Report) -> list[str]:
-    """Whether layer skipping balances experts better, as far as one run each can tell."""
+    """Whether experts are balanced better with LayerSkip, as far as one run each can tell."""
     measures = [run["balance"] for run in found["runs"]]
     if None in measures:
         return ["- The balance of experts cannot be compared: not every run has layers with experts that were used."]
-    with_, without = (row["max_violation"] for row in measures)
-    if number(with_, 3) == number(without, 3):
-        told = "Layer skipping **made no difference** to the balance of experts here"
-    elif with_ < without:
-        told = "Layer skipping **balanced experts better** here"
-    else:
-        told = "Layer skipping **did not balance experts better** here, but worse"
-    entropy, plain_entropy = (row["normalized_entropy"] for row in measures)
-    doubt = ""
-    if (with_ - without) * (entropy - plain_entropy) > 0:  # MaxVio falls with evenness, entropy rises
-        doubt = " Entropy, which looks at all experts and not the busiest alone, says the opposite."
+    with_, without = (number(row["max_violation"], 3) for row in measures)
+    entropy, plain_entropy = (number(row["normalized_entropy"], 3) for row in measures)
     return [
-        f"- {told}: mean MaxVio {number(with_, 3)} against {number(without, 3)} (0 is even); it is lower with "
-        f"LayerSkip in {found['more_even']} of {found['layers']} layers. Normalised entropy: {number(entropy, 3)} "
-        f"against {number(plain_entropy, 3)} (1 is even).{doubt}"
+        f"- {balance_told(found)}: mean MaxVio {with_} against {without} (0 is even), lower with LayerSkip in "
+        f"{found['more_even']} of {found['layers']} layers; mean normalised entropy {entropy} against {plain_entropy} "
+        "(1 is even)."
     ]
+
+
+def balance_told(found: Report) -> str:
+    """The verdict on the balance of experts, from the findings on two runs."""
+    if found["balance"]:
+        return f"With LayerSkip, experts were **balanced {found['balance']}**"
+    return "Whether experts are balanced better with LayerSkip **cannot be told** from this"
 
 
 def _speed_verdict(runs: Sequence[Report], found: Report) -> list[str]:
@@ -76,12 +73,24 @@ def _speed_verdict(runs: Sequence[Report], found: Report) -> list[str]:
     for with_, without in zip(*(run["decoding"] for run in found["runs"]), strict=False):
         if with_["decoding"] != without["decoding"]:
             continue
+        best = " at its best" if with_["settings"] > 1 else ""
         lines.append(
-            f"- {with_['decoding'].capitalize()}: drafting with its own early layers, `{runs[0]['name']}` was at its "
-            f"best {number(with_['speed_up'], 2)} times as fast as itself decoded plainly (`{with_['name']}`), and "
-            f"`{runs[1]['name']}` {number(without['speed_up'], 2)} times (`{without['name']}`)."
+            f"- {with_['decoding'].capitalize()}: drafting with its own early layers, `{runs[0]['name']}` was{best} "
+            f"{_speed(with_)} as fast as itself decoded plainly {_setting(with_)}, and `{runs[1]['name']}` "
+            f"{_speed(without)} {_setting(without)}."
         )
     return lines
+
+
+def _speed(best: Report) -> str:
+    return f"{number(best['speed_up'], 2)} times"
+
+
+def _setting(best: Report) -> str:
+    if best["exit_layer"] is None:
+        return f"(`{best['name']}`; middle half of the prompts: {quartiles(best)})"
+    drafts = f"exit layer {best['exit_layer']}, draft length {number(best['draft_length'])}"
+    return f"({drafts}; middle half of the prompts: {quartiles(best)})"
 
 
 def _runs_table(runs: Sequence[Report], found: Report) -> list[str]:
@@ -115,12 +124,17 @@ def _exits_table(runs: Sequence[Report]) -> list[str]:
 
 
 def _decoding_table(runs: Sequence[Report]) -> list[str]:
-    header = ("decoding", "run", "strategy", "tokens/s", "speed-up", "middle half", "accepted", "identical")
+    header = (
+        *("decoding", "run", "strategy", "exit layer", "draft length"),
+        *("tokens/s", "speed-up", "middle half", "accepted", "identical"),
+    )
     rows = [
         (
             decoding_label(comparison),
             run["name"],
             row["name"],
+            number(row["exit_layer"]),
+            number(row["draft_length"]),
             number(row["tokens_per_second"], 1),
             number(row["speed_up"], 2),
             quartiles(row),

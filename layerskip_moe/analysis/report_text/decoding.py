@@ -6,7 +6,18 @@ Next: `sweep.py`, for the settings; `strategies.py`, for the ways to decode that
 from collections.abc import Sequence
 
 from layerskip_moe.analysis.findings import decoding_label
-from layerskip_moe.analysis.report_text.markdown import Report, counted, fenced, figure, number, percent, table
+from layerskip_moe.analysis.report_text.markdown import (
+    Report,
+    counted,
+    fenced,
+    figure,
+    number,
+    percent,
+    quartiles,
+    table,
+)
+
+_LOOPING = 0.5  # distinct 4-grams below which a text is said to repeat itself
 
 
 def decoding_lines(report: Report) -> list[str]:
@@ -15,7 +26,7 @@ def decoding_lines(report: Report) -> list[str]:
         *("strategy", "exit layer", "draft length", "tokens/s", "speed-up", "middle half", "accepted"),
         *("tokens per verification", "distinct 4-grams", "identical", "prefill, ms"),
     )
-    lines = figure(report, "speed_up_by_exit", "Speed-up and acceptance by exit layer")
+    lines = []
     for comparison in report.get("decoding") or []:
         rows = comparison["strategies"]
         lines += [
@@ -33,15 +44,16 @@ def how_measured(comparison: Report) -> str:
     """What a comparison's figures are medians of, and what they leave out."""
     return (
         f"{counted(comparison['prompts'], 'held-out prompt')} x {counted(comparison['max_new_tokens'], 'token')}, "
-        f"one at a time (batch 1), prompt i with seed {comparison['seed']} + i; warmed up, interleaved, medians over "
-        f"prompts. Speed-up is the ratio to `{comparison['strategies'][0]['name']}` on the same prompt. "
-        "Tokens/s leaves out the prefill."
+        f"one at a time (batch 1), each prompt with a seed of its own, from {comparison['seed']} on; warmed up, "
+        "interleaved, medians over prompts. Speed-up is the median of each prompt's own ratio to "
+        f"`{comparison['strategies'][0]['name']}`, which is not the ratio of two medians of tokens/s. Tokens/s leaves "
+        "out the prefill."
     )
 
 
-def quartiles(row: Report) -> str:
-    """The speed-ups between which the middle half of the prompts lies."""
-    return " to ".join(number(quartile, 2) for quartile in row["speed_up_quartiles"])
+def repeats_itself(row: Report) -> bool:
+    """Whether a strategy's text has so few distinct 4-grams that it loops."""
+    return row["distinct_4grams"] is not None and row["distinct_4grams"] < _LOOPING
 
 
 def _row(row: Report, prompts: int) -> tuple[str, ...]:
@@ -64,11 +76,10 @@ def differences(rows: Sequence[Report]) -> list[str]:
     """Where outputs first differ from the baseline's, a line for each strategy that has such outputs."""
     lines = []
     for row in rows:
-        places = [f"{prompt} (token {place})" for prompt, place in row["first_differences"].items()]
+        # The report counts from 0, readers from 1.
+        places = [f"{int(prompt) + 1} (token {place + 1})" for prompt, place in row["first_differences"].items()]
         if places:
-            lines.append(
-                f"- `{row['name']}` parts from `{rows[0]['name']}` on prompts {', '.join(places)}; counted from 0."
-            )
+            lines.append(f"- `{row['name']}` parts from `{rows[0]['name']}` on prompts {', '.join(places)}.")
     return [*lines, ""] if lines else []
 
 
@@ -86,18 +97,22 @@ def _by_position(report: Report) -> list[str]:
         "",
         "A draft counts only if all before it in its round were accepted, so these shares fall with the place even "
         "where every token is equally easy to guess. They do not say that later tokens are harder: the acceptance "
-        "given that the drafts before were accepted would, and the figure has both.",
+        f"given that the drafts before were accepted would, and the figure has both{_drawn(report)}.",
         "",
         *table(("decoding", "strategy", *(f"draft {place}" for place in range(1, longest + 1))), rows),
         *figure(report, "acceptance_by_position", "Acceptance by place in the round"),
     ]
 
 
+def _drawn(report: Report) -> str:
+    return ", from the sweep" if (report.get("sweep") or {}).get("by_position") else ""
+
+
 def continuation_lines(report: Report) -> list[str]:
     """`continuations`, as text."""
     lines = []
     for place, sample in enumerate(report.get("continuations") or [], start=1):
-        lines += [f"### Prompt {place}", "", *fenced(sample["prompt"]), "Plain decoding:", ""]
+        lines += [f"### Prompt {place}", "", *fenced(sample["prompt"]), "Plain decoding, greedy:", ""]
         lines += fenced(sample["plain"])
         if sample["self_speculative"] == sample["plain"]:
             lines += ["Self-speculative decoding: the same text.", ""]

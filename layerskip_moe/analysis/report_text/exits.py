@@ -3,8 +3,10 @@
 Next: `strategies.py`, whose table and words are used for decoding.
 """
 
+from collections.abc import Sequence
+
 from layerskip_moe.analysis.findings import decoding_label
-from layerskip_moe.analysis.report_text.decoding import how_measured
+from layerskip_moe.analysis.report_text.decoding import how_measured, repeats_itself
 from layerskip_moe.analysis.report_text.markdown import (
     Report,
     figure,
@@ -58,10 +60,11 @@ def early_exit_lines(report: Report) -> list[str]:
         "",
         f"{number(held_out['tokens'])} tokens, each given the true text so far, and with every layer's keys and values "
         "exact. So these figures say how good the exits are, not how far a text drifts that is built on them: that "
-        f"is under Decoding. {_held_out_verdict(report)}",
+        f"is under Decoding. {best_threshold_told(report['findings']['early_exit'])}",
         "",
         *table(("threshold", "layers per token", "perplexity", "agreement"), rows),
         *figure(report, "early_exit", "Speed and quality by threshold"),
+        *_confidence(held_out),
         *figure(report, "confidence_by_layer", "Confidence by layer"),
         *figure(report, "exit_histogram", "Where tokens leave, by threshold"),
         f"### Decoding, {decoding_label(decoding)}",
@@ -74,13 +77,16 @@ def early_exit_lines(report: Report) -> list[str]:
     ]
 
 
-def _held_out_verdict(report: Report) -> str:
-    found = report["findings"]["early_exit"]
+def best_threshold_told(found: Report) -> str:
+    """The threshold to recommend by held-out text, from the findings on early exit."""
     least = percent(found["least_agreement"])
     if found["threshold"] is None:
-        return f"**No threshold that saves layers** agrees with the last layer at {least} of the positions or more."
+        return (
+            f"**No threshold that saves layers** agrees with the last layer at {least} of the held-out positions or "
+            "more."
+        )
     return (
-        f"Of the thresholds that agree with the last layer at {least} of the positions or more, "
+        f"Of the thresholds that agree with the last layer at {least} of the held-out positions or more, "
         f"{short(found['threshold'])} saves most: {number(found['mean_layers'], 2)} of {found['n_layers']} layers per "
         "token."
     )
@@ -91,19 +97,51 @@ def _decoding_verdict(decoding: Report) -> list[str]:
     if not rows:
         return []
     best = max(rows, key=lambda row: row["speed_up"])
+    fastest = f", the fastest of {len(rows)} on these prompts" if len(rows) > 1 else ""
     told = (
-        f"At its fastest, with threshold {short(best['threshold'])}, early exit was {speed_verdict(best['speed_up'])}, "
-        f"at {number(best['mean_layers'], 2)} layers per token; {best['identical']} of {decoding['prompts']} outputs "
-        "are plain decoding's."
+        f"With threshold {short(best['threshold'])}{fastest}, early exit was {speed_verdict(best)}, at "
+        f"{number(best['mean_layers'], 2)} layers per token; {best['identical']} of {decoding['prompts']} outputs are "
+        "plain decoding's."
     )
-    in_vain = [row for row in rows if row["mean_layers"] < baseline["mean_layers"] and row["speed_up"] < 1]
-    if in_vain:
-        thresholds = listed(short(row["threshold"]) for row in in_vain)
+    if fastest:
+        told += " The best of several looks better on the prompts it was picked on than it is."
+    if repeats_itself(best) or repeats_itself(baseline):
         told += (
-            f" With threshold {thresholds} it left out layers and was slower all the same: asking a layer for its "
-            "confidence takes time too."
+            f" The text repeats itself (distinct 4-grams: {percent(best['distinct_4grams'])}, plain decoding's "
+            f"{percent(baseline['distinct_4grams'])}), and text that loops is easy to leave early."
         )
-    return [told, ""]
+    return [told + _in_vain(baseline, rows), ""]
+
+
+def _in_vain(baseline: Report, rows: Sequence[Report]) -> str:
+    """The thresholds that made decoding slower, with layers left out or (to two decimals) none."""
+    slower = [row for row in rows if row["speed_up"] < 1]
+    every = number(baseline["mean_layers"], 2)
+    fewer = [row for row in slower if number(row["mean_layers"], 2) != every]
+    told = ""
+    if fewer:
+        thresholds = listed(short(row["threshold"]) for row in fewer)
+        told += (
+            f" With threshold {thresholds} it left out layers and was slower all the same: deciding where to leave "
+            "costs time too."
+        )
+    for row in slower:
+        if row not in fewer:
+            told += (
+                f" With threshold {short(row['threshold'])} it ran all layers, at {number(row['speed_up'], 2)} times "
+                "plain decoding's speed: that is what deciding where to leave costs."
+            )
+    return told
+
+
+def _confidence(held_out: Report) -> list[str]:
+    columns = (held_out["confidence_mean"], held_out["confidence_low"], held_out["confidence_high"])
+    rows = [
+        (str(layer), *(number(value, 3) for value in values))
+        for layer, values in enumerate(zip(*columns, strict=True), start=1)
+        if values[0] is not None
+    ]
+    return table(("layer", "confidence, mean", "first quartile", "third quartile"), rows)
 
 
 def _by_prompt(report: Report) -> list[str]:

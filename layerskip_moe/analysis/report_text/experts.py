@@ -3,7 +3,15 @@
 Next: `training/balance.py`, which defines the measures of balance; `analysis/expert_choice.py`.
 """
 
-from layerskip_moe.analysis.report_text.markdown import Report, figure, literal, number, percent, table
+from layerskip_moe.analysis.report_text.markdown import (
+    Report,
+    balance_name,
+    figure,
+    literal,
+    number,
+    percent,
+    table,
+)
 
 _MANY_EXPERTS = 16  # beyond which a table by expert says less than the figure
 
@@ -26,15 +34,16 @@ def _load(report: Report) -> list[str]:
     header = ("layer", *(f"expert {e}" for e in range(n_experts)))
     return [
         f"Choices that each expert got for {number(experts['tokens'])} held-out tokens, and how even they are; "
-        f"layers count from 0. {_balance_verdict(experts['metrics'])}",
+        f"layers count from 0. {load_told(experts['metrics'])}",
         "",
         *(table(header, counts) if n_experts <= _MANY_EXPERTS else ()),
-        *table(("layer", *(name.replace("_", " ") for name in names)), metrics),
+        *table(("layer", *map(balance_name, names)), metrics),
         *figure(report, "expert_load", "Load per expert"),
     ]
 
 
-def _balance_verdict(metrics: Report) -> str:
+def load_told(metrics: Report) -> str:
+    """Which layer is least even, and where no token chose an expert."""
     measured = {layer: row for layer, row in metrics.items() if row["max_violation"] is not None}
     if not measured:
         return "No layer was given a choice to make."
@@ -45,7 +54,7 @@ def _balance_verdict(metrics: Report) -> str:
     else:
         told = (
             f"Least even is layer {worst}, whose busiest expert got {percent(over)} more than an even share "
-            "(max violation)."
+            f"(MaxVio {number(over, 3)})."
         )
     dead = [layer for layer, row in measured.items() if row.get("dead_experts")]
     if dead:
@@ -58,15 +67,15 @@ def _over_training(report: Report) -> list[str]:
     if not found:
         return []
     rows = [
-        (name.replace("_", " "), *(number(value, 3) for value in found[name]))
+        (balance_name(name), *(number(value, 3) for value in found[name]))
         for name in ("max_violation", "normalized_entropy", "dead_experts")
     ]
-    header = ("mean over layers", *(f"step {number(step)}" for step in found["steps"]))
+    header = ("mean over layers", *(f"after {number(step)} steps" for step in found["steps"]))
     first, last = found["max_violation"]
     if number(first, 3) == number(last, 3):
-        told = "By max violation, the load was as even at the end of training as at its start"
+        told = "By MaxVio, the load was as even at the end of training as at its start"
     else:
-        told = f"By max violation, the load became {'more' if last < first else '**less**'} even during training"
+        told = f"By MaxVio, the load became {'more' if last < first else '**less**'} even during training"
     entropies = found["normalized_entropy"]
     if (last - first) * (entropies[1] - entropies[0]) > 0:  # one falls with evenness, the other rises
         told += " (by entropy, which looks at all experts and not the busiest alone, it is the opposite)"
@@ -90,11 +99,11 @@ def _choice(report: Report) -> list[str]:
         "### What experts are chosen for",
         "",
         f"Token dependence: on {number(choice['tokens'])} held-out tokens, the share of choices foretold by the token "
-        "alone, as the experts that this token went to most in another part of the text; chance is the same by the "
-        f"layer's busiest experts. {_dependence_verdict(layers)} It says nothing of what an expert computes, nor "
-        "whether the rest follows from context or from noise.",
+        "alone, as the experts that this token went to most in another part of the text; beside it the share that the "
+        f"layer's busiest experts foretell, whatever the token. {_dependence_verdict(layers)} It says nothing of what "
+        "an expert computes, nor whether the rest follows from context or from noise.",
         "",
-        *table(("layer", "token dependence", "chance"), depends),
+        *table(("layer", "token dependence", "busiest experts"), depends),
         *figure(report, "expert_tokens", "How much the choice of experts depends on the token alone"),
     ]
     n_experts = max(len(found["experts"]) for found in layers.values())
@@ -122,7 +131,10 @@ def _dependence_verdict(layers: Report) -> str:
     most = max(gain, key=lambda layer: gain[layer])
     share, chance = percent(known[most]["token_dependence"]), percent(known[most]["chance"])
     if gain[most] <= 0:
-        return f"**In no layer does the token foretell more than chance** (at most {share} against {chance})."
+        return (
+            f"**In no layer does the token foretell more than the busiest experts do** (at most {share} against "
+            f"{chance})."
+        )
     told = f"The token foretells most in layer {most}: {share} against {chance}."
     below = [layer for layer, more in gain.items() if more <= 0]
-    return told + (f" It foretells nothing beyond chance in layer {', '.join(below)}." if below else "")
+    return told + (f" It foretells no more than the busiest experts in layer {', '.join(below)}." if below else "")

@@ -83,11 +83,27 @@ def listed(parts: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def speed_verdict(speed_up: float) -> str:
-    """How a speed-up compares with plain decoding, to the two decimals that are shown."""
-    times = f"{speed_up:.2f}"
+def quartiles(row: Report) -> str:
+    """The speed-ups between which the middle half of the prompts lies."""
+    return " to ".join(number(quartile, 2) for quartile in row["speed_up_quartiles"])
+
+
+def speed_verdict(row: Report) -> str:
+    """How a strategy's speed-up compares with plain decoding, to the two decimals that are shown.
+
+    Bold only where the middle half of the prompts lies on one side of 1.
+    """
+    times, ends = f"{row['speed_up']:.2f}", row["speed_up_quartiles"]
+    mixed = None in ends or ends[0] < 1 < ends[1]
+    bold, so = ("", ", so not alike on all") if mixed else ("**", "")
+    half = f"middle half of the prompts: {quartiles(row)} times{so}"
     if times == "1.00":
-        return "**neither faster nor slower** than plain decoding (1.00 times its speed)"
-    if speed_up < 1:
-        return f"**slower** than plain decoding: {times} times its speed"
-    return f"**{times} times as fast** as plain decoding"
+        return f"{bold}neither faster nor slower{bold} than plain decoding (1.00 times its speed; {half})"
+    if row["speed_up"] < 1:
+        return f"{bold}slower{bold} than plain decoding: {times} times its speed ({half})"
+    return f"{bold}{times} times as fast{bold} as plain decoding ({half})"
+
+
+def balance_name(measure: str) -> str:
+    """What a measure of balance is called, by its name in the report."""
+    return {"max_violation": "MaxVio"}.get(measure, measure.replace("_", " "))

@@ -6,15 +6,24 @@ Next: `exits.py`, for dynamic early exit over its thresholds; `bench/decoding.py
 import math
 
 from layerskip_moe.analysis.findings import decoding_label
-from layerskip_moe.analysis.report_text.decoding import differences, how_measured, quartiles
-from layerskip_moe.analysis.report_text.markdown import Report, figure, number, percent, speed_verdict, table
+from layerskip_moe.analysis.report_text.decoding import differences, how_measured
+from layerskip_moe.analysis.report_text.markdown import (
+    Report,
+    figure,
+    listed,
+    number,
+    percent,
+    quartiles,
+    speed_verdict,
+    table,
+)
 
 _MEANING = (
     "Lossless: every token is the whole model's own choice, whoever drafted it, so the text is plain decoding's. "
     "Lossy: tokens may be chosen with layers left out, and the text be another. Perplexity and agreement are of "
     "the text a strategy wrote, read by the whole model: how likely it finds each token (lower is likelier), and for "
-    "which share it is the first choice. They do not measure how good the text is: text that repeats itself is easy "
-    "to predict, so read them beside the distinct 4-grams."
+    "which share it is the first choice, at temperature 1 whatever the text was drawn at. They do not measure how "
+    "good the text is: text that repeats itself is easy to predict, so read them beside the distinct 4-grams."
 )
 
 
@@ -23,8 +32,14 @@ def strategy_lines(report: Report) -> list[str]:
     comparisons = report.get("strategies")
     if not comparisons:
         return []
-    lines = [_MEANING, "", *figure(report, "quality", "Speed and likelihood of the text, by strategy")]
-    for comparison in comparisons:
+    found = report["findings"]["strategies"]
+    rough = (
+        f"Perplexities within {100 * found['perplexity_ratio']:.0f}% of plain decoding's, agreements within "
+        f"{found['agreement_points']} points and distinct 4-grams within {found['distinct_4grams_points']} are "
+        "taken for no difference: rough bounds on what so few tokens tell apart."
+    )
+    lines = [_MEANING, "", rough, "", *figure(report, "quality", "Speed and likelihood of the text, by strategy")]
+    for comparison, tokens in zip(comparisons, found["tokens"], strict=True):
         baseline, *others = comparison["strategies"]
         lines += [f"### {decoding_label(comparison).capitalize()}", "", how_measured(comparison), ""]
         lines += quality_table(comparison)
@@ -34,7 +49,7 @@ def strategy_lines(report: Report) -> list[str]:
             lines.append(_lossless_verdict(outputs, same))
             # Where a lossy strategy parts from plain decoding is no news; where a lossless one does is a fault.
             lines += differences([baseline, *lossless])
-        lines += [_lossy_verdict(row, baseline) for row in others if not _is_lossless(row, baseline)]
+        lines += [_lossy_verdict(row, baseline, tokens, found) for row in others if not _is_lossless(row, baseline)]
         lines.append("")
     return lines
 
@@ -81,22 +96,32 @@ def _lossless_verdict(outputs: int, same: int) -> str:
     )
 
 
-def _lossy_verdict(row: Report, baseline: Report) -> str:
-    told = [f"- `{row['name']}` was {speed_verdict(row['speed_up'])}"]
+def _lossy_verdict(row: Report, baseline: Report, tokens: int, margins: Report) -> str:
+    speed = f"- `{row['name']}` was {speed_verdict(row)}"
     if not _leaves_out(row, baseline):
-        return told[0] + ", and left out no layer here."
-    if row["perplexity"] is not None and baseline["perplexity"] is not None:
-        ratio = row["perplexity"] / baseline["perplexity"]
-        likely = "about as likely as" if 0.95 < ratio < 1.05 else "less likely than" if ratio > 1 else "likelier than"
-        told.append(
-            f"the whole model finds its text {likely} plain decoding's (perplexity {number(row['perplexity'], 2)} "
-            f"against {number(baseline['perplexity'], 2)})"
-        )
-    if row["distinct_4grams"] is not None and baseline["distinct_4grams"] is not None:
-        more = row["distinct_4grams"] - baseline["distinct_4grams"]
-        repeats = "as much as" if abs(more) < 0.02 else "less than" if more > 0 else "more than"
-        told.append(
-            f"it repeats itself {repeats} plain decoding (distinct 4-grams: {percent(row['distinct_4grams'])} against "
-            f"{percent(baseline['distinct_4grams'])})"
-        )
+        return f"{speed}, and left out no layer here."
+    told, untold = [speed], []
+    perplexity, plain = row["perplexity"], baseline["perplexity"]
+    if perplexity is not None and plain is not None:
+        against = f"perplexity {number(perplexity, 2)} against {number(plain, 2)}"
+        if abs(perplexity / plain - 1) <= margins["perplexity_ratio"]:
+            untold.append(against)
+        else:
+            likely = "less likely than" if perplexity > plain else "likelier than"
+            told.append(f"the whole model finds its text {likely} plain decoding's ({against})")
+    shares = {
+        "agreement": ("its tokens are the whole model's first choice", "more often", "less often"),
+        "distinct_4grams": ("it repeats itself", "less", "more"),
+    }
+    for field, (what, where_more, where_less) in shares.items():
+        share, plain = row[field], baseline[field]
+        if share is None or plain is None:
+            continue
+        against = f"{field.replace('_4', ' 4-')} {percent(share)} against {percent(plain)}"
+        if abs(share - plain) <= margins[f"{field}_points"] / 100:
+            untold.append(against)
+        else:
+            told.append(f"{what} {where_more if share > plain else where_less} than in plain decoding ({against})")
+    if untold:
+        told.append(f"it cannot be told from {number(tokens)} tokens whether these differ: {listed(untold)}")
     return "; ".join(told) + "."

@@ -30,7 +30,7 @@ def sweep_lines(report: Report) -> list[str]:
     return [
         f"Speed-up over plain decoding, {decoding_label(sweep)}, median over "
         f"{counted(sweep['prompts'], 'prompt')} x {counted(sweep['max_new_tokens'], 'token')}, and in brackets the "
-        f"share of drafts accepted. {_sweep_verdict(cells, setting)}",
+        f"share of drafts accepted. {_sweep_verdict(cells, setting)}{_lead(report)}{_exactness(sweep)}",
         "",
         "These are other prompts than those under Decoding, so that the setting picked here is not judged by the text "
         "that picked it. The best of many settings looks better on the prompts it was picked on than it is: the "
@@ -52,3 +52,26 @@ def _sweep_verdict(cells: dict[tuple[int, int], tuple[float | None, float | None
         return f"**None of the settings is faster** than plain decoding. {picked}."
     every = "All of the settings are" if faster == len(measured) else "Not all of the settings are"
     return f"{every} faster than plain decoding. {picked}."
+
+
+def _lead(report: Report) -> str:
+    found = report["findings"].get("sweep")
+    if not found or not found["small"]:
+        return ""
+    return (
+        f" Exit layer {found['exit_layer']} with {found['draft_length']} drafts comes close "
+        f"({number(found['speed_up'], 2)}): so few prompts do not tell the two apart, and **another run may pick "
+        "another** setting."
+    )
+
+
+def _exactness(sweep: Report) -> str:
+    same, outputs = sweep.get("identical"), sweep.get("outputs")
+    if same is None or outputs is None:
+        return ""
+    if same == outputs:
+        return f" All {number(outputs)} outputs of these settings are identical to plain decoding's, token for token."
+    return (
+        f" **Not all outputs of these settings are identical** to plain decoding's: {number(same)} of "
+        f"{number(outputs)} are."
+    )

@@ -17,18 +17,40 @@ def training_lines(report: Report) -> list[str]:
     best = training.get("best_validation")
     told = (
         f"{number(training['steps'])} steps in {number(training['seconds'], 1)} s, "
-        f"{number(training['tokens_per_second'])} tokens/s."
+        f"{number(training['tokens_per_second'])} tokens/s, validations and checkpoints included."
     )
     if best:
-        told += f" Best held-out perplexity: {number(best['perplexity'], 2)}, at step {number(best['step'])}."
+        told += (
+            f" Best held-out perplexity: {number(best['perplexity'], 2)}, after {number(best['step'])} steps"
+            f"{_validation(report)}."
+        )
     losses = training.get("final_losses") or {}
+    of_one = "The losses below are of the last step's samples alone, at the exits that were supervised in it."
     return [
         told,
         "",
+        *([of_one, ""] if losses else ()),
         *table(("exit layer", "final training loss"), [(n, number(loss, 3)) for n, loss in losses.items()]),
         *curves,
         *_step_parts(report),
     ]
+
+
+def _validation(report: Report) -> str:
+    """On which text the best step was found, and what that means for the other perplexities."""
+    config = (report.get("recipe") or {}).get("train_config") or {}
+    told = ""
+    if config.get("validation_windows"):
+        told += f", on the first {number(config['validation_windows'])} windows of the held-out text"
+        told += " or all of it, if shorter"
+        if report.get("exits"):
+            told += f" (under Exit layers it is over {number(report['exits']['tokens'])} tokens, hence another figure)"
+    if config.get("keep_best"):
+        told += (
+            "; the weights after these steps are the ones kept, so they were picked on held-out text that this "
+            "report measures on as well, which flatters its perplexities a little"
+        )
+    return told
 
 
 def _step_parts(report: Report) -> list[str]:
@@ -38,8 +60,8 @@ def _step_parts(report: Report) -> list[str]:
         return picture
     longest = max(parts, key=lambda part: parts[part])
     return [
-        f"Where a step's time went, the mean over all steps; most of it into `{longest}`. Validations, checkpoints and "
-        "reports happen between steps and are not in it.",
+        f"Where a step's time went, the mean over all steps; the largest part into `{longest}`. Validations, "
+        "checkpoints and reports happen between steps and are not in it.",
         "",
         *table(("part of a step", "ms"), [(part, number(1000 * seconds, 1)) for part, seconds in parts.items()]),
         *picture,
@@ -52,8 +74,8 @@ def recipe_lines(report: Report) -> list[str]:
     if not recipe:
         return []
     config = recipe["train_config"]
-    shown = report["findings"]["recipe"]["curriculum_steps"]
-    lines = [_dropout(config), "", *figure(report, "layer_dropout", "Layer dropout over depth and time")]
+    shown, highest = (report["findings"]["recipe"][name] for name in ("curriculum_steps", "highest_dropout"))
+    lines = [_dropout(config, highest), "", *figure(report, "layer_dropout", "Layer dropout over depth and time")]
     lines += [_curriculum(config, recipe["n_layers"]), ""]
     if shown < recipe["steps"]:
         which = "the first" if config["exit_curriculum"] == "rotational" else "evenly spaced,"
@@ -61,27 +83,41 @@ def recipe_lines(report: Report) -> list[str]:
     return lines + figure(report, "exit_curriculum", "Supervised exits by step")
 
 
-def _dropout(config: Report) -> str:
-    if config["layer_dropout_max"] == 0:
+def _dropout(config: Report, highest: float) -> str:
+    if highest == 0:
         return "No layer was dropped during training."
     dropped = {"block": "layer", "experts": "layer's MLP or experts"}[config["layer_dropout_part"]]
+    depth, time = config["layer_dropout_depth"], config["layer_dropout_time"]
+    over_depth = "is the same at all layers" if depth == "uniform" else f"grows with depth (`{depth}`)"
+    over_time = "is the same at all steps" if time == "uniform" else f"grows over the steps (`{time}`)"
+    most = f"it is {percent(highest)}"
+    if time != "uniform":
+        most += " at the last step"
+    if depth != "uniform":
+        most += f"{' and' if time != 'uniform' else ' at'} the last layer"
     return (
-        f"Layer dropout: a sample skips a {dropped} with a probability that grows with depth "
-        f"(`{config['layer_dropout_depth']}`) and over the steps (`{config['layer_dropout_time']}`), to at most "
-        f"{percent(config['layer_dropout_max'])} at the last layer. These are the probabilities; what was drawn by "
-        "them varies."
+        f"Layer dropout: a sample skips a {dropped} with a probability that {over_depth} and {over_time}; {most}. "
+        "These are the probabilities; what was drawn by them varies."
     )
 
 
 def _curriculum(config: Report, n_layers: int) -> str:
+    curriculum, rotation = config["exit_curriculum"], config["exit_rotation"]
     told = {
-        "rotational": f"every layer whose turn it is, one in {config['exit_rotation']}, the turn moving up by a "
-        "layer a step",
+        "rotational": f"every layer whose turn it is, one in {rotation}, the turn moving up by a layer a step",
         "gradual": "from the last layer down, one more after the other, all from the middle of the run on",
         "all": "all layers at every step",
         "none": "the last layer only, so that no earlier one learns to be an exit",
-    }[config["exit_curriculum"]]
-    return (
-        f"Supervised exits (`{config['exit_curriculum']}`): {told}; the last of the {n_layers} layers always. Weights: "
-        f"`{config['exit_weights']}`, the early exits' scaled by {short(config['exit_loss_scale'])}."
-    )
+    }["all" if curriculum == "rotational" and rotation == 1 else curriculum]
+    lines = f"Supervised exits (`{curriculum}`): {told}; the last of the {n_layers} layers always."
+    if curriculum == "none" or n_layers == 1:
+        return lines
+    scale = config["exit_loss_scale"]
+    if scale == 0:
+        return f"{lines} But the early exits' losses are scaled by 0, so that only the last layer learns to be an exit."
+    if config["exit_weights"] == "equal":
+        weights = f"each early exit {short(scale)}, the last layer 2"
+    else:
+        weights = f"they grow with depth, the early exits' scaled by {short(scale)}; layer 1 has weight 0, so that it "
+        weights += "is never supervised"
+    return f"{lines} Weights (`{config['exit_weights']}`), before they are normalised to a sum of 1: {weights}."
