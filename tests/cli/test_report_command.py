@@ -32,7 +32,7 @@ def test_a_report_is_written_and_its_path_printed(shell, text, checkpoint, tmp_p
     ("arguments", "sentence"),
     [
         (["--temperature", "0"], "temperature=0 is greedy"),
-        (["--seq-len", "100000"], "too few for seq_len=100000"),
+        (["--seq-len", "100000"], "too few for two windows of seq_len=100000"),
         (["--max-new-tokens", "500"], "past max_seq_len=64"),
         (["--thresholds", "a"], "--thresholds a does not fit: it is any number of values, each a number."),
         (["--out_dirs", "x"], "did you mean --out-dir?"),
