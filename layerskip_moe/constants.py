@@ -7,6 +7,7 @@ In a notebook cell there is no command line of ours, and the constants are what 
 Knows nothing of what the constants mean. Next: `main.py`.
 """
 
+import difflib
 import sys
 import types
 import typing
@@ -90,7 +91,9 @@ def override_constants(namespace: MutableMapping[str, Any], arguments: Sequence[
     kinds = {name: kind for name, kind in kinds.items() if name in namespace and _is_plain(kind)}
     for name, text in _pairs(command_line(namespace) if arguments is None else arguments):
         if name not in kinds:
-            raise ValueError(f"--{name} is not one of the constants, which are: {', '.join(kinds)}.")
+            close = difflib.get_close_matches(name, kinds, n=1)
+            advice = f"did you mean --{close[0]}?" if close else f"they are {', '.join(kinds)}."
+            raise ValueError(f"--{name} is not one of the constants; {advice}")
         if text is None and kinds[name] is not bool:
             raise ValueError(f"--{name} has no value; constants are given as --name value.")
         namespace[name] = True if text is None else _parse(name, text, kinds[name])

@@ -68,7 +68,7 @@ class StudyConfig:
         if len(corpus.validation) <= 2 * self.seq_len:
             raise ValueError(
                 f"the held-out text has {len(corpus.validation)} tokens, too few for two windows of "
-                f"seq_len={self.seq_len}; lower it, or give more text."
+                f"seq_len={self.seq_len}; lower seq_len, or give more text."
             )
         if self.num_prompts < 1:
             raise ValueError(f"num_prompts={self.num_prompts} must be 1 or more.")

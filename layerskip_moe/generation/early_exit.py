@@ -34,8 +34,8 @@ class EarlyExit:
     `Generation.layers_run` has every token's exit layer.
 
     Attributes:
-        threshold: an exit is taken at this confidence or above; 1 (or more) never exits, 0 (or less) exits at the
-            first allowed layer, whatever the confidence. A path: of a calibration's JSON, which then says all
+        threshold: an exit is taken at this confidence or above, 0 to 1; 1 never exits, 0 exits at the first allowed
+            layer, whatever the confidence. A path: of a calibration's JSON, which then says all
             settings below too, and wins over one that is left at its default here.
         confidence: "softmax_diff", the two largest probabilities' difference; "state", the cosine between the
             states before and after a layer, from layer 2 on; or a function of (hidden [N, D], previous [N, D],
@@ -59,8 +59,8 @@ class EarlyExit:
             self._take(read_calibration(self.threshold), Path(self.threshold))
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float):
             raise ValueError(f"threshold={self.threshold!r} must be a number between 0 and 1, or a calibration file.")
-        if math.isnan(self.threshold):
-            raise ValueError("threshold is not a number; it must be between 0 (first exit) and 1 (never exit).")
+        if not 0 <= self.threshold <= 1:  # NaN is not either
+            raise ValueError(f"threshold={self.threshold} must be between 0 (first exit) and 1 (never exit).")
         check_confidence(self.confidence)
         if isinstance(self.min_layer, bool) or not isinstance(self.min_layer, int):
             raise ValueError(f"min_layer={self.min_layer!r} must be a whole number: it counts layers.")
@@ -96,10 +96,10 @@ class EarlyExit:
         going = list(range(len(session.newest)))  # the rows that have not left, R of them
         hidden, exit_layers = model.embed(session.newest), [n_layers] * len(going)
         logits = hidden.new_empty(len(going), 1, model.config.vocab_size)
-        done, end = 0, n_layers if threshold >= 1 else min(first_exit(self.confidence, self.min_layer), n_layers)
+        done, end = 0, n_layers if threshold == 1 else min(first_exit(self.confidence, self.min_layer), n_layers)
         while going:
             hidden, previous = depths.run(session, hidden, going, range(done, end), self.cache)
-            last = end == n_layers or threshold <= 0  # nobody is asked
+            last = end == n_layers or threshold == 0  # nobody is asked
             told = None if self.confidence == "state" and not last else model.unembed(hidden)
             leaves = [True] * len(going)
             if not last:
@@ -121,7 +121,7 @@ class EarlyExit:
     def _threshold(self, session: Session) -> float:
         """This round's threshold. Every active row has got equally many tokens, t of N."""
         assert isinstance(self.threshold, int | float), "a path was read at construction"
-        if not self.decay or self.threshold <= 0 or self.threshold >= 1:
+        if not self.decay or self.threshold in (0, 1):
             return self.threshold
         t = session.max_new_tokens - session.remaining[0]
         decayed = 0.9 * self.threshold + 0.1 * math.exp(-_DECAY_TEMPERATURE * t / session.max_new_tokens)

@@ -95,6 +95,8 @@ def generate(
     for prompts that are empty, outside the vocabulary, or too long for max_seq_len together with max_new_tokens.
     """
     strategy = Autoregressive() if strategy is None else strategy
+    if isinstance(strategy, str | type):
+        raise ValueError(f"strategy={strategy!r} is not a strategy; give an object, such as Autoregressive().")
     sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty)
     strategy.check(model.config)
     encoded = _encode(prompts, tokenizer)

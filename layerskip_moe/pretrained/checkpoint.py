@@ -144,7 +144,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
         found = f"only pickles ({', '.join(pickles)}), which can run code when read" if pickles else "no config.json"
-        raise ValueError(f"{folder} holds {found}; give a folder that save_pretrained wrote.")
+        inside = f", such as {folder / 'model'}" if (folder / "model" / CONFIG).is_file() else ""
+        raise ValueError(f"{folder} holds {found}; give a folder that save_pretrained wrote{inside}.")
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # malformed JSON, or bytes that are no text

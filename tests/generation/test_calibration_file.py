@@ -51,7 +51,7 @@ def test_settings_that_agree_may_be_said_again(file):
         (dict(confidence=lambda hidden, previous, logits: hidden[:, 0]), "confidence='state'"),
         (dict(min_layer=3), "min_layer=2, not 3; leave min_layer out"),
     ],
-    ids=str,
+    ids=["a function", "another layer"],
 )
 def test_other_settings_than_the_file_s_are_refused(file, own, name):
     with pytest.raises(ValueError, match=f"was calibrated with {name}"):
@@ -89,7 +89,7 @@ def without(name):
         ({"early_exit": {**SETTINGS, "threshold": "0.5"}}, "threshold='0.5', which is not of the right kind"),
         ({"early_exit": {**SETTINGS, "threshold": True}}, "threshold=True, which is not of the right kind"),
         ({"early_exit": {**SETTINGS, "threshold": None}}, "threshold=None"),
-        ({"early_exit": {**SETTINGS, "threshold": float("nan")}}, "threshold is not a number"),
+        ({"early_exit": {**SETTINGS, "threshold": float("nan")}}, "threshold=nan must be between 0"),
         ({"early_exit": {**SETTINGS, "min_layer": 2.5}}, "min_layer=2.5"),
         ({"early_exit": {**SETTINGS, "min_layer": True}}, "min_layer=True"),
         ({"early_exit": {**SETTINGS, "decay": 1}}, "decay=1"),

@@ -161,7 +161,7 @@ def test_rows_leave_at_their_own_depth(exact_model, name, cache, strategy):
 
 @pytest.mark.parametrize("kind", ["softmax_diff", "state"])
 @pytest.mark.parametrize("cache", ["exact", "propagate"])
-@pytest.mark.parametrize("threshold", [1.0, 1.5])
+@pytest.mark.parametrize("threshold", [1, 1.0])
 def test_from_one_on_it_never_exits(trained_model, assert_same_text, threshold, cache, kind):
     model, sampling = trained_model(n_layers=LAYERS), Sampling(0.8, seed=2)
     arguments = dict(max_new_tokens=12, temperature=0.8, seed=2)
@@ -177,7 +177,7 @@ def never_sure(hidden, previous, logits):
 
 
 @pytest.mark.parametrize("cache", ["exact", "propagate"])
-@pytest.mark.parametrize("threshold", [0, -0.5])
+@pytest.mark.parametrize("threshold", [0, 0.0])
 @pytest.mark.parametrize(
     ("kind", "min_layer", "exit_layer"),
     [("softmax_diff", 1, 1), ("softmax_diff", 3, 3), ("state", 1, 2), ("state", 4, 4), (never_sure, 2, 2)],
@@ -256,7 +256,9 @@ def test_where_exact_text_is_taken_up_again_it_goes_on_as_it_would_have(exact_mo
     [
         (dict(threshold=True), "threshold=True must be a number between 0 and 1, or a calibration file"),
         (dict(threshold=None), "threshold=None must be a number"),
-        (dict(threshold=math.nan), "threshold is not a number; it must be between 0"),
+        (dict(threshold=math.nan), "threshold=nan must be between 0"),
+        (dict(threshold=1.01), "threshold=1.01 must be between 0"),
+        (dict(threshold=-0.1), "threshold=-0.1 must be between 0"),
         (dict(confidence="entropy"), r"confidence='entropy' is unknown; it is 'softmax_diff', 'state', or a function"),
         (dict(cache="none"), "cache='none' is unknown; it is 'propagate' or 'exact'"),
     ],

@@ -42,6 +42,8 @@ def model(tiny_model):
         ([[1]], dict(top_p=0.0), "top_p=0.0 must be above 0 and at most 1"),
         ([[1]], dict(top_p=1.01), "top_p=1.01"),
         ([[1]], dict(top_p=math.nan), "top_p=nan"),
+        ([[1]], dict(strategy="autoregressive"), "strategy='autoregressive' is not a strategy; give an object"),
+        ([[1]], dict(strategy=Autoregressive), "is not a strategy; give an object, such as Autoregressive"),
         ([[1]], dict(stop_tokens=5), r"stop_tokens=5 is one id; give a list, such as \[5\]"),
         ([[1]], dict(strategy=Speculative("runs/x/model")), "draft_model='runs/x/model' is no model; load it"),
         ([[1]], dict(strategy=Autoregressive(0)), "exit_layer=0 must be between 1 and n_layers=3"),
