@@ -126,7 +126,7 @@ samplings = st.just(Sampling()) | st.builds(
     name=st.sampled_from(sorted(MODELS)),
     prompts=st.lists(st.lists(st.integers(0, 28), min_size=1, max_size=7), min_size=1, max_size=4),
     count=st.integers(1, 12),
-    threshold=st.floats(-0.1, 1.1),
+    threshold=st.floats(0, 1) | st.sampled_from([0.0, 1.0]),
     kind=st.sampled_from(["softmax_diff", "state", logits_gap]),
     min_layer=st.integers(1, LAYERS),
     decay=st.booleans(),
