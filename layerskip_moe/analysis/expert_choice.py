@@ -116,7 +116,7 @@ def expert_choice(
             f"{n_windows}: use at least two, by a longer text, a smaller seq_len or a larger max_windows."
         )
     # Counted by place among the ids that occur, which are few beside a large vocabulary.
-    ids, seen = tokens[: n_windows * seq_len].long().unique(return_counts=True)
+    ids, seen = tokens[: n_windows * seq_len].cpu().long().unique(return_counts=True)
     layers = [layer for layer in range(config.n_layers) if config.is_moe(layer)]
     counts = {layer: torch.zeros(2, len(ids), config.num_experts, dtype=torch.int32) for layer in layers}
     window = 0

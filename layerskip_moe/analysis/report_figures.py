@@ -14,6 +14,26 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+FIGURES = (
+    "loss",
+    "step_parts",
+    "layer_dropout",
+    "exit_curriculum",
+    "perplexity_by_exit",
+    "early_exit",
+    "confidence_by_layer",
+    "exit_histogram",
+    "exits_by_prompt",
+    "acceptance_by_position",
+    "speed_up_contour",
+    "quality",
+    "expert_load",
+    "balance_over_training",
+    "expert_tokens",
+    "comparison",
+)
+
+
 def draw_figures(
     out_dir: Path,
     report: Mapping[str, Any],
@@ -22,11 +42,13 @@ def draw_figures(
 ) -> dict[str, str]:
     """Draw a report's pictures: figure's name -> path within out_dir.
 
-    records: of metrics.jsonl, none if there is no such file. schedule: of the report's `recipe`.
+    records: of metrics.jsonl, none if there is no such file. schedule: of the report's `recipe`. Pictures of
+    `FIGURES` that an earlier report left there, and that this one has no data for, are removed.
     """
     paths = {}
 
     def save(name: str, figure: "Figure") -> None:
+        assert name in FIGURES
         paths[name] = f"figures/{name}.png"
         figures.save_figure(figure, out_dir / paths[name])
 
@@ -47,7 +69,8 @@ def draw_figures(
         save("perplexity_by_exit", figures.perplexity_by_exit(exits["perplexity"], exits["agreement"]))
     early_exit = report.get("early_exit")
     if early_exit:
-        save("early_exit", figures.early_exit_tradeoff(early_exit))
+        full = exits["perplexity"][-1] if exits else None
+        save("early_exit", figures.early_exit_tradeoff(early_exit, full))
         held_out = early_exit["held_out"]
         if any(value is not None for value in held_out["confidence_mean"]):
             save("confidence_by_layer", figures.confidence_by_layer(held_out))
@@ -55,13 +78,14 @@ def draw_figures(
         if early_exit.get("by_prompt"):
             save("exits_by_prompt", figures.exits_by_prompt(early_exit["by_prompt"]))
 
-    decoding = report.get("decoding") or []
-    if len({row["exit_layer"] for row in _rows(decoding)} - {None}) > 1:  # one is a point, and in the table
-        save("speed_up_by_exit", figures.speed_up_by_exit(decoding))
-    if any(any(row.get("drafted_by_position") or []) for row in _rows(decoding)):
-        save("acceptance_by_position", figures.acceptance_by_position(decoding))
-    if report.get("sweep"):
-        save("speed_up_contour", figures.speed_up_contour(report["sweep"]))
+    sweep = report.get("sweep") or {}
+    drafting = report.get("decoding") or []
+    if sweep.get("by_position"):  # more exit layers and longer drafts than the setting that was chosen
+        drafting = [{**sweep, "strategies": sweep["by_position"]}]
+    if any(any(row.get("drafted_by_position") or []) for row in _rows(drafting)):
+        save("acceptance_by_position", figures.acceptance_by_position(drafting))
+    if sweep:
+        save("speed_up_contour", figures.speed_up_contour(sweep))
     strategies = report.get("strategies") or []
     if any(row["perplexity"] is not None for row in _rows(strategies)):
         save("quality", figures.quality(strategies))
@@ -75,6 +99,8 @@ def draw_figures(
         save("expert_tokens", figures.expert_tokens(report["expert_choice"]))
     if report.get("comparison"):
         save("comparison", figures.comparison(report["comparison"]))
+    for name in set(FIGURES) - set(paths):
+        (out_dir / "figures" / f"{name}.png").unlink(missing_ok=True)
     return paths
 
 

@@ -7,6 +7,8 @@ import pytest
 
 from layerskip_moe.analysis import figures
 
+SETTING = {"temperature": 0.8, "top_p": None, "prompts": 4}
+
 
 def _lines(axes):
     """Label -> y values of a panel's curves, nan for gaps."""
@@ -46,14 +48,14 @@ def test_speed_up_contour_writes_each_point_and_marks_the_chosen_one_and_one(ful
 
 def test_speed_up_contour_has_no_line_for_one_where_all_are_faster():
     figure = figures.speed_up_contour(
-        {"exit_layers": [2, 4], "draft_lengths": [3, 6], "speed_up": [[2, 1.5], [1.2, 1.1]]}
+        {**SETTING, "exit_layers": [2, 4], "draft_lengths": [3, 6], "speed_up": [[2, 1.5], [1.2, 1.1]]}
     )
     assert len(figure.axes[0].collections) == 1 and not figure.legends
 
 
 def test_speed_up_contour_of_one_exit_layer_is_a_heat_map_with_gaps():
     axes = figures.speed_up_contour(
-        {"exit_layers": [2], "draft_lengths": [3, 4, 8], "speed_up": [[1.25, None, 0.75]]}
+        {**SETTING, "exit_layers": [2], "draft_lengths": [3, 4, 8], "speed_up": [[1.25, None, 0.75]]}
     ).axes[0]
     assert _mesh(axes).tolist() == [[1.25], [None], [0.75]]
     assert _texts(axes) == ["1.25", "0.75"]
@@ -118,11 +120,15 @@ def test_early_exit_tradeoff_places_both_kinds_at_their_thresholds(full_report):
     held = section["held_out"]
     assert _lines(layers) == {"held-out text": held["mean_layers"], "decoding": [1.92, 2.71]}
     assert [line.get_xdata().tolist() for line in layers.lines] == [[0, 1, 2], [0, 1]]
-    plain, *rows = section["decoding"]["strategies"]
-    assert _lines(speed)["decoding"] == [row["tokens_per_second"] for row in rows]
-    assert _lines(speed)["plain decoding"] == [plain["tokens_per_second"]] * 2
+    _, *rows = section["decoding"]["strategies"]
+    assert _lines(speed)["decoding"] == [row["speed_up"] for row in rows]
+    assert _lines(speed)["full model (plain decoding)"] == [1.0, 1.0]
+    whiskers = [collection.get_segments()[0][:, 1].tolist() for collection in speed.collections]
+    assert whiskers == [list(row["speed_up_quartiles"]) for row in rows]
     assert _lines(agreement)["held-out text"] == pytest.approx([84.2, 97.3, 100])
     assert _lines(perplexity) == {"held-out text": held["perplexity"]}
+    *_, with_all = figures.early_exit_tradeoff(section, full=7.5).axes
+    assert _lines(with_all)["full model (plain decoding)"] == [7.5, 7.5]
     assert _ticks(perplexity.xaxis) == ["0.5", "0.9", "1"]
 
 
@@ -231,12 +237,18 @@ def test_comparison_draws_both_runs_in_each_panel(full_report):
     perplexity, balance, speed = figures.comparison(section).axes
     assert _lines(perplexity) == {run["name"]: run["perplexity"] for run in section["runs"]}
     assert [line.get_ydata().tolist() for line in balance.lines] == [[0.3, 1.0], [0.4, 0.7]]
-    plain, *curves = speed.lines
+    (plain,) = speed.lines
     assert set(plain.get_ydata()) == {1.0}
-    assert [line.get_xydata().tolist() for line in curves] == [
-        [[1, 1.214], [2, 1.387]],
-        [[1, 0.571], [2, 0.683]],
+    # A bar for each run and way of decoding, its fastest setting written on it.
+    fastest = [
+        max((row for row in entry["strategies"] if row["exit_layer"]), key=lambda row: row["speed_up"])
+        for run in section["runs"]
+        for entry in run["decoding"]
     ]
+    assert [bar.get_height() for bar in speed.patches] == [row["speed_up"] for row in fastest]
+    assert _texts(speed) == [f"exit {row['exit_layer']}, draft {row['draft_length']}" for row in fastest]
+    whiskers = [collection.get_segments()[0][:, 1].tolist() for collection in speed.collections]
+    assert whiskers == [list(row["speed_up_quartiles"]) for row in fastest]
 
 
 def test_comparison_leaves_out_panels_without_values(full_report):

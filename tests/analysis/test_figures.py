@@ -1,4 +1,4 @@
-"""The pictures of loss, exits, load and speed-up show the data they are given; what they look like is for eyes."""
+"""The pictures of loss, exits and load show the data they are given; what they look like is for eyes."""
 
 import json
 import math
@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from layerskip_moe.analysis import figures
+from layerskip_moe.analysis.findings import decoding_label
 
 
 def _texts(axes):
@@ -27,7 +28,7 @@ def test_loss_curves_show_the_last_exit_and_held_out_ones():
     assert curves.pop("training, whole model") == [[0, 7.0], [1, 6.0], [2, 5.5]]
     assert curves.pop("held out, exit layer 10\n(whole model)") == [[2, pytest.approx(1.0)]]
     assert curves.pop("held out, exit layer 1") == [[2, pytest.approx(10.0)]]
-    assert len(curves) == 3 and all(label.startswith("held out") for label in curves)
+    assert len(curves) == 1 and all(label.startswith("held out") for label in curves)
 
 
 def test_loss_curves_smooth_long_runs_without_shifting_them():
@@ -83,30 +84,17 @@ def test_expert_heat_map_needs_experts():
         figures.expert_heat_map({})
 
 
-def test_speed_up_joins_the_fastest_draft_length_of_each_exit(full_report):
-    left, right = figures.speed_up_by_exit(full_report["decoding"]).axes
-    curves = {line.get_label(): line for line in left.lines}
-    assert curves["greedy"].get_ydata().tolist() == [1.214, 1.387]
-    assert curves["temperature 0.8"].get_ydata().tolist() == [1.093, 0.962]
-    assert _texts(left) == ["3", "4", "3", "4"]  # draft lengths, (1, 6) was not the fastest
-    slower = [y for line in left.lines if line.get_linestyle() == "None" for y in line.get_ydata()]
-    assert slower == [1.107]
-    greedy = next(line for line in right.lines if line.get_label() == "greedy")
-    assert greedy.get_ydata().tolist() == pytest.approx([61.7, 61.7])
-
-
 def test_labels_name_how_tokens_were_chosen():
-    assert figures.decoding_label({"temperature": 0.0, "top_p": 0.9}) == "greedy"
-    assert figures.decoding_label({"temperature": 0.8, "top_p": None}) == "temperature 0.8"
-    assert figures.decoding_label({"temperature": 1, "top_p": 0.95}) == "temperature 1, top-p 0.95"
+    assert decoding_label({"temperature": 0.0, "top_p": 0.9}) == "greedy"
+    assert decoding_label({"temperature": 0.8, "top_p": None}) == "temperature 0.8"
+    assert decoding_label({"temperature": 1, "top_p": 0.95}) == "temperature 1, top-p 0.95"
 
 
 def test_no_label_lies_on_another(full_report):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    full_report["decoding"][1]["strategies"][1]["speed_up_quartiles"] = [1.1, 1.344]  # as high as greedy's
     for figure in (
-        figures.speed_up_by_exit(full_report["decoding"]),
+        figures.quality(full_report["strategies"]),
         figures.perplexity_by_exit([96.0, 55.0, 44.0, 43.0], [0.4, 0.41, 0.42, 1.0]),
     ):
         FigureCanvasAgg(figure).draw()

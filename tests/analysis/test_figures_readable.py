@@ -17,7 +17,8 @@ DRAFTED = {
     **ROW, "exit_layer": 1, "draft_length": 1, "drafted_by_position": [4], "accepted_by_position": [0],
     "perplexity": None,
 }  # fmt: skip
-ONE = {"temperature": 0, "top_p": None, "prompts": 1, "strategies": [ROW, DRAFTED]}
+SETTING = {"temperature": 0, "top_p": None, "prompts": 1}
+ONE = {**SETTING, "strategies": [ROW, DRAFTED]}
 HELD_OUT = {
     "thresholds": [0.9], "mean_layers": [1.0], "perplexity": [None], "agreement": [1.0], "exits": [[5]],
     "confidence_mean": [0.5], "confidence_low": [0.2], "confidence_high": [0.6],
@@ -31,7 +32,6 @@ WHOLE = {
     "perplexity_by_exit": lambda report, _: figures.perplexity_by_exit(
         report["exits"]["perplexity"], report["exits"]["agreement"]
     ),
-    "speed_up_by_exit": lambda report, _: figures.speed_up_by_exit(report["decoding"]),
     "expert_load": lambda report, _: figures.expert_heat_map(report["experts"]["load"]),
     "speed_up_contour": lambda report, _: figures.speed_up_contour(report["sweep"]),
     "acceptance_by_position": lambda report, _: figures.acceptance_by_position(report["decoding"]),
@@ -50,15 +50,14 @@ WHOLE = {
 }
 LITTLE = {
     "loss": lambda: figures.loss_curves([RECORD]),
-    "speed_up_by_exit": lambda: figures.speed_up_by_exit([ONE]),
     "speed_up_contour": lambda: figures.speed_up_contour(
-        {"exit_layers": [2], "draft_lengths": [4], "speed_up": [[1.5]]}
+        {**SETTING, "exit_layers": [2], "draft_lengths": [4], "speed_up": [[1.5]]}
     ),
     "speed_up_contour with gaps": lambda: figures.speed_up_contour(
-        {"exit_layers": [2, 3], "draft_lengths": [4, 6], "speed_up": [[None, 1.5], [None, None]]}
+        {**SETTING, "exit_layers": [2, 3], "draft_lengths": [4, 6], "speed_up": [[None, 1.5], [None, None]]}
     ),
     "speed_up_contour of equals": lambda: figures.speed_up_contour(
-        {"exit_layers": [2, 3], "draft_lengths": [4, 6], "speed_up": [[1.0, 1.0], [1.0, 1.0]]}
+        {**SETTING, "exit_layers": [2, 3], "draft_lengths": [4, 6], "speed_up": [[1.0, 1.0], [1.0, 1.0]]}
     ),
     "acceptance_by_position": lambda: figures.acceptance_by_position([ONE]),
     "early_exit": lambda: figures.early_exit_tradeoff({"held_out": HELD_OUT}),
@@ -129,6 +128,20 @@ def test_no_panel_is_blank_and_nothing_covers_anything(name, full_report, train_
     for i, box in enumerate(boxes):
         assert box.x0 > -1 and box.y0 > -1 and box.x1 < pixels.shape[1] + 1 and box.y1 < pixels.shape[0] + 1
         assert not any(box.padded(-1).overlaps(other) for other in boxes[:i])
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_axes_have_names_and_enough_numbers(name, full_report, train_records):
+    figure = WHOLE[name](json.loads(json.dumps(full_report)), train_records)
+    _pixels(figure)
+    bars = [axes for axes in figure.axes if axes.get_label() == "<colorbar>"]
+    for axes in (axes for axes in figure.axes if axes not in bars):
+        assert axes.get_xlabel() and axes.get_ylabel() and (axes.get_title() or figure.get_suptitle())
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            told = [label for label in axis.get_ticklabels() if label.get_text()]
+            inside = [at for at in axis.get_ticklocs() if low <= at <= high]
+            assert told and len(inside) >= (3 if axis.get_scale() == "log" else 1)
 
 
 @pytest.mark.parametrize("name", LITTLE)

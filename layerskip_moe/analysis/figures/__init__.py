@@ -9,9 +9,7 @@ Knows nothing of where the data came from: a report's section, or what a noteboo
 
 from layerskip_moe.analysis.figures.decoding import (
     acceptance_by_position,
-    decoding_label,
     quality,
-    speed_up_by_exit,
     speed_up_contour,
 )
 from layerskip_moe.analysis.figures.drawing import save_figure
@@ -32,7 +30,6 @@ __all__ = [
     "balance_over_training",
     "comparison",
     "confidence_by_layer",
-    "decoding_label",
     "early_exit_tradeoff",
     "exit_curriculum",
     "exit_histogram",
@@ -44,7 +41,6 @@ __all__ = [
     "perplexity_by_exit",
     "quality",
     "save_figure",
-    "speed_up_by_exit",
     "speed_up_contour",
     "step_parts",
 ]

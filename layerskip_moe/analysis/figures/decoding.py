@@ -18,79 +18,25 @@ from layerskip_moe.analysis.figures.drawing import (
     drawable,
     drawables,
     edges,
-    label,
     labels_beside,
     legend_outside,
     new_panels,
-    plain_log_scale,
+    scale_for_ratios,
     shades,
     whole_ticks,
 )
+from layerskip_moe.analysis.findings import decoding_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def decoding_label(comparison: Mapping[str, Any]) -> str:
-    """How a comparison's tokens were chosen: "greedy", or its temperature and top-p."""
-    if comparison["temperature"] == 0:
-        return "greedy"
-    top_p = "" if comparison.get("top_p") is None else f", top-p {comparison['top_p']:g}"
-    return f"temperature {comparison['temperature']:g}{top_p}"
-
-
-def fastest_by_exit(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The fastest row of each exit layer, by exit layer."""
-    timed = [row for row in rows if row["exit_layer"] is not None and not math.isnan(drawable(row["speed_up"]))]
-    best = {row["exit_layer"]: row for row in sorted(timed, key=lambda row: row["speed_up"])}
-    return [best[layer] for layer in sorted(best)]
-
-
-def speed_up_by_exit(comparisons: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Speed-up over plain decoding, and acceptance, of the fastest draft length at each exit layer.
-
-    comparisons: `decoding` of a report; each is one series. Whiskers reach over the middle half of the
-    prompts, the number above is the draft length, and faint marks are the draft lengths that were slower.
-    """
-    figure, (left, right) = new_panels(2, height=4.3)
-    handles: list[Any] = [left.axhline(1.0, color=GREY, linewidth=1, linestyle=":", label="plain decoding, same model")]
-    exits: set[int] = set()
-    for index, comparison in enumerate(comparisons):
-        colour, marker, style = SERIES[index % len(SERIES)]
-        rows = [row for row in comparison["strategies"] if row["exit_layer"] is not None]
-        fastest = fastest_by_exit(rows)
-        slower = [row for row in rows if row not in fastest]
-        exits |= {row["exit_layer"] for row in rows}
-        # Series stand a little apart, so that whiskers at one exit layer do not cover each other.
-        shift = 0.12 * (index - (len(comparisons) - 1) / 2)
-        for axes, field, factor in ((right, "acceptance_rate", 100), (left, "speed_up", 1)):
-            x, y = _points(fastest, field, shift, factor)
-            name = decoding_label(comparison)
-            (line,) = axes.plot(x, y, color=colour, marker=marker, linestyle=style, label=name)
-            x, y = _points(slower, field, shift, factor)
-            axes.plot(x, y, color=colour, marker=marker, linestyle="", markersize=4, alpha=0.3)
-        handles.append(line)
-        for row in fastest:
-            low, high = row["speed_up_quartiles"]
-            place = row["exit_layer"] + shift
-            left.vlines(place, low, high, color=colour, alpha=0.5, linewidth=2)
-            label(left, place, high, str(row["draft_length"]), colour, offset=(0, 3), align="center")
-    left.set(title="Speed-up over plain decoding", ylabel="times as fast")
-    left.set_xlabel("exit layer (numbers: tokens drafted per round)")
-    right.set(title="Drafted tokens accepted", xlabel="exit layer", ylabel="% of drafted tokens", ylim=(0, 104))
-    for axes in (left, right):
-        whole_ticks(axes, sorted(exits))
-    left.margins(y=0.12)
-    legend_outside(figure, handles, below=len(handles))
-    return figure
-
-
 def speed_up_contour(sweep: Mapping[str, Any]) -> "Figure":
     """Speed-up over plain decoding by exit layer and draft length, written at each point that was measured.
 
-    sweep: a report's section: exit_layers, draft_lengths, speed_up [exit layers][draft lengths] and, optional,
-    chosen {exit_layer, draft_length}, which is marked. Filled contours between the points; a heat map where
-    there are fewer than two of either. The dashed line is 1.0: as fast as plain decoding.
+    sweep: a report's section: temperature, top_p, prompts, exit_layers, draft_lengths, speed_up [exit layers]
+    [draft lengths] and, optional, chosen {exit_layer, draft_length}, which is marked. Filled contours between the
+    points; a heat map where there are fewer than two of either. The dashed line is 1.0: as fast as plain decoding.
     Raises ValueError if nothing was measured.
     """
     from matplotlib.lines import Line2D
@@ -130,7 +76,10 @@ def speed_up_contour(sweep: Mapping[str, Any]) -> "Figure":
     axes.margins(0.09)
     axes.set_xticks(exits)
     axes.set_yticks(drafts)
-    axes.set(title="Speed-up over plain decoding", xlabel="exit layer", ylabel="tokens drafted per round")
+    measured = f"{decoding_label(sweep)}, {sweep['prompts']} prompt{'s' * (sweep['prompts'] != 1)}"
+    axes.set(
+        title=f"Speed-up over plain decoding\n({measured})", xlabel="exit layer", ylabel="tokens drafted per round"
+    )
     colour_bar(figure, axes, image, "times as fast", format="%.2f")
     legend_outside(figure, handles, below=2)
     return figure
@@ -142,8 +91,8 @@ def acceptance_by_position(comparisons: Sequence[Mapping[str, Any]]) -> "Figure"
     Left: of the rounds whose drafts before it were all accepted, accepted[i] / min(accepted[i-1], drafted[i]);
     a little low where some rounds drafted fewer tokens than others. Right: of all rounds that drafted so many,
     accepted[i] / drafted[i]. Rows of one exit layer, which differ in draft length, are counted together.
-    comparisons: of a report; rows have drafted_by_position and accepted_by_position. Raises ValueError if no
-    row drafted anything.
+    comparisons: of a report; rows have drafted_by_position and accepted_by_position. A sweep is one too, with its
+    `by_position` as `strategies`. Raises ValueError if no row drafted anything.
     """
     from matplotlib.lines import Line2D
 
@@ -179,6 +128,8 @@ def acceptance_by_position(comparisons: Sequence[Mapping[str, Any]]) -> "Figure"
     handles = [Line2D([], [], label=drafter, **look) for drafter, look in looks.items()]
     if len(decodings) > 1:
         handles += [Line2D([], [], color=GREY, linestyle=styles[name], label=name) for name in decodings]
+    else:
+        figure.suptitle(f"Drafts by position, {decodings[0]}", fontsize=11)
     left.set(title="Accepted where all before it were", ylabel="% of those drafts")
     right.set(title="Accepted of all drafted", ylabel="% of drafts at this position")
     for axes in (left, right):
@@ -220,10 +171,11 @@ def quality(comparisons: Sequence[Mapping[str, Any]]) -> "Figure":
             name = f"{'●' if same else '△'} {row['name']}{told}"
             points.append((row["perplexity"], row["tokens_per_second"], name))
         axes.margins(y=0.08)
-        plain_log_scale(axes, "x", [row["perplexity"] for row in rows])
+        unit = "perplexity of the text under the full model"
+        scale_for_ratios(axes, "x", [row["perplexity"] for row in rows], unit)
         axes.set(title=f"Speed and quality of the text, {decoding_label(comparison)}", ylabel="tokens/s")
-        note = f"\n(not scored: {', '.join(left_out)})" if left_out else ""
-        axes.set_xlabel(f"perplexity of the text under the full model (log scale){note}")
+        if left_out:
+            axes.set_xlabel(f"{axes.get_xlabel()}\n(not scored: {', '.join(left_out)})")
         labels_beside(axes, points, gap=0.2 / height)
     handles = [
         Line2D([], [], linestyle="", label="same text as the first, on every prompt", **exact),
@@ -239,9 +191,3 @@ def _padded_sum(one: "np.ndarray[Any, Any]", other: "np.ndarray[Any, Any]") -> "
     total[:, : one.shape[1]] += one
     total[:, : other.shape[1]] += other
     return total
-
-
-def _points(
-    rows: Sequence[Mapping[str, Any]], field: str, shift: float, factor: float
-) -> tuple[list[float], list[float]]:
-    return [row["exit_layer"] + shift for row in rows], drawables((row[field] for row in rows), factor)

@@ -108,18 +108,33 @@ def step_ticks(axes: "Axes", *, most: int = 7) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=most, integer=True, min_n_ticks=1))
 
 
-def plain_log_scale(axes: "Axes", name: Literal["x", "y"], values: Sequence[float]) -> None:
-    """A log scale for x or y with ticks at 1, 2, 5 x 10^n, written out, and limits just around the values."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def scale_for_ratios(axes: "Axes", name: Literal["x", "y"], values: Sequence[float], unit: str) -> None:
+    """Scale and label x or y for values > 0: linear if they differ less than threefold, else log, and said so.
 
-    axes.set(**{f"{name}scale": "log"})
-    axis = axes.xaxis if name == "x" else axes.yaxis
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    Limits lie just around the values. A log scale has at least three ticks, round numbers written out.
+    """
+    from matplotlib.ticker import NullFormatter
+
     finite = [value for value in values if not math.isnan(value)]
-    if finite:
-        axes.set(**{f"{name}lim": (min(finite) / 1.25, max(finite) * 1.35)})
+    low, high = (min(finite), max(finite)) if finite else (1.0, 1.0)
+    if high < 3 * low:
+        margin = 0.15 * (high - low) or 0.1 * high
+        axes.set(**{f"{name}label": unit, f"{name}lim": (low - margin, high + margin)})
+        return
+    axes.set(**{f"{name}scale": "log", f"{name}label": f"{unit} (log scale)"})
+    low, high = low / 1.25, high * 1.35
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    # The last always gives three: the limits are at least fivefold apart, any three of its steps at most 3.5.
+    for digits in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        ticks = [digit * 10.0**decade for decade in decades for digit in digits]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= 3:
+            break
+    ticks = ticks[thinned(len(ticks), 8)]
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_minor_formatter(NullFormatter())
+    axes.set(**{f"{name}lim": (low, high)})
 
 
 def label(
@@ -174,9 +189,9 @@ def heat_map(
 ) -> "Colorbar":
     """Draw values [rows, columns] as coloured cells with a colour bar, named `bar`, which is returned.
 
-    Values (whole, "{:.0f}") are written into the cells while there is room; with more rows or columns than
-    names fit, every n-th is named, the last among them. nan is an empty cell. norm: of the colours; None: from
-    0 to the largest.
+    Values are written into the cells as whole numbers, "<1" for those that would round to 0, while there is
+    room; with more rows or columns than names fit, every n-th is named, the last among them. nan is an empty
+    cell. norm: of the colours; None: from 0 to the largest.
     """
     from matplotlib.colors import Normalize
 
@@ -188,7 +203,8 @@ def heat_map(
             if not math.isnan(value):
                 red, green, blue, _ = image.to_rgba(value)
                 colour = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
-                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=9, color=colour)
+                text = "<1" if 0 < value < 0.5 else f"{value:.0f}"
+                axes.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
     across, down = thinned(n_columns, 16), thinned(n_rows, 24)
     axes.set_xticks(range(n_columns)[across], columns[across])
     axes.set_yticks(range(n_rows)[down], rows[down])

@@ -17,9 +17,10 @@ from layerskip_moe.analysis.figures.drawing import (
     drawables,
     heat_map,
     label,
+    labels_beside,
     legend_outside,
     new_panels,
-    plain_log_scale,
+    scale_for_ratios,
     thinned,
     whole_ticks,
 )
@@ -37,9 +38,9 @@ def perplexity_by_exit(perplexity: Sequence[float | None], agreement: Sequence[f
     finite, percent = drawables(perplexity), drawables(agreement, 100)
     left.plot(layers, finite, color=_BLUE, marker="o")
     right.plot(layers, percent, color=_BLUE, marker="o")
-    left.set(title="Held-out perplexity", xlabel="exit layer", ylabel="perplexity (log scale)")
+    left.set(title="Held-out perplexity", xlabel="exit layer")
     right.set(title="Same next token as the last layer", xlabel="exit layer", ylabel="% of positions")
-    plain_log_scale(left, "y", finite)
+    scale_for_ratios(left, "y", finite, "perplexity")
     right.set_ylim(0, 104)
     every = -(-len(layers) // 8)
     for axes, values, form, height in ((left, finite, "{:.3g}", 5), (right, percent, "{:.0f}%", -13)):
@@ -50,17 +51,19 @@ def perplexity_by_exit(perplexity: Sequence[float | None], agreement: Sequence[f
     return figure
 
 
-def early_exit_tradeoff(early_exit: Mapping[str, Any]) -> "Figure":
-    """Dynamic early exit over its thresholds: layers run, tokens/s, agreement and held-out perplexity.
+def early_exit_tradeoff(early_exit: Mapping[str, Any], full: float | None = None) -> "Figure":
+    """Dynamic early exit over its thresholds: layers run, speed-up, agreement and held-out perplexity.
 
-    early_exit: a report's section, with `held_out`, `decoding` or both. Thresholds stand at even distances, for
-    they crowd towards 1. Agreement is with the full model: of the exit taken with the last layer at the same
-    position (held out), of the text with the full model's choice after it (decoded).
+    early_exit: a report's section, with `held_out`, `decoding` or both. full: the held-out perplexity of all
+    layers, for a line to compare with. The speed-up is the median over prompts of the ratio to plain decoding,
+    with whiskers over the middle half. Thresholds stand at even distances, for they crowd towards 1. Agreement is
+    with the full model: of the exit taken with the last layer at the same position (held out), of the text with the
+    full model's choice after it (decoded).
     Raises ValueError if neither part has a threshold.
     """
     held = early_exit.get("held_out") or {"thresholds": []}
-    baseline, *rows = (early_exit.get("decoding") or {}).get("strategies") or [None]
-    rows = [row for row in rows if row.get("threshold") is not None]
+    strategies = (early_exit.get("decoding") or {}).get("strategies") or []
+    rows = [row for row in strategies if row.get("threshold") is not None]
     thresholds = sorted({*held["thresholds"], *(row["threshold"] for row in rows)})
     if not thresholds:
         raise ValueError("There are no thresholds to draw: early_exit has neither held-out nor decoded ones.")
@@ -68,7 +71,7 @@ def early_exit_tradeoff(early_exit: Mapping[str, Any]) -> "Figure":
     figure, panels = new_panels(4, height=6.2, columns=2)
     contents = (
         ("Layers run per token", "layers", "mean_layers", "mean_layers", 1),
-        ("Decoding speed", "tokens/s", None, "tokens_per_second", 1),
+        ("Speed-up of decoding", "times as fast as plain", None, "speed_up", 1),
         ("Agreement with the full model", "% of tokens", "agreement", "agreement", 100),
         ("Held-out perplexity", "perplexity", "perplexity", None, 1),
     )
@@ -85,9 +88,14 @@ def early_exit_tradeoff(early_exit: Mapping[str, Any]) -> "Figure":
             x, y = zip(*pairs, strict=True)
             seen = seen or not all(map(math.isnan, y))
             (handles[name],) = axes.plot(x, y, color=colour, marker=marker, linestyle=style, label=name)
-        if row_field == "tokens_per_second" and baseline:
-            speed = baseline["tokens_per_second"]
-            handles["plain"] = axes.axhline(speed, color=GREY, linewidth=1, linestyle=":", label="plain decoding")
+        if row_field == "speed_up" and rows:
+            for row in rows:
+                axes.vlines(thresholds.index(row["threshold"]), *row["speed_up_quartiles"], color=colour, alpha=0.5)
+        reference = {"speed_up": 1.0 if rows else None, "perplexity": full}.get(row_field or held_field or "")
+        if reference is not None and math.isfinite(reference):
+            handles["full"] = axes.axhline(
+                reference, color=GREY, linewidth=1, linestyle=":", label="full model (plain decoding)"
+            )
         shown = thinned(len(thresholds), 11)
         axes.set_xticks(range(len(thresholds))[shown], [f"{t:g}" for t in thresholds[shown]])
         axes.set(title=title, ylabel=unit, xlabel="confidence threshold (not to scale)")
@@ -103,7 +111,8 @@ def confidence_by_layer(held_out: Mapping[str, Any]) -> "Figure":
     """How sure each exit layer is on held-out text: the mean over positions, and the middle half of them.
 
     held_out: of a report's `early_exit`: confidence_mean, confidence_low, confidence_high [L], None where a
-    layer has no confidence. Raises ValueError if no layer has one.
+    layer has no confidence, and thresholds, of which those within reach are thin lines. Raises ValueError if no
+    layer has a confidence.
     """
     mean, low, high = (drawables(held_out[f"confidence_{name}"]) for name in ("mean", "low", "high"))
     if all(math.isnan(value) for value in mean):
@@ -114,8 +123,14 @@ def confidence_by_layer(held_out: Mapping[str, Any]) -> "Figure":
     axes.vlines(layers, low, high, color="#9ecae1", linewidth=2)  # a layer without neighbours has no area
     (line,) = axes.plot(layers, mean, color=_BLUE, marker="o", label="mean")
     axes.set(title="Confidence by exit layer", xlabel="exit layer", ylabel="confidence (at most 1)")
-    axes.set_ylim(min(0.0, np.nanmin([*low, *mean]) - 0.05), 1.04)
+    axes.set_ylim(min(0.0, 1.1 * np.nanmin([*low, *mean])), 1.1 * max(np.nanmax([*high, *mean]), 0.01))
     whole_ticks(axes, layers)
+    bottom, top = axes.get_ylim()
+    reached = [threshold for threshold in held_out["thresholds"] if bottom < threshold < top]
+    for threshold in reached:
+        axes.axhline(threshold, color=GREY, linewidth=0.8, linestyle=":")
+    right = axes.get_xlim()[1]
+    labels_beside(axes, [(right, threshold, f"threshold {threshold:g}") for threshold in reached], gap=0.06)
     legend_outside(figure, [line, band])
     return figure
 

@@ -63,6 +63,8 @@ def exit_curriculum(
 ) -> "Figure":
     """Which exit layers are supervised at which step; with weights, also how much each counts in the loss.
 
+    An exit of weight 0 is not supervised.
+
     active [S][L]: as from `active_exits`. weights [S][L]: as from `exit_weights`, each row's sum 1; None: only
     on and off are drawn. steps [S]: the step of each row, increasing; None: 0 .. S - 1.
     Raises ValueError for no steps, or for active or weights that are not one row per step.
@@ -80,7 +82,7 @@ def exit_curriculum(
         )
     else:
         percent = 100 * _by_step(weights, steps, "exit weights")
-        shown = np.where(on > 0, percent, np.nan)
+        shown = np.where((on > 0) & (percent > 0), percent, np.nan)
         mesh = _map(axes, shown, steps, first_layer=1, highest=np.nanmax(shown), cmap=_NEVER_WHITE)
         colour_bar(figure, axes, mesh, "% of the exit loss (white: not supervised)")
     return figure

@@ -11,8 +11,8 @@ import numpy as np
 
 from layerskip_moe.analysis.figures.drawing import (
     GREY,
-    MARKERS,
     PALE,
+    SERIES,
     drawable,
     legend_outside,
     new_panels,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def loss_curves(train: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]] = ()) -> "Figure":
-    """Training loss of the whole model, and held-out loss of up to five exit layers, by step.
+    """Training loss of the whole model, and held-out loss of up to three exit layers, by step.
 
     train, validation: records of metrics.jsonl. The training curve is the last exit's cross entropy, without
     the other terms of the total; the held-out ones are ln(perplexity). Raises ValueError without train records.
@@ -47,15 +47,16 @@ def loss_curves(train: Sequence[Mapping[str, Any]], validation: Sequence[Mapping
     handles = axes.plot(steps, _running_mean(losses, span), color=GREY, marker=lone, linewidth=1.6, label=name)
     if validation:
         depths = len(validation[0]["perplexity"])
-        shown = [1 + index for index in reversed(spread(depths, 5))]
-        for layer, colour, marker in zip(shown, shades(len(shown)), MARKERS, strict=False):
+        shown = [1 + index for index in reversed(spread(depths, 3))]
+        for layer, colour, (_, marker, style) in zip(shown, shades(len(shown)), SERIES, strict=False):
             curve = [math.log(drawable(r["perplexity"][layer - 1])) for r in validation]
             name = f"held out, exit layer {layer}" + ("\n(whole model)" if layer == depths else "")
             places = [r["step"] for r in validation]
-            handles += axes.plot(places, curve, color=colour, marker=marker, markersize=4, label=name)
+            handles += axes.plot(places, curve, color=colour, marker=marker, linestyle=style, markersize=5, label=name)
     axes.set(title="Loss during training", ylabel="cross entropy (nats per token)")
     step_ticks(axes)
-    legend_outside(figure, handles)
+    # From the highest curve to the lowest, as they end; a curve without an end comes last.
+    legend_outside(figure, sorted(handles, key=lambda line: -np.nan_to_num(line.get_ydata()[-1])))
     return figure
 
 
