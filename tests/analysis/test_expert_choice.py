@@ -171,6 +171,14 @@ def test_a_token_without_text_is_named_by_its_id(decoder, tokens):
     assert texts and texts <= {f"<{token}>" for token in range(17)}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_tokens_may_lie_beside_the_model(decoder, tokens):
+    model = decoder(dtype=torch.float32).cuda()
+    settings = dict(seq_len=10, batch_size=8, progress=False)
+    found = [expert_choice(model, text, LETTERS, **settings) for text in (tokens(300), tokens(300).cuda())]
+    assert found[0] == found[1]
+
+
 def test_a_dense_model_chooses_nothing(decoder, tokens):
     found = expert_choice(decoder(num_experts=0), tokens(31), LETTERS, seq_len=5, batch_size=3, progress=False)
     assert found.layers == {} and found.tokens == 30

@@ -147,6 +147,15 @@ def test_confidence_by_layer_leaves_a_gap_where_there_is_none(full_report):
     assert whiskers[0].tolist() == [[1, 0.121], [1, 0.634]]
 
 
+def test_confidence_by_layer_fills_its_axes_and_shows_the_thresholds_in_reach():
+    quartiles = {"confidence_mean": [0.08, 0.09], "confidence_low": [0.01, 0.01], "confidence_high": [0.1, 0.106]}
+    axes = figures.confidence_by_layer({"thresholds": [0.05, 0.1, 0.5], **quartiles}).axes[0]
+    low, high = axes.get_ylim()
+    assert low == 0 and 0.106 < high < 0.13
+    assert [line.get_ydata()[0] for line in axes.lines[1:]] == [0.05, 0.1]
+    assert _texts(axes) == ["threshold 0.05", "threshold 0.1"]
+
+
 def test_exit_shares_are_per_row(full_report):
     held_out = full_report["early_exit"]["held_out"]
     axes = figures.exit_histogram(held_out).axes[0]
@@ -158,6 +167,11 @@ def test_exit_shares_are_per_row(full_report):
     axes = figures.exits_by_prompt(full_report["early_exit"]["by_prompt"]).axes[0]
     assert axes.images[0].get_array()[1].tolist() == pytest.approx([100 * n / 128 for n in (11, 22, 95)])
     assert _ticks(axes.yaxis) == ["1", "2"] and "0.9" in axes.get_title()
+
+
+def test_a_share_that_rounds_to_nothing_is_not_written_as_nothing():
+    axes = figures.exit_histogram({"thresholds": [0.5], "exits": [[0, 4, 6, 990]]}).axes[0]
+    assert _texts(axes) == ["0", "<1", "1", "99"]
 
 
 def test_a_prompt_without_new_tokens_is_an_empty_row():
@@ -187,6 +201,9 @@ def test_exit_curriculum_shows_weights_of_supervised_exits_only():
     weights = [[0.25, 0.0, 0.75], [0.0, 0.5, 0.5]]
     axes = figures.exit_curriculum(active, weights, [4, 5]).axes[0]
     assert np.ma.filled(_mesh(axes), -1).tolist() == [[25, -1], [-1, 50], [75, 50]]
+    weights[1] = [0.0, 0.0, 1.0]  # active, and of no weight
+    axes = figures.exit_curriculum(active, weights, [4, 5]).axes[0]
+    assert np.ma.filled(_mesh(axes), -1).tolist() == [[25, -1], [-1, -1], [75, 100]]
     axes = figures.exit_curriculum(active).axes[0]
     assert np.ma.filled(_mesh(axes), -1).tolist() == [[1, -1], [-1, 1], [1, 1]]
     assert axes.get_xlim() == (-0.5, 1.5)
@@ -246,7 +263,7 @@ def test_comparison_draws_both_runs_in_each_panel(full_report):
         for entry in run["decoding"]
     ]
     assert [bar.get_height() for bar in speed.patches] == [row["speed_up"] for row in fastest]
-    assert _texts(speed) == [f"exit {row['exit_layer']}, draft {row['draft_length']}" for row in fastest]
+    assert _texts(speed) == [f"exit {row['exit_layer']}\ndraft {row['draft_length']}" for row in fastest]
     whiskers = [collection.get_segments()[0][:, 1].tolist() for collection in speed.collections]
     assert whiskers == [list(row["speed_up_quartiles"]) for row in fastest]
 

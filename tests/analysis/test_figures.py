@@ -29,6 +29,10 @@ def test_loss_curves_show_the_last_exit_and_held_out_ones():
     assert curves.pop("held out, exit layer 10\n(whole model)") == [[2, pytest.approx(1.0)]]
     assert curves.pop("held out, exit layer 1") == [[2, pytest.approx(10.0)]]
     assert len(curves) == 1 and all(label.startswith("held out") for label in curves)
+    assert len({line.get_marker() for line in axes.lines[1:]}) == 3
+    ends = {line.get_label(): line.get_ydata()[-1] for line in axes.lines}
+    named = [text.get_text() for text in axes.figure.legends[0].get_texts()]
+    assert named == sorted(ends, key=ends.get, reverse=True)  # as the curves end, from above
 
 
 def test_loss_curves_smooth_long_runs_without_shifting_them():

@@ -6,8 +6,11 @@ import warnings
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from layerskip_moe.analysis import figures
+from layerskip_moe.analysis.figures.drawing import new_panels, scale_for_ratios
 
 ROW = {
     "name": "plain", "exit_layer": None, "draft_length": None, "tokens_per_second": 70.0, "speed_up": 1.0,
@@ -142,6 +145,24 @@ def test_axes_have_names_and_enough_numbers(name, full_report, train_records):
             told = [label for label in axis.get_ticklabels() if label.get_text()]
             inside = [at for at in axis.get_ticklocs() if low <= at <= high]
             assert told and len(inside) >= (3 if axis.get_scale() == "log" else 1)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(1.0, 1e4), st.floats(1.0, 1e6), st.sampled_from(["x", "y"]))
+def test_any_perplexities_have_ticks_to_read_them_by(lowest, times, name):
+    (axes,) = new_panels(1)[1]
+    highest = lowest * times
+    is_log = highest >= 3 * lowest
+    scale_for_ratios(axes, name, [highest, math.nan, lowest], "perplexity")
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    low, high = axis.get_view_interval()
+    assert axis.get_scale() == ("log" if is_log else "linear")
+    assert axis.label.get_text() == "perplexity" + " (log scale)" * is_log
+    assert low < lowest <= highest < high <= 2 * highest
+    ticks = axis.get_ticklocs()
+    if is_log:
+        assert 3 <= len(ticks) <= 8 and all(low <= tick <= high for tick in ticks)
+        assert [float(text.get_text()) for text in axis.get_ticklabels()] == pytest.approx(ticks, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", LITTLE)

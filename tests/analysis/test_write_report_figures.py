@@ -119,5 +119,26 @@ def test_a_minimal_report_has_what_it_has_data_for(written, saved, tmp_path):
     assert held["training"]["seconds_by_part"] is None and "part of a step" not in text
 
 
+def test_drafts_of_the_sweep_are_drawn_where_it_kept_them(written, full_report, saved):
+    rows = [
+        dict(exit_layer=n, draft_length=3, drafted_by_position=[9, 9, 9], accepted_by_position=[6, 4, n])
+        for n in (1, 2)
+    ]
+    full_report["sweep"]["by_position"] = rows
+    written({name: full_report[name] for name in ("sweep", "decoding")}, draw=True)
+    names = [line.get_label() for line in saved["acceptance_by_position.png"].axes[0].lines]
+    assert names == ["exit layer 1, temperature 0.8", "exit layer 2, temperature 0.8"]
+
+
+def test_pictures_of_an_earlier_report_do_not_stay(written, tmp_path):
+    folder = tmp_path / "figures"
+    folder.mkdir()
+    for name in ("quality.png", "perplexity_by_exit.png", "mine.png", "quality.svg"):
+        (folder / name).write_bytes(b"earlier")
+    written({"exits": {"perplexity": [9.0, 8.0], "agreement": [0.5, 1.0], "tokens": 4}}, draw=True)
+    assert {path.name for path in folder.iterdir()} == {"perplexity_by_exit.png", "mine.png", "quality.svg"}
+    assert (folder / "perplexity_by_exit.png").read_bytes() != b"earlier"
+
+
 def test_an_empty_report_has_no_figures(written, tmp_path):
     assert written({}, draw=True)[1]["figures"] == {} and not (tmp_path / "figures").exists()

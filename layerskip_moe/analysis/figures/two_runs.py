@@ -74,8 +74,9 @@ def comparison(comparison: Mapping[str, Any]) -> "Figure":
                     at, speed_up = decodings.index(name) + width * (index - (len(runs) - 1) / 2), row["speed_up"]
                     axes.bar(at, speed_up, width=0.9 * width, color=colour)
                     axes.vlines(at, *row["speed_up_quartiles"], color="black", linewidth=1.5)
-                    setting = f"exit {row['exit_layer']}, draft {row['draft_length']}"
-                    axes.text(at, 0.03, setting, color="white", rotation=90, ha="center", va="bottom", fontsize=9)
+                    setting = f"exit {row['exit_layer']}\ndraft {row['draft_length']}"
+                    frame = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none"}  # a low bar is shorter than it
+                    axes.text(at, 0.06, setting, rotation=90, ha="center", va="bottom", size=8.5, bbox=frame)
         handles.append(axes.axhline(1.0, color=GREY, linewidth=1, linestyle=":", label="plain decoding, same model"))
         axes.set(title="Speed-up of decoding", xlabel="decoding", ylabel="times as fast as plain")
         axes.set_xticks(range(len(decodings)), [name.replace(", ", "\n") for name in decodings])
