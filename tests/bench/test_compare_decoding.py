@@ -173,4 +173,4 @@ def test_a_comparison_can_be_reported(calls, tmp_path):
     strategies[1].exit_layer, strategies[1].draft_length = 2, 4
     entry = _compare(strategies, [[1], [2]], max_new_tokens=2).as_report()
     text = write_report(tmp_path, {"decoding": [entry]}).read_text(encoding="utf-8")
-    assert "2.00 times as fast" in text and "1 of 2 are" in text and "prompts 1 (token 1)" in text
+    assert "2.00 times as fast" in text and "1 of 2 are" in text and "2 (token 2)" in text
