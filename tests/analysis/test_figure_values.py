@@ -132,6 +132,12 @@ def test_early_exit_tradeoff_places_both_kinds_at_their_thresholds(full_report):
     assert _ticks(perplexity.xaxis) == ["0.5", "0.9", "1"]
 
 
+def test_sampled_text_tells_nothing_of_agreement(full_report):
+    full_report["early_exit"]["decoding"]["temperature"] = 0.8
+    _, _, agreement, _ = figures.early_exit_tradeoff(full_report["early_exit"]).axes
+    assert list(_lines(agreement)) == ["held-out text"]
+
+
 def test_early_exit_tradeoff_of_held_out_text_alone(full_report):
     del full_report["early_exit"]["decoding"]
     layers, speed, *_ = figures.early_exit_tradeoff(full_report["early_exit"]).axes

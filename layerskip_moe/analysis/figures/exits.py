@@ -58,21 +58,24 @@ def early_exit_tradeoff(early_exit: Mapping[str, Any], full: float | None = None
     layers, for a line to compare with. The speed-up is the median over prompts of the ratio to plain decoding,
     with whiskers over the middle half. Thresholds stand at even distances, for they crowd towards 1. Agreement is
     with the full model: of the exit taken with the last layer at the same position (held out), of the text with the
-    full model's choice after it (decoded).
+    full model's choice after it (decoded, where that was greedy).
     Raises ValueError if neither part has a threshold.
     """
     held = early_exit.get("held_out") or {"thresholds": []}
-    strategies = (early_exit.get("decoding") or {}).get("strategies") or []
+    decoded = early_exit.get("decoding") or {}
+    strategies = decoded.get("strategies") or []
     rows = [row for row in strategies if row.get("threshold") is not None]
     thresholds = sorted({*held["thresholds"], *(row["threshold"] for row in rows)})
     if not thresholds:
         raise ValueError("There are no thresholds to draw: early_exit has neither held-out nor decoded ones.")
 
     figure, panels = new_panels(4, height=6.2, columns=2)
+    # A sampled token is seldom the most likely one, whoever chose it: only greedy text tells of agreement.
+    greedy = "agreement" if not decoded.get("temperature") else None
     contents = (
         ("Layers run per token", "layers", "mean_layers", "mean_layers", 1),
         ("Speed-up of decoding", "times as fast as plain", None, "speed_up", 1),
-        ("Agreement with the full model", "% of tokens", "agreement", "agreement", 100),
+        ("Agreement with the full model", "% of tokens", "agreement", greedy, 100),
         ("Held-out perplexity", "perplexity", "perplexity", None, 1),
     )
     handles: dict[str, Any] = {}
