@@ -6,6 +6,7 @@ Next: `generation/` for the strategies, `analysis/report.py` for how the result 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from statistics import median
 from typing import Any
 
@@ -145,6 +146,11 @@ def compare_decoding(
                 runs[name].append(decode(name, index))
                 bar.update()
     baseline = runs[names[0]]
+
+    @cache  # lossless strategies write the same text
+    def score(outputs: tuple[tuple[int, ...], ...]) -> ContinuationScore:
+        return score_continuations(model, prompts, outputs)
+
     return DecodingComparison(
         prompts=len(prompts),
         max_new_tokens=max_new_tokens,
@@ -157,7 +163,7 @@ def compare_decoding(
                 strategies[name],
                 runs[name],
                 baseline,
-                score_continuations(model, prompts, [run.tokens[0] for run in runs[name]]),
+                score(tuple(tuple(run.tokens[0]) for run in runs[name])),
             )
             for name in names
         ],

@@ -121,6 +121,21 @@ def test_first_difference(one, other, position):
     assert first_difference(one, other) == first_difference(other, one) == position
 
 
+def test_outputs_that_are_the_same_are_scored_once(calls, monkeypatch):
+    scored = []
+
+    def score(model, prompts, outputs):
+        scored.append([list(output) for output in outputs])
+        return ContinuationScore(perplexity=float(len(scored)), agreement=1.0, tokens=4)
+
+    monkeypatch.setattr(decoding, "score_continuations", score)
+    texts = {"plain": [[1], [2]], "same": [[1], [2]], "other": [[1], [3]], "turned": [[2], [1]], "again": [[1], [3]]}
+    strategies = [Fake(name, [1.0] * 3, outputs) for name, outputs in texts.items()]
+    compared = _compare(strategies, [[10], [11]], max_new_tokens=1)
+    assert scored == [texts["plain"], texts["other"], texts["turned"]]
+    assert [row.perplexity for row in compared.strategies] == [1.0, 1.0, 2.0, 3.0, 2.0]
+
+
 def test_nothing_to_compare_is_refused():
     with pytest.raises(ValueError, match="at least one of each"):
         compare_decoding(None, [], {"plain": Autoregressive()})
