@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from layerskip_moe.analysis.held_out import LIVE_LOGITS, run_all_layers
+from layerskip_moe.analysis.held_out import chunks, judge, run_all_layers
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.nn.modes import evaluating
 
@@ -52,18 +51,17 @@ def score_continuations(
     vocabulary, text beyond max_seq_len, and a batch_size below 1.
     """
     rows = _check_rows(model.config, prompts, outputs, batch_size)
-    chunk = max(1, LIVE_LOGITS // model.config.vocab_size)
     loss, agreed, n_tokens = 0.0, 0, 0
     with evaluating(model):
         for start in range(0, len(rows), batch_size):
             inputs, labels = (part.to(model.device) for part in _pad(rows[start : start + batch_size]))
             scored = labels >= 0
             hidden = run_all_layers(model, inputs).hidden[scored]
-            for part, answers in zip(hidden.split(chunk), labels[scored].split(chunk), strict=True):
-                logits = model.unembed(part).float()
+            for part, answers in chunks(model, hidden, labels[scored]):
+                nats, choice = judge(model.unembed(part), answers)
                 # Summed on the CPU, because not every accelerator has float64.
-                loss += float(F.cross_entropy(logits, answers, reduction="none").cpu().double().sum())
-                agreed += int((logits.argmax(dim=-1) == answers).sum())
+                loss += float(nats.cpu().double().sum())
+                agreed += int((choice == answers).sum())
                 n_tokens += len(answers)
     if not n_tokens:
         return ContinuationScore(math.nan, math.nan, 0)

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from layerskip_moe.analysis.held_out import LIVE_LOGITS, held_out_batches, run_all_layers
+from layerskip_moe.analysis.held_out import chunks, held_out_batches, judge, run_all_layers
 from layerskip_moe.generation.confidence import Confidence, check_confidence, confidence_of, first_exit
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.modes import evaluating
@@ -113,13 +112,12 @@ def evaluate_early_exit(
         progress=progress,
         description="evaluating early exit",
     )
-    chunk = max(1, LIVE_LOGITS // model.config.vocab_size)
     with evaluating(model):
         for inputs, labels in batches:
             collected = run_all_layers(model, inputs, collect=True).collected
             states = [model.embed(inputs), *(collected[layer] for layer in range(n_layers))]
-            chunks = [state.flatten(0, 1).split(chunk) for state in states[first - 1 :]]
-            for *hidden, answers in zip(*chunks, labels.flatten().split(chunk), strict=True):
+            asked = [state.flatten(0, 1) for state in states[first - 1 :]]
+            for *hidden, answers in chunks(model, *asked, labels.flatten()):
                 opinions = _ask_layers(model, hidden, answers, confidence)
                 confidences.append(opinions.confidence.float().cpu())
                 for index, threshold in enumerate(thresholds):
@@ -151,15 +149,14 @@ def evaluate_early_exit(
 
 def _ask_layers(model: MoEDecoder, hidden: list[Tensor], labels: Tensor, confidence: Confidence) -> _Opinions:
     """hidden: C + 1 states [N, D], from before the first allowed exit to after layer L; labels [N]."""
-    sure, loss, choice = [], [], []
+    sure, opinions = [], []
     for place in range(1, len(hidden)):
         logits = model.unembed(hidden[place])
         if place < len(hidden) - 1:
             sure.append(confidence_of(confidence, hidden[place], hidden[place - 1], logits))
-        loss.append(F.cross_entropy(logits.float(), labels, reduction="none"))
-        choice.append(logits.argmax(dim=-1))
-    allowed = torch.stack(sure) if sure else loss[0].new_empty(0, len(labels))
-    return _Opinions(allowed, torch.stack(loss), torch.stack(choice))
+        opinions.append(judge(logits, labels))
+    loss, choice = (torch.stack(part) for part in zip(*opinions, strict=True))
+    return _Opinions(torch.stack(sure) if sure else loss[:0], loss, choice)
 
 
 def _exits_taken(confidence: Tensor, threshold: float) -> Tensor:

@@ -9,10 +9,9 @@ Knows nothing of decoding. Next: `report.py`, which tells the result.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from layerskip_moe.analysis.held_out import LIVE_LOGITS, held_out_batches, run_all_layers
+from layerskip_moe.analysis.held_out import chunks, held_out_batches, judge, run_all_layers
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.modes import evaluating
 
@@ -65,23 +64,11 @@ def evaluate_exits(
         for inputs, labels in batches:
             collected = run_all_layers(model, inputs, collect=True).collected
             exits = [collected[layer].flatten(0, 1) for layer in range(n_layers)]
-            batch_loss, batch_agreed = _score(model, exits, labels.flatten())
-            loss += batch_loss
-            agreed += batch_agreed
+            for *hidden, answers in chunks(model, *exits, labels.flatten()):
+                opinions = [judge(model.unembed(state), answers) for state in hidden]
+                losses, choices = (torch.stack(part) for part in zip(*opinions, strict=True))
+                # Summed on the CPU, because not every accelerator has float64.
+                loss += losses.cpu().double().sum(dim=1)
+                agreed += (choices == choices[-1]).sum(dim=1).cpu()
             n_tokens += labels.numel()
     return ExitEvaluation((loss / n_tokens).exp().tolist(), (agreed.double() / n_tokens).tolist(), n_tokens)
-
-
-def _score(model: MoEDecoder, exits: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over labels [N] for exits, L tensors [N, D]: cross entropy [L] float64, agreement [L] int64."""
-    loss = torch.zeros(len(exits), dtype=torch.float64)
-    agreed = torch.zeros(len(exits), dtype=torch.int64)
-    chunk = max(1, LIVE_LOGITS // model.config.vocab_size)
-    for rows in torch.arange(len(labels), device=labels.device).split(chunk):
-        final_choice = model.unembed(exits[-1][rows]).argmax(dim=-1)
-        for layer, hidden in enumerate(exits):
-            logits = model.unembed(hidden[rows]).float()
-            # Summed on the CPU, because not every accelerator has float64.
-            loss[layer] += F.cross_entropy(logits, labels[rows], reduction="none").cpu().double().sum()
-            agreed[layer] += (logits.argmax(dim=-1) == final_choice).sum().cpu()
-    return loss, agreed

@@ -1,11 +1,13 @@
-"""Walking a trained model over held-out text: the part that every measurement here shares.
+"""Walking a trained model over text and asking what it says: the part that every measurement here shares.
 
-Knows nothing of what is measured. Next: `exits.py` and `expert_use.py`, which measure.
+N positions, V vocabulary. Knows nothing of what is measured. Next: `exits.py` and `expert_use.py`, which measure.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -49,3 +51,14 @@ def run_all_layers(model: MoEDecoder, inputs: Tensor, *, collect: bool = False) 
     layers = range(model.config.n_layers)
     positions = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape)
     return model.run(model.embed(inputs), layers, positions=positions, collect=layers if collect else ())
+
+
+def chunks(model: MoEDecoder, *parts: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Tensors [N, ...] side by side, as many of their rows at a time as may have their logits held."""
+    rows = max(1, LIVE_LOGITS // model.config.vocab_size)
+    return zip(*(part.split(rows) for part in parts), strict=True)
+
+
+def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits [N, V] and labels [N]: the cross entropies [N], float32 in nats, and the most likely tokens [N]."""
+    return F.cross_entropy(logits.float(), labels, reduction="none"), logits.argmax(dim=-1)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from layerskip_moe.analysis import continuations, score_continuations
+from layerskip_moe.analysis import held_out, score_continuations
 from layerskip_moe.generation import generate
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [3, 3], [16]]
@@ -27,7 +27,7 @@ def _reference(model, prompts, outputs):
 @pytest.mark.parametrize("live_logits", [2**24, 3 * 17, 1])
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_equals_a_loop_over_tokens(decoder, monkeypatch, batch_size, live_logits):
-    monkeypatch.setattr(continuations, "LIVE_LOGITS", live_logits)
+    monkeypatch.setattr(held_out, "LIVE_LOGITS", live_logits)
     model = decoder()
     with torch.no_grad():
         outputs = [*OUTPUTS[:4], [int(model.eval()(torch.tensor([[16]])).argmax()), 12, 12]]
@@ -65,7 +65,7 @@ def test_order_and_batches_do_not_matter(decoder, order, batch_size):
 
 def test_one_pass_and_only_output_tokens_are_unembedded(decoder, monkeypatch):
     model, passes, rows = decoder(), [], []
-    monkeypatch.setattr(continuations, "LIVE_LOGITS", 4 * 17)
+    monkeypatch.setattr(held_out, "LIVE_LOGITS", 4 * 17)
     run, unembed = model.run, model.unembed
     monkeypatch.setattr(model, "run", lambda hidden, layers, **how: passes.append(1) or run(hidden, layers, **how))
     monkeypatch.setattr(model, "unembed", lambda hidden: rows.append(len(hidden)) or unembed(hidden))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from layerskip_moe.analysis import early_exit, evaluate_early_exit, evaluate_exits
+from layerskip_moe.analysis import evaluate_early_exit, evaluate_exits, held_out
 from layerskip_moe.generation import EarlyExit, generate
 
 SEQ_LEN = 5
@@ -55,7 +55,7 @@ def _reference(model, text, n_windows, thresholds, kind, min_layer):
 @pytest.mark.parametrize("min_layer", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["softmax_diff", "state", _most_likely])
 def test_equals_a_loop_over_tokens_and_layers(decoder, tokens, monkeypatch, kind, min_layer, live_logits, batch_size):
-    monkeypatch.setattr(early_exit, "LIVE_LOGITS", live_logits)
+    monkeypatch.setattr(held_out, "LIVE_LOGITS", live_logits)
     model, text = decoder(n_layers=4).eval(), tokens(24)  # 4 windows of 5, and 3 tokens left over
     thresholds = [-1.0, 0.0, 0.1, 0.15, 0.2, 0.7, 0.8, 0.9, 1.0, 2.0]
     found = evaluate_early_exit(
@@ -134,7 +134,7 @@ def test_a_higher_threshold_never_leaves_earlier(decoder, tokens, thresholds, ki
 
 def test_one_pass_for_all_thresholds_and_one_chunk_of_logits_at_a_time(decoder, tokens, monkeypatch):
     model, passes, rows = decoder(), [], []
-    monkeypatch.setattr(early_exit, "LIVE_LOGITS", 4 * 17)
+    monkeypatch.setattr(held_out, "LIVE_LOGITS", 4 * 17)
     run, unembed = model.run, model.unembed
     monkeypatch.setattr(model, "run", lambda hidden, layers, **how: passes.append(1) or run(hidden, layers, **how))
     monkeypatch.setattr(model, "unembed", lambda hidden: rows.append(hidden.shape[:-1].numel()) or unembed(hidden))

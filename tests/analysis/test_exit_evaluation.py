@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from layerskip_moe.analysis import evaluate_exits, exits
+from layerskip_moe.analysis import evaluate_exits, held_out
 
 
 def _reference(model, tokens, seq_len, n_windows):
@@ -27,7 +27,7 @@ def _reference(model, tokens, seq_len, n_windows):
 @pytest.mark.parametrize("live_logits", [2**24, 5 * 17, 1])
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_equals_a_reference_for_every_batch_and_chunk_size(decoder, tokens, monkeypatch, live_logits, batch_size):
-    monkeypatch.setattr(exits, "LIVE_LOGITS", live_logits)
+    monkeypatch.setattr(held_out, "LIVE_LOGITS", live_logits)
     model, text = decoder(), tokens(45)  # 7 windows of 6, and 2 tokens left over
     found = evaluate_exits(model, text, seq_len=6, batch_size=batch_size, progress=False)
     with torch.no_grad():
@@ -47,13 +47,13 @@ def test_max_windows_takes_the_first_ones(decoder, tokens):
 
 def test_one_pass_per_batch_and_one_chunk_of_logits_at_a_time(decoder, tokens, monkeypatch):
     model, passes, rows = decoder(), [], []
-    monkeypatch.setattr(exits, "LIVE_LOGITS", 4 * 17)
+    monkeypatch.setattr(held_out, "LIVE_LOGITS", 4 * 17)
     run, unembed = model.run, model.unembed
     monkeypatch.setattr(model, "run", lambda hidden, layers, **how: passes.append(1) or run(hidden, layers, **how))
     monkeypatch.setattr(model, "unembed", lambda hidden: rows.append(hidden.shape[:-1].numel()) or unembed(hidden))
     evaluate_exits(model, tokens(37), seq_len=6, batch_size=2, progress=False)
     assert len(passes) == 3
-    assert max(rows) == 4
+    assert max(rows) == 4 and sum(rows) == 36 * 3
 
 
 def test_a_single_layer_agrees_with_itself(decoder, tokens):
