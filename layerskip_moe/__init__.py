@@ -15,7 +15,7 @@ from layerskip_moe.generation import (
     Speculative,
     generate,
 )
-from layerskip_moe.nn import KVCache, ModelConfig, MoEDecoder
+from layerskip_moe.nn import KVCache, ModelConfig, MoEDecoder, RopeScaling
 from layerskip_moe.training import TrainConfig, TrainResult, train
 
 __version__ = "0.1.0"
@@ -29,6 +29,7 @@ __all__ = [
     "LayerSkipping",
     "MoEDecoder",
     "ModelConfig",
+    "RopeScaling",
     "SelfSpeculative",
     "Speculative",
     "TrainConfig",

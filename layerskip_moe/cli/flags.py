@@ -19,16 +19,19 @@ import tyro
 _FRAME = re.compile("[\u2500-\u257f]+")  # box-drawing characters
 
 
-def fields_of(kind: type, **changed: tuple[Any, Any]) -> type:
+def fields_of(kind: type, *, without: Sequence[str] = (), **changed: tuple[Any, Any]) -> type:
     """A dataclass with the fields, defaults and help of the dataclass `kind`, but none of its checks.
 
-    changed: field name -> (type, default), where the shell's differ. Without checks, because a value may depend on
+    without: fields that no word can say; they keep their default. changed: field name -> (type, default), where the
+    shell's differ. Without checks, because a value may depend on
     what is known only later (a vocabulary, a number of layers), and because what `kind` itself refuses, when it is
     built from these, then reaches the user in its own words.
     """
     hints = typing.get_type_hints(kind)
     columns = []
     for field in dataclasses.fields(kind):
+        if field.name in without:
+            continue
         hint, default = changed.get(field.name, (hints[field.name], field.default))
         columns.append((field.name, hint, dataclasses.field(default=default, default_factory=field.default_factory)))
     return dataclasses.make_dataclass(kind.__name__, columns, kw_only=True, namespace={"__doc__": kind.__doc__})

@@ -50,7 +50,9 @@ def run(arguments: list[str]) -> None:
     groups = {
         "run": Options,
         "text": Text,
-        "model": fields_of(ModelConfig, vocab_size=(Annotated[int, arg(help=_VOCAB_SIZE)], 4096)),
+        "model": fields_of(
+            ModelConfig, without=("rope_scaling",), vocab_size=(Annotated[int, arg(help=_VOCAB_SIZE)], 4096)
+        ),
         "training": fields_of(TrainConfig, seed=(Annotated[int, arg(help=_SEED)], 0)),
     }
     options, text, network, recipe = parse("layerskip-moe train", __doc__, groups, arguments)

@@ -1,10 +1,10 @@
-"""Rotary positions and grouped-query attention, with or without a cache.
+"""Grouped-query attention, with or without a cache, over all earlier positions or a sliding window of them.
 
 B batch, T positions, D width, H query heads, G key-value heads, S cache slots read.
-Knows nothing of layers or experts. Next: `cache.py` (what is remembered), `decoder.py` (who calls).
+Knows nothing of layers or experts. Next: `rotary.py` (the angles), `cache.py` (what is remembered), `decoder.py`
+(who calls).
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.config import ModelConfig
+from layerskip_moe.nn.rotary import rotary_table
 
 
 class Places(NamedTuple):
@@ -22,7 +23,10 @@ class Places(NamedTuple):
     cos, sin: [B, 1, T, head_dim] float32, the rotary angles
     slots:    [B * T] int64, the cache slots they are written to; None without a cache
     length:   S, how many slots of each row are read; 0 without a cache
-    mask:     [B, 1, (H / G) * T, S] bool, which of them each query may read; None where it may read all
+    mask:     [B, 1, (H / G) * T, S] bool, which of them each query may read; None where it may read all, and
+              without a cache, where it may read all up to itself
+    windowed: the same for layers with a sliding window; without a cache [1, 1, T, T], None where no query sees
+              as far back as the window's end
     """
 
     cos: Tensor
@@ -30,33 +34,39 @@ class Places(NamedTuple):
     slots: Tensor | None = None
     length: int = 0
     mask: Tensor | None = None
+    windowed: Tensor | None = None
 
 
 def locate(positions: Tensor, config: ModelConfig, cache: KVCache | None = None, length: int = 0) -> Places:
     """Places of positions [B, T], each below max_seq_len; with a cache, each below `length` too."""
-    table = rotary_table(config.head_width, config.rope_theta, config.max_seq_len, positions.device)
+    table = rotary_table(
+        config.head_width, config.rope_theta, config.rope_scaling, config.max_seq_len, positions.device
+    )
     cos, sin = (angles[positions][:, None] for angles in table)
+    window = config.sliding_window
     if cache is None:
-        return Places(cos, sin)
-    if positions.numel() == 1:  # plain decoding and drafting: one query, which reads all there is
-        return Places(cos, sin, cache.slots(positions), length)
+        here = positions.shape[1]
+        cut = window is not None and window < here
+        return Places(cos, sin, windowed=_may_read(positions[:1], here, window)[:, None] if cut else None)
+    slots, groups = cache.slots(positions), config.n_heads // config.kv_heads
+
+    def over_groups(mask: Tensor) -> Tensor:
+        return mask.repeat(1, groups, 1)[:, None]
+
+    # Plain decoding and drafting have one query, which reads all there is.
+    mask = None if positions.numel() == 1 else over_groups(_may_read(positions, length))
+    windowed = mask
+    if window is not None and window < length:
+        windowed = over_groups(_may_read(positions, length, window))
+    return Places(cos, sin, slots, length, mask, windowed)
+
+
+def _may_read(positions: Tensor, length: int, window: int | None = None) -> Tensor:
+    """[B, T, length] bool: which of the first `length` positions a query at positions [B, T] may read: those up to
+    its own, and of them only the last `window`."""
     seen = torch.arange(length, device=positions.device)
-    mask = (seen <= positions[:, :, None]).repeat(1, config.n_heads // config.kv_heads, 1)[:, None]
-    return Places(cos, sin, cache.slots(positions), length, mask)
-
-
-@functools.lru_cache(maxsize=8)
-def rotary_table(head_dim: int, theta: float, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [length, head_dim] of every position, in float32 (RoPE, arXiv 2104.09864).
-
-    The two halves of a head form the rotated pairs, as Hugging Face stores its weights. Not a buffer of the
-    model, which `model.to(torch.bfloat16)` would round.
-    """
-    with torch.inference_mode(False):  # the table made by a first `generate` must serve training too
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-        angles = torch.arange(length, device=device)[:, None].float() * theta**-exponents
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos(), angles.sin()
+    mask = seen <= positions[:, :, None]
+    return mask if window is None else mask & (seen > positions[:, :, None] - window)
 
 
 def rotate(x: Tensor, places: Places) -> Tensor:
@@ -75,15 +85,17 @@ class Attention(nn.Module):
 
     qkv: [(H + 2 G) * head_dim, D], the query rows first, then key, then value.
     output: [D, H * head_dim]
+    windowed: whether a query reads only the last `sliding_window` positions
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, windowed: bool = False) -> None:
         super().__init__()
+        self.windowed, self.clip = windowed, config.clip_qkv
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.kv_heads, config.head_width
         self.qk_norm = config.qk_norm
         width = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
         self.qkv = nn.Linear(config.d_model, width, bias=config.qkv_bias)
-        self.output = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
+        self.output = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=config.output_bias)
         if config.qk_norm is not None:
             heads = (self.n_heads, self.n_kv_heads) if config.qk_norm == "full" else (1, 1)
             self.query_norm = nn.RMSNorm(heads[0] * self.head_dim, eps=config.norm_eps)
@@ -91,6 +103,13 @@ class Attention(nn.Module):
 
     def _split_heads(self, x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+
+    def _clipped(self, x: Tensor) -> Tensor:
+        return x if self.clip is None else x.clamp(-self.clip, self.clip)
+
+    def _values(self, v: Tensor) -> Tensor:
+        """Projected values [B, T, G * head_dim] -> [B, G, T, head_dim]."""
+        return self._split_heads(self._clipped(v), self.n_kv_heads)
 
     def _queries(self, q: Tensor, places: Places) -> Tensor:
         """Projected queries [B, T, H * head_dim] -> normed and rotated [B, H, T, head_dim]."""
@@ -103,7 +122,7 @@ class Attention(nn.Module):
     def _norm_and_rotate(self, x: Tensor, heads: int, norm: nn.RMSNorm | None, places: Places) -> Tensor:
         if norm is not None and self.qk_norm == "full":
             x = _norm(norm, x)
-        x = self._split_heads(x, heads)
+        x = self._split_heads(self._clipped(x), heads)
         if norm is not None and self.qk_norm == "head":
             x = _norm(norm, x)
         return rotate(x, places)
@@ -112,20 +131,22 @@ class Attention(nn.Module):
         """x [B, T, D] -> [B, T, D].
 
         Without a cache the T positions attend causally among themselves. With one they are written to
-        `layer`'s slots first, then attend to every slot up to their own position.
+        `layer`'s slots first, then attend to every slot up to their own position, or to the window's.
         """
         queries, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         q, k, v = self.qkv(x).split([queries, keys, keys], dim=-1)
-        q, k, v = self._queries(q, places), self._keys(k, places), self._split_heads(v, self.n_kv_heads)
+        q, k, v = self._queries(q, places), self._keys(k, places), self._values(v)
+        mask = places.windowed if self.windowed else places.mask
         if cache is None:
             # The norms of queries and keys run in float32 under autocast; attention wants one type.
             q, k = q.to(v.dtype), k.to(v.dtype)
             grouped = self.n_heads != self.n_kv_heads
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            causal = mask is None
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
         else:
             assert places.slots is not None
             cache.write(layer, places.slots, k, v)
-            mixed = self._attend_to_cache(q, *cache.read(layer, places.length), places.mask)
+            mixed = self._attend_to_cache(q, *cache.read(layer, places.length), mask)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
     def _attend_to_cache(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -145,4 +166,4 @@ class Attention(nn.Module):
         queries = self.n_heads * self.head_dim
         bias = None if self.qkv.bias is None else self.qkv.bias[queries:]
         k, v = F.linear(x, self.qkv.weight[queries:], bias).chunk(2, dim=-1)
-        cache.write(layer, places.slots, self._keys(k, places), self._split_heads(v, self.n_kv_heads))
+        cache.write(layer, places.slots, self._keys(k, places), self._values(v))

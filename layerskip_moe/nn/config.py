@@ -5,7 +5,59 @@ Knows nothing of how the network is trained or decoded. Next: `decoder.py`, whic
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary positions are stretched beyond the length that a model was first trained at.
+
+    Attributes:
+        kind: "linear": all pairs slowed by factor; "llama3" (Llama 3.1) and "yarn" (arXiv 2309.00071): only those
+            that turn seldom within the trained length
+        factor: how much longer texts may get
+        original_max_seq_len: the length of first training; needed by llama3 and yarn
+        low_freq_factor: llama3: pairs that turn less often than this within that length are slowed whole
+        high_freq_factor: llama3: those that turn more often than this stay
+        beta_fast: yarn: pairs that turn more often than this within that length stay
+        beta_slow: yarn: those that turn less often than this are slowed whole
+        attention_factor: yarn: what queries and keys are scaled by (default: 0.1 ln(factor) + 1)
+        truncate: yarn: round the ends of the ramp between the two outwards to whole pairs
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_max_seq_len: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3", "yarn"):
+            raise ValueError(f"rope_scaling's kind={self.kind!r} is unknown; it is 'linear', 'llama3' or 'yarn'.")
+        names = ["factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"]
+        if self.attention_factor is not None:
+            names.append("attention_factor")
+        for name in names:
+            _require_number(f"rope_scaling's {name}", getattr(self, name))
+            if not getattr(self, name) > 0:
+                raise ValueError(f"rope_scaling's {name}={getattr(self, name)} must be above 0.")
+        if self.kind != "linear":
+            _require_whole("rope_scaling's original_max_seq_len", self.original_max_seq_len, at_least=1)
+        if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"rope_scaling's low_freq_factor={self.low_freq_factor} must be below "
+                f"high_freq_factor={self.high_freq_factor}."
+            )
+
+    @property
+    def trained_length(self) -> int:
+        """The length of first training, for the kinds that need one."""
+        assert self.original_max_seq_len is not None
+        return self.original_max_seq_len
 
 
 @dataclass(frozen=True)
@@ -37,8 +89,14 @@ class ModelConfig:
 
         qk_norm: RMSNorm of queries and keys: per "head" (Qwen3), over the "full" width (OLMoE), or None
         qkv_bias: biases on the query, key and value projections (Qwen2)
+        output_bias: a bias on attention's output projection
+        mlp_bias: biases on the three projections of every layer's MLP, in a network without experts
+        clip_qkv: projected queries, keys and values are clamped to this size, after a "full" norm (OLMoE); None: not
+        sliding_window: a position reads only the last so many, itself among them (Mistral); None: all before it
+        sliding_layers: which layers have that window: "all", or the layers' indices
         tie_embeddings: the head is the embedding
         rope_theta: base of the rotary frequencies
+        rope_scaling: how these are stretched to longer texts, a RopeScaling or a dict of its fields; None: not
         norm_eps: epsilon of every RMSNorm
         max_seq_len: positions the model may be run at; more are refused
 
@@ -65,8 +123,14 @@ class ModelConfig:
     bias_balancing: bool = False
     qk_norm: Literal["head", "full"] | None = "head"
     qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    clip_qkv: float | None = None
+    sliding_window: int | None = None
+    sliding_layers: Literal["all"] | tuple[int, ...] = "all"
     tie_embeddings: bool = False
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     max_seq_len: int = 1024
     dropout: float = 0.0
@@ -75,12 +139,13 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_layers", "d_model", "n_heads", "max_seq_len"):
             _require_whole(name, getattr(self, name), at_least=1)
-        for name in ("n_kv_heads", "head_dim", "d_ff", "dense_d_ff"):
+        for name in ("n_kv_heads", "head_dim", "d_ff", "dense_d_ff", "sliding_window"):
             if getattr(self, name) is not None:
                 _require_whole(name, getattr(self, name), at_least=1)
         for name in ("num_experts", "shared_expert_d_ff"):
             _require_whole(name, getattr(self, name), at_least=0)
-        for name in ("shared_expert_gate", "normalize_top_k", "bias_balancing", "qkv_bias", "tie_embeddings"):
+        switches = ("shared_expert_gate", "normalize_top_k", "bias_balancing", "qkv_bias", "output_bias", "mlp_bias")
+        for name in (*switches, "tie_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
         if self.head_dim is None and self.d_model % self.n_heads:
@@ -100,16 +165,21 @@ class ModelConfig:
             )
         if self.head_width % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions rotate pairs, so it must be even.")
-        if isinstance(self.moe_layers, list):
-            object.__setattr__(self, "moe_layers", tuple(self.moe_layers))
+        for name in ("moe_layers", "sliding_layers"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not isinstance(self.rope_scaling, RopeScaling | None):  # a dict, as JSON has it
+            object.__setattr__(self, "rope_scaling", _rope_scaling(self.rope_scaling))
         self._check_experts()
+        self._check_window()
         if self.qk_norm not in ("head", "full", None):
             raise ValueError(f"qk_norm={self.qk_norm!r} is unknown; it is 'head', 'full' or None.")
-        for name in ("dropout", "rope_theta", "norm_eps", "init_std"):
+        positive = ["rope_theta", "norm_eps", "init_std"] + (["clip_qkv"] if self.clip_qkv is not None else [])
+        for name in ("dropout", *positive):
             _require_number(name, getattr(self, name))
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout} must be a probability, 0 or more and below 1.")
-        for name in ("rope_theta", "norm_eps", "init_std"):
+        for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
 
@@ -117,11 +187,24 @@ class ModelConfig:
         if getattr(self, name) is None:
             object.__setattr__(self, name, value)
 
+    def _check_layers(self, name: str) -> None:
+        outside = [i for i in getattr(self, name) if type(i) is not int or not 0 <= i < self.n_layers]
+        if outside:
+            raise ValueError(f"{name} names {outside}, but layers are 0 to {self.n_layers - 1}.")
+
+    def _check_window(self) -> None:
+        if isinstance(self.sliding_layers, tuple):
+            self._check_layers("sliding_layers")
+            if self.sliding_window is None:
+                raise ValueError("sliding_layers need a window: set sliding_window.")
+        elif self.sliding_layers != "all":
+            raise ValueError(f"sliding_layers={self.sliding_layers!r} is unknown; it is 'all' or a list of indices.")
+
     def _check_experts(self) -> None:
+        if self.mlp_bias and self.num_experts:
+            raise ValueError("mlp_bias is for networks without experts: set num_experts=0, or leave it out.")
         if isinstance(self.moe_layers, tuple):
-            outside = [i for i in self.moe_layers if type(i) is not int or not 0 <= i < self.n_layers]
-            if outside:
-                raise ValueError(f"moe_layers names {outside}, but layers are 0 to {self.n_layers - 1}.")
+            self._check_layers("moe_layers")
         elif self.moe_layers not in ("all", "every other"):
             raise ValueError(
                 f"moe_layers={self.moe_layers!r} is unknown; it is 'all', 'every other' or a list of layer indices."
@@ -167,6 +250,19 @@ class ModelConfig:
         if isinstance(self.moe_layers, tuple):
             return layer in self.moe_layers
         return self.moe_layers == "all" or layer % 2 == 1
+
+    def is_windowed(self, layer: int) -> bool:
+        """Whether positions in layer (0..L-1) read only the last `sliding_window` ones."""
+        if self.sliding_window is None:
+            return False
+        return self.sliding_layers == "all" or layer in self.sliding_layers
+
+
+def _rope_scaling(fields: Any) -> RopeScaling:
+    try:
+        return RopeScaling(**fields)
+    except TypeError as error:  # no dict, or a field too many or too few
+        raise ValueError(f"rope_scaling={fields!r} does not describe a RopeScaling ({error}).") from None
 
 
 def _require_whole(name: str, value: object, at_least: int) -> None:

@@ -6,7 +6,7 @@ layers.
 Knows nothing of losses, sampling, or files. Next: `training/loop.py`, `generation/session.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerskip_moe.nn.attention import Attention, Places, locate
+from layerskip_moe.nn.attention import Places, locate
+from layerskip_moe.nn.block import Block
 from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.config import ModelConfig
-from layerskip_moe.nn.experts import Experts, swiglu
-from layerskip_moe.nn.router import Router, Routing
+from layerskip_moe.nn.experts import Experts
+from layerskip_moe.nn.router import Routing
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -37,85 +38,6 @@ class RunOutput:
     hidden: Tensor
     collected: dict[int, Tensor] = field(default_factory=dict)
     routing: dict[int, Routing] = field(default_factory=dict)
-
-
-class DenseMLP(nn.Module):
-    """SwiGLU with fused weights: gate_up [2F, D] (gate first), down [D, F]."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        return self.down(swiglu(self.gate_up(x)))
-
-
-class MoEMLP(nn.Module):
-    """Router and experts, and a shared expert that every token passes through where there is one."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.router = Router(config)
-        self.experts = Experts(config)
-        self.shared = DenseMLP(config.d_model, config.shared_expert_d_ff) if config.shared_expert_d_ff else None
-        self.shared_gate = nn.Linear(config.d_model, 1, bias=False) if config.shared_expert_gate else None
-
-    def forward(self, x: Tensor, expert_mask: Tensor | None, top_k: int | None) -> tuple[Tensor, Routing]:
-        """x [B, T, D] -> [B, T, D] and the routing of its B * T tokens."""
-        tokens = x.flatten(0, 1)
-        routing = self.router(tokens, expert_mask=expert_mask, top_k=top_k)
-        out = self.experts(tokens, routing)
-        if self.shared is not None:
-            shared = self.shared(tokens)
-            if self.shared_gate is not None:
-                shared = self.shared_gate(tokens).sigmoid() * shared
-            out = out + shared
-        return out.view(x.shape), routing
-
-
-class Block(nn.Module):
-    """One layer, pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.attention = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        dense = config.dense_d_ff or config.expert_d_ff
-        self.mlp: MoEMLP | DenseMLP = MoEMLP(config) if config.is_moe(layer) else DenseMLP(config.d_model, dense)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(
-        self,
-        x: Tensor,
-        places: Places,
-        *,
-        cache: KVCache | None = None,
-        layer: int = 0,
-        expert_rows: Tensor | None = None,
-        expert_mask: Tensor | None = None,
-        top_k: int | None = None,
-    ) -> tuple[Tensor, Routing | None]:
-        """x [B, T, D] -> its output [B, T, D], and the routing where there was any.
-
-        expert_rows: the samples the second sublayer runs for (None: all); the others pass it by.
-        """
-        x = x + self.dropout(self.attention(self.attention_norm(x), places, cache, layer))
-        if expert_rows is None:
-            return self._transform(x, expert_mask, top_k)
-        if len(expert_rows) == 0:
-            return x, None
-        transformed, routing = self._transform(x[expert_rows], expert_mask, top_k)
-        return x.index_copy(0, expert_rows, transformed), routing
-
-    def _transform(self, x: Tensor, expert_mask: Tensor | None, top_k: int | None) -> tuple[Tensor, Routing | None]:
-        normed = self.mlp_norm(x)
-        if isinstance(self.mlp, MoEMLP):
-            out, routing = self.mlp(normed, expert_mask, top_k)
-            return x + self.dropout(out), routing
-        return x + self.dropout(self.mlp(normed)), None
 
 
 class MoEDecoder(nn.Module):
@@ -252,7 +174,8 @@ class MoEDecoder(nn.Module):
     ) -> tuple[Tensor, Routing | None]:
         if rows is None:
             return self.blocks[layer](hidden, places, layer=layer, **how)
-        part = Places(places.cos[rows], places.sin[rows])  # there is no cache where samples are dropped
+        # There is no cache where samples are dropped, and the window's mask is the same for all rows.
+        part = places._replace(cos=places.cos[rows], sin=places.sin[rows])
         ran, routing = self.blocks[layer](hidden[rows], part, layer=layer, **how)
         return hidden.index_copy(0, rows, ran), routing
 
@@ -310,17 +233,47 @@ class MoEDecoder(nn.Module):
             raise ValueError(f"expert_mask leaves fewer experts active than the top {top_k or config.top_k} to choose.")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> "MoEDecoder":
-        """Load a model written by `save_pretrained`; see `pretrained/checkpoint.py`."""
+    def from_pretrained(
+        cls,
+        folder_or_id: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> "MoEDecoder":
+        """A checkpoint of ours or of Mixtral, OLMoE, Qwen-MoE, Qwen3 or Llama; see `pretrained/checkpoint.py`."""
         from layerskip_moe.pretrained.checkpoint import load_model
 
-        return load_model(folder, device=device)
+        return load_model(folder_or_id, dtype=dtype, device=device, revision=revision, token=token)
 
-    def save_pretrained(self, folder: str | Path, *, tokenizer: "Tokenizer | None" = None) -> None:
-        """Write config, weights (safetensors) and, when given, the tokenizer; see `pretrained/checkpoint.py`."""
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        tokenizer: "Tokenizer | None" = None,
+        recipe: Mapping[str, Any] | None = None,
+        max_shard_bytes: int = 5 * 10**9,
+    ) -> None:
+        """Write a checkpoint that transformers opens, where one of its architectures expresses this network; see
+        `pretrained/checkpoint.py`."""
         from layerskip_moe.pretrained.checkpoint import save_model
 
-        save_model(self, folder, tokenizer=tokenizer)
+        save_model(self, folder, tokenizer=tokenizer, recipe=recipe, max_shard_bytes=max_shard_bytes)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        tokenizer: "Tokenizer | None" = None,
+        recipe: Mapping[str, Any] | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Save, and upload to the Hugging Face hub; its address there. See `pretrained/hub.py`."""
+        from layerskip_moe.pretrained.hub import push
+
+        return push(self, repo_id, tokenizer=tokenizer, recipe=recipe, private=private, token=token)
 
 
 def _rows(keep: Tensor | None, index: int, device: torch.device, among: Tensor | None = None) -> Tensor | None:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from layerskip_moe.data import batches, steps_per_epoch
 from layerskip_moe.nn import MoEDecoder
-from layerskip_moe.nn.decoder import MoEMLP
+from layerskip_moe.nn.block import MoEMLP
 from layerskip_moe.nn.modes import in_mode
 from layerskip_moe.nn.noise import hash_uniform
 from layerskip_moe.training.balance import bias_update

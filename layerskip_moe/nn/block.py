@@ -1,0 +1,94 @@
+"""Block: one layer of the network, attention and then an MLP or experts.
+
+B batch, T positions, D width, F hidden width. Knows nothing of other layers. Next: `attention.py`, `router.py` and
+`experts.py` (its parts), `decoder.py` (who runs it).
+"""
+
+from torch import Tensor, nn
+
+from layerskip_moe.nn.attention import Attention, Places
+from layerskip_moe.nn.cache import KVCache
+from layerskip_moe.nn.config import ModelConfig
+from layerskip_moe.nn.experts import Experts, swiglu
+from layerskip_moe.nn.router import Router, Routing
+
+
+class DenseMLP(nn.Module):
+    """SwiGLU with fused weights: gate_up [2F, D] (gate first), down [D, F]."""
+
+    def __init__(self, width: int, hidden: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.down(swiglu(self.gate_up(x)))
+
+
+class MoEMLP(nn.Module):
+    """Router and experts, and a shared expert that every token passes through where there is one."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.shared = DenseMLP(config.d_model, config.shared_expert_d_ff) if config.shared_expert_d_ff else None
+        self.shared_gate = nn.Linear(config.d_model, 1, bias=False) if config.shared_expert_gate else None
+
+    def forward(self, x: Tensor, expert_mask: Tensor | None, top_k: int | None) -> tuple[Tensor, Routing]:
+        """x [B, T, D] -> [B, T, D] and the routing of its B * T tokens."""
+        tokens = x.flatten(0, 1)
+        routing = self.router(tokens, expert_mask=expert_mask, top_k=top_k)
+        out = self.experts(tokens, routing)
+        if self.shared is not None:
+            shared = self.shared(tokens)
+            if self.shared_gate is not None:
+                shared = self.shared_gate(tokens).sigmoid() * shared
+            out = out + shared
+        return out.view(x.shape), routing
+
+
+class Block(nn.Module):
+    """One layer, pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention = Attention(config, windowed=config.is_windowed(layer))
+        self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        dense = config.dense_d_ff or config.expert_d_ff
+        self.mlp: MoEMLP | DenseMLP = (
+            MoEMLP(config) if config.is_moe(layer) else DenseMLP(config.d_model, dense, bias=config.mlp_bias)
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        places: Places,
+        *,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        expert_rows: Tensor | None = None,
+        expert_mask: Tensor | None = None,
+        top_k: int | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """x [B, T, D] -> its output [B, T, D], and the routing where there was any.
+
+        expert_rows: the samples the second sublayer runs for (None: all); the others pass it by.
+        """
+        x = x + self.dropout(self.attention(self.attention_norm(x), places, cache, layer))
+        if expert_rows is None:
+            return self._transform(x, expert_mask, top_k)
+        if len(expert_rows) == 0:
+            return x, None
+        transformed, routing = self._transform(x[expert_rows], expert_mask, top_k)
+        return x.index_copy(0, expert_rows, transformed), routing
+
+    def _transform(self, x: Tensor, expert_mask: Tensor | None, top_k: int | None) -> tuple[Tensor, Routing | None]:
+        normed = self.mlp_norm(x)
+        if isinstance(self.mlp, MoEMLP):
+            out, routing = self.mlp(normed, expert_mask, top_k)
+            return x + self.dropout(out), routing
+        return x + self.dropout(self.mlp(normed)), None
