@@ -1,0 +1,192 @@
+"""Tokenizers on disk: other people's read as they are, ours written so that transformers reads them unchanged.
+
+    tokenizer.json          the whole tokenizer, as `tokenizers` writes it; it stands where there is one
+    tokenizer.model         SentencePiece's file (`sentencepiece_file.py`), read where there is no tokenizer.json
+    tokenizer_config.json, special_tokens_map.json, added_tokens.json      tokens added to either
+
+Knows nothing of networks, digests or chat templates (which are left to transformers). Next:
+`sentencepiece_file.py`; `gguf_tokenizer.py`, which writes the same tokenizers for llama.cpp.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken, Tokenizer
+
+TOKENIZER, TOKENIZER_CONFIG, SENTENCEPIECE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+TOKENIZER_FILES = (
+    *(TOKENIZER, SENTENCEPIECE, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
+    *("generation_config.json", "config.json"),  # stop_tokens reads these
+)
+
+# What each role is called by people who do not say so, the most specific first; the first is as in `data/`.
+END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>", "<|im_end|>")
+BEGIN_OF_TEXT_NAMES = ("<|begin_of_text|>", "<s>", "<bos>")
+UNKNOWN_NAMES = ("<unk>",)
+PADDING_NAMES = ("<|pad|>", "<pad>", "<|padding|>")
+
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
+
+
+def load_tokenizer(folder_or_id: str | Path, *, revision: str | None = None, token: str | None = None) -> "Tokenizer":
+    """The tokenizer of a checkpoint, encoding as transformers' AutoTokenizer does; neither cuts nor pads.
+
+    A tokenizer.json stands as it is; tokens that tokenizer_config.json adds are added. A SentencePiece
+    tokenizer.model gets its beginning and end of text from tokenizer_config.json's add_bos_token and
+    add_eos_token, which are not read beside a tokenizer.json, as in transformers 5.
+
+    folder_or_id: a folder, or a Hugging Face hub id (then revision and token are the hub's)
+
+    Raises ValueError if there is no tokenizer, it is damaged, or it cannot be read exactly.
+    """
+    from layerskip_moe.pretrained.hub import local_folder
+
+    folder = local_folder(folder_or_id, revision=revision, token=token, patterns=TOKENIZER_FILES)
+    config = special_token_settings(folder)
+    if (folder / TOKENIZER).is_file():
+        tokenizer = _read_tokenizer_json(folder / TOKENIZER)
+    elif (folder / SENTENCEPIECE).is_file():
+        from layerskip_moe.pretrained.sentencepiece_file import read_sentencepiece
+
+        tokenizer = read_sentencepiece(folder / SENTENCEPIECE, config)
+    else:
+        raise ValueError(
+            f"{folder} holds no tokenizer ({TOKENIZER} or {SENTENCEPIECE}); save the model with tokenizer=..., or "
+            "copy the tokenizer's files beside it."
+        )
+    _add_tokens(tokenizer, folder, config)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def write_tokenizer_files(tokenizer: "Tokenizer", folder: str | Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json, which AutoTokenizer reads as this very tokenizer.
+
+    The class named, PreTrainedTokenizerFast, is the one that transformers 4 and 5 fill from tokenizer.json
+    alone, whatever the model's type; the families' own classes build their splitting rules anew. Beginning
+    and end of text, unknown and padding are declared where the tokenizer holds such a token as a special one:
+    declaring any other would make it special, and text that spells it would be encoded differently.
+    """
+    folder = Path(folder)
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**30,  # transformers' word for "no limit"
+        **special_roles(tokenizer),
+    }
+    splitting = json.loads(tokenizer.to_str())["pre_tokenizer"] or {}
+    if "add_prefix_space" in splitting:  # transformers 4 overrides the tokenizer's own with its default
+        config["add_prefix_space"] = splitting["add_prefix_space"]
+    tokenizer.save(str(folder / TOKENIZER))
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
+
+
+def special_roles(tokenizer: "Tokenizer") -> dict[str, str]:
+    """bos_token, eos_token, unk_token and pad_token, by their usual names, of the tokenizer's special tokens."""
+    special = {added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special}
+    names = {
+        "bos_token": BEGIN_OF_TEXT_NAMES,
+        "eos_token": END_OF_TEXT_NAMES,
+        "unk_token": UNKNOWN_NAMES,
+        "pad_token": PADDING_NAMES,
+    }
+    found = {role: next((name for name in known if name in special), None) for role, known in names.items()}
+    return {role: name for role, name in found.items() if name is not None}
+
+
+def stop_tokens(folder: str | Path) -> list[int]:
+    """The ids that end a text of this checkpoint, empty where nothing says which.
+
+    From generation_config.json's eos_token_id, else config.json's, else the token that tokenizer_config.json
+    calls eos_token, else the tokenizer's end of text by its usual names.
+    """
+    folder = Path(folder)
+    for name in ("generation_config.json", "config.json"):
+        ids = _read_json(folder / name).get("eos_token_id")
+        if ids is not None:
+            return [int(i) for i in ids] if isinstance(ids, list) else [int(ids)]
+    if not (folder / TOKENIZER).is_file() and not (folder / SENTENCEPIECE).is_file():
+        return []
+    tokenizer = load_tokenizer(folder)
+    declared = special_token_settings(folder).get("eos_token")
+    named = [_content(declared)] if declared else END_OF_TEXT_NAMES
+    ids = [tokenizer.token_to_id(name) for name in named]
+    return [i for i in ids if i is not None][:1]
+
+
+def special_token_settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, with special_tokens_map.json laid over it where it does not list added tokens."""
+    config = _read_json(folder / TOKENIZER_CONFIG)
+    if "added_tokens_decoder" not in config:
+        config.update(_read_json(folder / "special_tokens_map.json"))
+    return config
+
+
+def _read_tokenizer_json(path: Path) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # `tokenizers` raises bare Exception
+        raise ValueError(f"{path} is not a whole tokenizer ({error}); copy it again.") from None
+
+
+def _add_tokens(tokenizer: "Tokenizer", folder: Path, config: Mapping[str, Any]) -> None:
+    """Add what the files beside the tokenizer list and it lacks, in the order of their ids."""
+    known = {added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special}
+    special = [config[role] for role in _ROLES if config.get(role)]
+    for name in _MORE_SPECIAL:
+        more = config.get(name) or []
+        special += more.values() if isinstance(more, dict) else more
+    names = {_content(value) for value in special}
+
+    listed = {int(i): value for i, value in config.get("added_tokens_decoder", {}).items()}
+    if "added_tokens_decoder" not in config:
+        listed = {int(i): name for name, i in _read_json(folder / "added_tokens.json").items()}
+    for i, value in sorted(listed.items(), key=lambda entry: entry[0]):
+        present = tokenizer.get_added_tokens_decoder().get(i)
+        if present is None or present.content != _content(value):
+            added = _added_token(value, special=_content(value) in names)
+            tokenizer.add_special_tokens([added]) if added.special else tokenizer.add_tokens([added])
+        if tokenizer.token_to_id(_content(value)) != i:
+            raise ValueError(
+                f"The files in {folder} give the token {_content(value)!r} the id {i}, but the tokenizer numbers it "
+                f"{tokenizer.token_to_id(_content(value))}; take the tokenizer's files from one place."
+            )
+        known.add(_content(value))
+    tokenizer.add_special_tokens(
+        [_added_token(value, special=True) for value in special if _content(value) not in known]
+    )
+
+
+def _content(value: str | Mapping[str, Any]) -> str:
+    return value if isinstance(value, str) else str(value["content"])
+
+
+def _added_token(value: str | Mapping[str, Any], *, special: bool) -> "AddedToken":
+    """A token as the files write it: its text alone, or its fields."""
+    from tokenizers import AddedToken
+
+    if isinstance(value, str):
+        return AddedToken(value, special=special, normalized=not special)
+    fields = {name: value[name] for name in ("single_word", "lstrip", "rstrip", "normalized") if name in value}
+    return AddedToken(value["content"], special=special or bool(value.get("special")), **fields)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file, none where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # malformed JSON, or bytes that are no text
+        raise ValueError(f"{path} is not JSON ({error}); copy it again.") from None
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path} holds no JSON object; copy it again.")
+    return contents
