@@ -45,7 +45,9 @@ def entry_path(root: Path, content: str, tokenizer_identity: str) -> Path:
     return root / "corpora" / hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
-def ensure_entry(entry: Path, source: Source, tokenizer: str | Path, vocab_size: int, progress: bool) -> None:
+def ensure_entry(
+    entry: Path, source: Source, tokenizer: str | Path | Tokenizer, vocab_size: int, progress: bool
+) -> None:
     """Build the entry unless it is there and whole. Of several processes, one builds, the rest wait."""
     if _damage(entry) is None:
         return
@@ -84,7 +86,7 @@ def _damage(entry: Path) -> str | None:
     return None
 
 
-def _build(entry: Path, source: Source, tokenizer: str | Path, vocab_size: int, progress: bool) -> None:
+def _build(entry: Path, source: Source, tokenizer: str | Path | Tokenizer, vocab_size: int, progress: bool) -> None:
     # One fixed name, which the lock protects: what a killed process left behind is removed by the next.
     beside = entry.with_suffix(".partial")
     shutil.rmtree(beside, ignore_errors=True)

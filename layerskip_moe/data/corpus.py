@@ -87,7 +87,7 @@ def load_corpus(
     *,
     config: str | None = None,
     vocab_size: int = 4096,
-    tokenizer: str | Path = "bpe",
+    tokenizer: str | Path | Tokenizer = "bpe",
     sample_fraction: float = 1.0,
     seed: int = 0,
     cache_dir: str | Path | None = None,
@@ -100,9 +100,9 @@ def load_corpus(
         with a `text` column. A file or folder that exists wins over a hub dataset, and one of the short names
         over a file; a `Path` always means a file or folder.
     config: of a hub dataset that has several.
-    vocab_size: at most this many ids, at least 257 (unigram: 258). Without effect when `tokenizer` is a path.
-    tokenizer: "bpe" or "unigram", both byte-level and trained on the training split; or the path of a
-        tokenizer.json.
+    vocab_size: at most this many ids, at least 257 (unigram: 258). Without effect when the tokenizer is there already.
+    tokenizer: "bpe" or "unigram", both byte-level and trained on the training split; the path of a
+        tokenizer.json; or one that was loaded, as by `load_tokenizer`.
     sample_fraction: in (0, 1], the share of the training text to use; validation stays whole, unless it is
         carved out of a stream. seed: which share.
     cache_dir: where tokens and tokenizer are kept, by content. By default $LAYERSKIP_MOE_CACHE, else the

@@ -39,10 +39,13 @@ _PARALLELISM_OF_USER = os.environ.get(_PARALLELISM)
 _IMPORTED_BY = os.getpid()
 
 
-def tokenizer_identity(tokenizer: str | Path, vocab_size: int) -> str:
+def tokenizer_identity(tokenizer: str | Path | Tokenizer, vocab_size: int) -> str:
     """What tells this choice of tokenizer from every other; ValueError where it is no possible choice."""
     import tokenizers
 
+    if isinstance(tokenizer, tokenizers.Tokenizer):
+        digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+        return f"given {digest} by tokenizers {tokenizers.__version__}"
     if tokenizer in SMALLEST_VOCABULARY:
         smallest = SMALLEST_VOCABULARY[str(tokenizer)]
         if vocab_size < smallest:
@@ -59,9 +62,13 @@ def tokenizer_identity(tokenizer: str | Path, vocab_size: int) -> str:
 
 
 def make_tokenizer(
-    tokenizer: str | Path, vocab_size: int, read: Callable[[], Iterable[Document]], progress: bool
+    tokenizer: str | Path | Tokenizer, vocab_size: int, read: Callable[[], Iterable[Document]], progress: bool
 ) -> Tokenizer:
-    """Train the kind named, on one pass over the documents, or read the file named."""
+    """Train the kind named, on one pass over the documents, read the file named, or take the one that is given."""
+    from tokenizers import Tokenizer
+
+    if isinstance(tokenizer, Tokenizer):
+        return _whole_texts(Tokenizer.from_str(tokenizer.to_str()))
     if tokenizer in SMALLEST_VOCABULARY:
         return train_tokenizer(str(tokenizer), vocab_size, read(), progress)
     return read_tokenizer(Path(tokenizer).expanduser())
@@ -104,7 +111,12 @@ def read_tokenizer(path: Path) -> Tokenizer:
             f"The tokenizer {path} could not be read ({error}): pass 'bpe', 'unigram' or the path of a "
             "tokenizer.json written by the `tokenizers` library."
         ) from None
-    # A published file may truncate to its model's length, which would drop text without a word.
+    return _whole_texts(tokenizer)
+
+
+def _whole_texts(tokenizer: Tokenizer) -> Tokenizer:
+    """A published tokenizer may truncate to its model's length, which would drop text without a word. ValueError
+    where it has nothing to separate documents by."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     end_of_text_id(tokenizer)

@@ -98,6 +98,17 @@ def test_a_given_tokenizer_is_used_without_its_truncation(tmp_path, prose):
     assert corpus.vocab_size == id_count(tokenizer)
 
 
+def test_a_loaded_tokenizer_serves_as_its_file_does(tmp_path):
+    (tmp_path / "text.txt").write_text("one two three four five six\n" * 400)
+    load_corpus(tmp_path / "text.txt", vocab_size=300, progress=False).tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.enable_truncation(5)
+    from_file = load_corpus(tmp_path / "text.txt", tokenizer=tmp_path / "tokenizer.json", progress=False)
+    given = load_corpus(tmp_path / "text.txt", tokenizer=tokenizer, progress=False)
+    assert given.train.tolist() == from_file.train.tolist() and given.vocab_size == from_file.vocab_size
+    assert tokenizer.truncation is not None, "the given one is left as it is"
+
+
 def test_a_tokenizer_without_a_separator_is_refused(tmp_path, prose):
     (tmp_path / "text.txt").write_text(prose(50))
     bare = tmp_path / "bare.json"
