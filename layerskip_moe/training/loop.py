@@ -47,6 +47,7 @@ class TrainResult:
               without a validation split
     steps, tokens, seconds: optimizer steps, training tokens seen, wall time; what went before a resume included
     best_step: the step whose weights the model now has
+    recipe:   how it was trained, for `save_pretrained` to keep beside the weights: recipe.json's facts and more
     """
 
     metrics: list[dict[str, Any]]
@@ -56,6 +57,7 @@ class TrainResult:
     tokens: int
     seconds: float
     best_step: int
+    recipe: dict[str, Any]
 
 
 class _Text(Protocol):
@@ -117,7 +119,7 @@ def train(
         seed=config.seed,
         start=first * config.accumulation,
     )
-    write_recipe(out_dir, max_steps, model.config.n_layers, config)
+    recipe = write_recipe(out_dir, max_steps, model.config.n_layers, config)
     with in_mode(model, training=True):
         with (
             MetricsWriter(out_dir, before_step=first) as metrics,
@@ -146,14 +148,16 @@ def train(
         best_step = run.take_best()
     trained = [r for r in metrics.records if r["split"] == "train"]
     kept = [r for r in metrics.records if r["split"] == "validation" and r["step"] + 1 == best_step]
+    tokens = max_steps * per_step * config.seq_len
     return TrainResult(
         metrics=metrics.records,
         losses={name: trained[-1][name] for name in _FINAL_LOSSES} if trained else {},
         validation=kept[-1]["perplexity"] if kept else [],
         steps=max_steps,
-        tokens=max_steps * per_step * config.seq_len,
+        tokens=tokens,
         seconds=run.seconds,
         best_step=best_step,
+        recipe=recipe | {"tokens": tokens, "best_step": best_step},
     )
 
 

@@ -19,12 +19,13 @@ from layerskip_moe.training.config import TrainConfig
 from layerskip_moe.training.losses import Losses
 
 
-def write_recipe(out_dir: Path, steps: int, n_layers: int, config: TrainConfig) -> None:
-    """Write recipe.json: {"steps", "n_layers": L, "train_config": {field: value}}. From these the schedules over
-    the run can be drawn; `steps` is what max_steps and epochs came to."""
+def write_recipe(out_dir: Path, steps: int, n_layers: int, config: TrainConfig) -> dict[str, Any]:
+    """Write recipe.json, and give it: {"steps", "n_layers": L, "train_config": {field: value}}. From these the
+    schedules over the run can be drawn; `steps` is what max_steps and epochs came to."""
     recipe = {"steps": steps, "n_layers": n_layers, "train_config": dataclasses.asdict(config)}
     with replacing(out_dir / "recipe.json") as beside:
         beside.write_text(json.dumps(recipe, indent=2, allow_nan=False) + "\n")
+    return recipe
 
 
 def train_record(

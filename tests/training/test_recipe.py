@@ -21,6 +21,7 @@ def test_the_recipe_is_the_whole_configuration(decoder, text, recipe, tmp_path):
         "train_config": {field.name: getattr(config, field.name) for field in dataclasses.fields(config)},
     }
     assert result.steps > 1
+    assert result.recipe == recipe_in(tmp_path) | {"tokens": result.tokens, "best_step": result.best_step}
     assert TrainConfig(**recipe_in(tmp_path)["train_config"]) == config
 
 
