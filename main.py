@@ -16,9 +16,8 @@ from typing import Literal
 
 from layerskip_moe import ModelConfig, MoEDecoder, TrainConfig, load_corpus, train
 from layerskip_moe.analysis import write_report
-from layerskip_moe.bench import describe_machine
 from layerskip_moe.constants import command_line, default_device, given_constants, override_constants
-from layerskip_moe.study import StudyConfig, side_by_side, study
+from layerskip_moe.study import StudyConfig, describe, side_by_side, study
 
 device: str = default_device(globals())  # "cuda" where there is one, else "cpu"
 gpu = device.startswith("cuda")  # on a GPU the defaults grow
@@ -167,14 +166,7 @@ report_path = write_report(
     {
         "command": shlex.join(["python", "main.py", *command_line(globals())]),
         "constants": constants,
-        "machine": describe_machine(device),
-        "model": {"parameters": parameters, "active_parameters": active_parameters, "config": config},
-        "corpus": {
-            "name": corpus.name,
-            "train_tokens": len(corpus.train),
-            "validation_tokens": len(corpus.validation),
-            "vocab_size": corpus.vocab_size,
-        },
+        **describe(model, corpus),
         "training": {
             "steps": result.steps,
             "seconds": result.seconds,

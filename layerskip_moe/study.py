@@ -1,4 +1,5 @@
-"""Everything a report says about a trained model, measured in one go: held-out text first, then decoding.
+"""Everything a report says about a trained model: what it is, and what is measured in one go, held-out text first,
+then decoding.
 
 What is measured lives in `analysis/` and `bench/`; here it is decided on how much. Knows nothing of how a model is
 trained, nor of files. Next: `analysis/report.py`, whose sections these are; `main.py` and `cli/report.py`, which ask.
@@ -10,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from layerskip_moe.analysis import evaluate_early_exit, evaluate_exits, expert_choice, expert_use
-from layerskip_moe.bench import compare_decoding, sweep_drafting
+from layerskip_moe.bench import compare_decoding, describe_machine, sweep_drafting
 from layerskip_moe.data import Corpus
 from layerskip_moe.generation import (
     Autoregressive,
@@ -83,6 +84,21 @@ class StudyConfig:
         check_prompts(_prompts(corpus, self)[0], model, self.max_new_tokens)
         for length in self.draft_lengths if self.draft_length is None else [self.draft_length]:
             SelfSpeculative(1 if self.exit_layer is None else self.exit_layer, length).check(model)
+
+
+def describe(model: MoEDecoder, corpus: Corpus) -> dict[str, Any]:
+    """The report's sections machine, model and corpus. The machine's device is the one the model is on."""
+    parameters, active_parameters = model.parameter_counts()
+    return {
+        "machine": describe_machine(model.device),
+        "model": {"parameters": parameters, "active_parameters": active_parameters, "config": model.config},
+        "corpus": {
+            "name": corpus.name,
+            "train_tokens": len(corpus.train),
+            "validation_tokens": len(corpus.validation),
+            "vocab_size": corpus.vocab_size,
+        },
+    }
 
 
 def study(

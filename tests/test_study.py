@@ -7,7 +7,7 @@ import pytest
 
 from layerskip_moe import ModelConfig, MoEDecoder, load_corpus
 from layerskip_moe.analysis import write_report
-from layerskip_moe.study import StudyConfig, side_by_side, study
+from layerskip_moe.study import StudyConfig, describe, side_by_side, study
 
 SMALL = dict(seq_len=16, batch_size=4, max_windows=8, num_prompts=5, prompt_length=8, max_new_tokens=8)
 
@@ -60,6 +60,20 @@ def test_all_sections_and_a_report_of_them(corpus, tmp_path):
     text = write_report(tmp_path, found).read_text(encoding="utf-8")
     for title in ("Decoding", "Every way to decode", "Leaving early", "Exit layers", "Experts", "Continuations"):
         assert f"## {title}" in text
+
+
+def test_what_was_measured_is_described(corpus):
+    model = model_of(3, corpus)
+    told = describe(model, corpus)
+    assert told.keys() == {"machine", "model", "corpus"} and told["machine"]["device"] == "cpu"
+    assert told["model"]["parameters"] == sum(weights.numel() for weights in model.parameters())
+    assert told["model"]["active_parameters"] < told["model"]["parameters"] and told["model"]["config"] == model.config
+    assert told["corpus"] == {
+        "name": corpus.name,
+        "train_tokens": len(corpus.train),
+        "validation_tokens": len(corpus.validation),
+        "vocab_size": model.config.vocab_size,
+    }
 
 
 def test_a_part_of_it_for_a_comparison(corpus):

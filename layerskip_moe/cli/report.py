@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerskip_moe.analysis import write_report
-from layerskip_moe.bench import describe_machine
 from layerskip_moe.cli.flags import fields_of, parse
 from layerskip_moe.cli.options import Text, load_saved, pick_device
-from layerskip_moe.study import StudyConfig, study
+from layerskip_moe.study import StudyConfig, describe, study
 
 
 @dataclass(frozen=True)
@@ -40,20 +39,11 @@ def run(arguments: list[str]) -> None:
     groups = {"model": Options, "text": Text, "study": fields_of(StudyConfig)}
     options, text, measured = parse("layerskip-moe report", __doc__, groups, arguments)
     config = StudyConfig(**vars(measured))
-    device = pick_device(options.device)
-    model, corpus = load_saved(options.checkpoint, text, device, seed=config.seed)
-    sections = study(model, corpus, config, progress=True)
-    parameters, active_parameters = model.parameter_counts()
-    about = {
+    model, corpus = load_saved(options.checkpoint, text, pick_device(options.device), seed=config.seed)
+    report = {
         "command": shlex.join(["layerskip-moe", "report", *arguments]),
-        "machine": describe_machine(device),
-        "model": {"parameters": parameters, "active_parameters": active_parameters, "config": model.config},
-        "corpus": {
-            "name": corpus.name,
-            "train_tokens": len(corpus.train),
-            "validation_tokens": len(corpus.validation),
-            "vocab_size": corpus.vocab_size,
-        },
+        **describe(model, corpus),
+        **study(model, corpus, config, progress=True),
     }
     # resolve: of a checkpoint that is given as ".", or by a link, the run is where it really lies.
-    print(write_report(options.out_dir, about | sections, run_dir=Path(options.checkpoint).resolve().parent))
+    print(write_report(options.out_dir, report, run_dir=Path(options.checkpoint).resolve().parent))
