@@ -56,7 +56,10 @@ def run_experts_grouped(x: Tensor, routing: Routing, gate_up: Tensor, down: Tens
 
 
 def can_group(x: Tensor, gate_up: Tensor) -> bool:
-    """Whether grouped_mm takes these: bf16/fp16/fp32, rows of whole 16-byte units, CPU or CUDA SM80 and up."""
+    """Whether grouped_mm takes these: bf16/fp16/fp32, rows of whole 16-byte units, CPU or CUDA SM80 and up; not
+    quantised weights, which are dequantised expert by expert."""
+    if type(gate_up) not in (Tensor, nn.Parameter):
+        return False
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     widths = gate_up.shape[2], gate_up.shape[1] // 2
