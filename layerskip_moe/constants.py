@@ -41,22 +41,25 @@ def given_constants(namespace: MutableMapping[str, Any]) -> set[str]:
 def default_device(namespace: MutableMapping[str, Any]) -> str:
     """The device the constants below it may depend on: --device where it is given, else a GPU where there is
     one, else the CPU. Raises ValueError for a device that is not there."""
-    for name, value in _pairs(command_line(namespace)):
-        if name == "device" and value is not None:
-            check_device(value)
-            return value
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    given = (value for name, value in _pairs(command_line(namespace)) if name == "device" and value is not None)
+    return pick_device(next(given, None))
 
 
-def check_device(device: str) -> None:
-    """Raise ValueError unless it is a CPU or CUDA device that is there. Others can hold tensors too, but not all
-    that is computed: mps has no float64, meta no values."""
+def pick_device(device: str | None) -> str:
+    """The device that was asked for; None: a GPU where there is one, else the CPU.
+
+    Raises ValueError unless it is a CPU or CUDA device that is there. Others can hold tensors too, but not all that
+    is computed: mps has no float64, meta no values.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.empty(0, device=device).device.type
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device={device!r} is not to be had here; 'cpu' always is, 'cuda' with a GPU.") from error
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"device={device!r} is not supported; 'cpu' always is, 'cuda' with a GPU.")
+    return device
 
 
 def user_error(error: BaseException) -> str | None:

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import torch
 
-from layerskip_moe.constants import default_device, given_constants, override_constants, user_error
+from layerskip_moe.constants import default_device, given_constants, override_constants, pick_device, user_error
 
 
 def script_globals():
@@ -107,6 +107,16 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["script.py", "--device", device])
         with pytest.raises(ValueError, match=f"device='{device}'"):
             default_device(script_globals())
+        with pytest.raises(ValueError, match=f"device='{device}'"):
+            pick_device(device)
+
+
+@pytest.mark.parametrize(("there_is_a_gpu", "device"), [(True, "cuda"), (False, "cpu")])
+def test_without_a_wish_a_gpu_is_taken_where_there_is_one(monkeypatch, there_is_a_gpu, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there_is_a_gpu)
+    monkeypatch.setattr(sys, "argv", ["script.py", "--layers", "2"])
+    assert pick_device(None) == default_device(script_globals()) == device
+    assert pick_device("cpu") == "cpu"
 
 
 def test_a_second_run_of_a_cell_sees_only_its_constants():

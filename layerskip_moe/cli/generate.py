@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from layerskip_moe.cli.flags import fields_of, parse, value_of
-from layerskip_moe.cli.options import json_line, pick_device
+from layerskip_moe.cli.options import json_line
 from layerskip_moe.cli.strategies import StrategyName, make_strategy, strategy_flags
 from layerskip_moe.cli.streaming import RoundByRound
+from layerskip_moe.constants import pick_device
 from layerskip_moe.generation import Generation, GenerationStats, Sampling, generate
 from layerskip_moe.generation.text import TextStream
 from layerskip_moe.nn import MoEDecoder

@@ -1,4 +1,4 @@
-"""What several commands share: a text, a device, a saved model; a line of JSON.
+"""What several commands share: a text, a saved model; a line of JSON.
 
 Knows nothing of flags. Next: the commands, `train.py` first.
 """
@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from layerskip_moe.constants import check_device
+from layerskip_moe.constants import pick_device
 from layerskip_moe.data import Corpus, load_corpus
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.pretrained.checkpoint import TOKENIZER, load_tokenizer
@@ -44,19 +42,12 @@ def load_text(text: Text, tokenizer: str | Path, *, vocab_size: int = 4096, seed
     )
 
 
-def load_saved(checkpoint: str, text: Text, device: str, *, seed: int = 0) -> tuple[MoEDecoder, Corpus]:
-    """A saved model, and the text these options name in its own tokens."""
+def load_saved(checkpoint: str, text: Text, device: str | None, *, seed: int = 0) -> tuple[MoEDecoder, Corpus]:
+    """A saved model, and the text these options name in its own tokens. device: see `pick_device`."""
+    device = pick_device(device)
     load_tokenizer(checkpoint)  # raises where there is none, or not the one that was saved
     model = MoEDecoder.from_pretrained(checkpoint, device=device)
     return model, load_text(text, Path(checkpoint) / TOKENIZER, seed=seed)
-
-
-def pick_device(device: str | None) -> str:
-    """The device that was asked for, else a GPU where there is one, else the CPU. ValueError where it is not there."""
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
-    return device
 
 
 def json_line(values: dict[str, Any]) -> str:

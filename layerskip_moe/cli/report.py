@@ -15,7 +15,7 @@ from pathlib import Path
 
 from layerskip_moe.analysis import write_report
 from layerskip_moe.cli.flags import fields_of, parse
-from layerskip_moe.cli.options import Text, load_saved, pick_device
+from layerskip_moe.cli.options import Text, load_saved
 from layerskip_moe.study import StudyConfig, describe, study
 
 
@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> None:
     groups = {"model": Options, "text": Text, "study": fields_of(StudyConfig)}
     options, text, measured = parse("layerskip-moe report", __doc__, groups, arguments)
     config = StudyConfig(**vars(measured))
-    model, corpus = load_saved(options.checkpoint, text, pick_device(options.device), seed=config.seed)
+    model, corpus = load_saved(options.checkpoint, text, options.device, seed=config.seed)
     report = {
         "command": shlex.join(["layerskip-moe", "report", *arguments]),
         **describe(model, corpus),

@@ -18,7 +18,8 @@ from typing import Annotated
 from tyro.conf import arg
 
 from layerskip_moe.cli.flags import fields_of, parse
-from layerskip_moe.cli.options import Text, load_text, pick_device
+from layerskip_moe.cli.options import Text, load_text
+from layerskip_moe.constants import pick_device
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.training import TrainConfig, train
 from layerskip_moe.training.checkpoint import NAME as CHECKPOINT
