@@ -114,7 +114,7 @@ def generate(
     result = Generation([], None, [], GenerationStats(), [])
     size = batch_size or len(encoded)
     # A draft model is one more to run in eval mode and to leave as it was.
-    with evaluating(model), evaluating(getattr(strategy, "draft_model", model)):
+    with evaluating(model), evaluating(getattr(strategy, "draft_model", None) or model):
         for first in range(0, len(encoded), size):
             start = _now(model)
             session = Session(

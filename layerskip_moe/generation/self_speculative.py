@@ -5,6 +5,9 @@ The draft's keys, values and exit states are kept, so verification runs only the
 and the early ones for the newest draft, which the draft had no need to run. What is rejected is forgotten
 by not counting it.
 
+The early layers of another model may draft instead, such as a quantised copy. Its keys, values and states are not the
+model's, so then every layer verifies: that is `speculative.py`'s way, and is left to it.
+
 Knows nothing of how a session stores its rows. Next: `verification.py`, `session.py`.
 """
 
@@ -14,8 +17,9 @@ import torch
 
 from layerskip_moe.generation.autoregressive import check_exit_layer
 from layerskip_moe.generation.session import Session
+from layerskip_moe.generation.speculative import Speculative
 from layerskip_moe.generation.verification import Coupling, Round, check_drafting
-from layerskip_moe.nn import ModelConfig
+from layerskip_moe.nn import ModelConfig, MoEDecoder
 
 
 @dataclass(frozen=True)
@@ -30,26 +34,40 @@ class SelfSpeculative:
             "rejection": accept a draft x with probability min(1, p(x) / q(x)), else draw from
             max(p - q, 0) normalised (arXiv 2211.17192); keeps the distribution, not the text, and
             accepts somewhat more. Greedy decoding is the same under both.
+        draft_model: another decoder whose first `exit_layer` layers and head draft, such as
+            `quantize(model, "int8")`, as in `Speculative`; None: the model itself. It is as lossless: what the draft
+            computed is used at verification only where its embedding and those layers are the model's own.
     """
 
     exit_layer: int
     draft_length: int = 4
     coupling: Coupling = "shared"
+    draft_model: MoEDecoder | None = None
 
     def __post_init__(self) -> None:
         check_drafting(self.draft_length, self.coupling)
 
     def check(self, config: ModelConfig) -> None:
-        """Raise ValueError where the model has no such exit layer."""
-        check_exit_layer(self.exit_layer, config)
+        """Raise ValueError where the model, or the draft model, has no such exit layer, and where the two do not share
+        a vocabulary."""
+        if self.draft_model is None:
+            check_exit_layer(self.exit_layer, config)
+        else:
+            self._speculative(self.draft_model).check(config)
 
     def start(self, session: Session) -> None:
-        """Run the prompts."""
-        session.prefill()
+        """Run the prompts, through both models where they differ; then raises ValueError as `Speculative.start`."""
+        if self.draft_model is None or _begin_alike(session.model, self.draft_model, self.exit_layer):
+            session.prefill()
+        else:
+            self._speculative(self.draft_model).start(session)
 
     def step(self, session: Session) -> None:
         """One round: draft, verify, append what the full model chose."""
-        model = session.model
+        model, draft = session.model, self.draft_model or session.model
+        if session.state is not None:  # the cache of a draft model that differs, which `start` made
+            self._speculative(draft).step(session)
+            return
         round_ = Round.begin(session, self.draft_length, self.coupling)
         positions = session.positions(round_.length + 1)
         early, late = range(self.exit_layer), range(self.exit_layer, model.config.n_layers)
@@ -57,6 +75,18 @@ class SelfSpeculative:
         for place in range(round_.length + 1):
             states.append(session.run(model.embed(token), early, positions[:, place : place + 1]))
             if place < round_.length:
-                token = round_.draft(model.unembed(states[-1]))
+                token = round_.draft(draft.unembed(states[-1]))
         hidden = session.run(torch.cat(states, dim=1), late, positions)
         round_.verify(model.unembed(hidden))
+
+    def _speculative(self, draft: MoEDecoder) -> Speculative:
+        return Speculative(draft, self.draft_length, self.coupling, self.exit_layer)
+
+
+def _begin_alike(model: MoEDecoder, draft: MoEDecoder, exit_layer: int) -> bool:
+    """Whether the draft's embedding and first layers are the model's own, run in the same way."""
+    return (
+        draft.config == model.config
+        and draft.embedding is model.embedding
+        and all(draft.blocks[layer] is model.blocks[layer] for layer in range(exit_layer))
+    )

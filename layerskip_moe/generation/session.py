@@ -211,6 +211,6 @@ class Session:
             self.state.select(kept)
 
 
-def new_cache(model: MoEDecoder, batch_size: int, capacity: int) -> KVCache:
-    """An empty cache that fits `model`."""
-    return KVCache(model.config, batch_size, capacity, dtype=model.dtype, device=model.device)
+def new_cache(model: MoEDecoder, batch_size: int, capacity: int, *, n_layers: int | None = None) -> KVCache:
+    """An empty cache that fits the first `n_layers` layers of `model`, by default all."""
+    return KVCache(model.config, batch_size, capacity, n_layers=n_layers, dtype=model.dtype, device=model.device)

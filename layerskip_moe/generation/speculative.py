@@ -1,5 +1,5 @@
-"""Speculative: another, smaller decoder drafts, the model verifies all drafts in one pass (Leviathan et al.,
-arXiv 2211.17192).
+"""Speculative: another decoder, or the first layers of one, drafts, the model verifies all drafts in one pass
+(Leviathan et al., arXiv 2211.17192).
 
 The draft model has a cache of its own. Next: `self_speculative.py`, which needs no second model;
 `verification.py`.
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from layerskip_moe.generation.autoregressive import check_exit_layer
 from layerskip_moe.generation.session import Session, new_cache
 from layerskip_moe.generation.verification import Coupling, Round, check_drafting
 from layerskip_moe.nn import KVCache, ModelConfig, MoEDecoder
@@ -23,17 +24,19 @@ class Speculative:
         draft_model: the decoder that drafts, on the same device; it is run in eval mode and left as it was
         draft_length: tokens drafted per round, 1 or more
         coupling: "shared" or "rejection", see `SelfSpeculative`
+        exit_layer: draft with the first n layers of the draft model and its head; None: the whole of it
     """
 
     draft_model: MoEDecoder
     draft_length: int = 4
     coupling: Coupling = "shared"
+    exit_layer: int | None = None
 
     def __post_init__(self) -> None:
         check_drafting(self.draft_length, self.coupling)
 
     def check(self, config: ModelConfig) -> None:
-        """Raise ValueError where the two models do not share a vocabulary."""
+        """Raise ValueError where the two models do not share a vocabulary, or the draft has no such exit layer."""
         if isinstance(self.draft_model, str | Path):
             raise ValueError(f"draft_model={self.draft_model!r} is no model; load it by MoEDecoder.from_pretrained.")
         own = self.draft_model.config
@@ -42,6 +45,8 @@ class Speculative:
                 f"the draft model has vocab_size={own.vocab_size} and the model {config.vocab_size}; "
                 "they must share one tokenizer."
             )
+        if self.exit_layer is not None:
+            check_exit_layer(self.exit_layer, own)
 
     def start(self, session: Session) -> None:
         """Run the prompts through both models. Raises ValueError where the draft model is too short for them, or
@@ -54,8 +59,8 @@ class Speculative:
             )
         if draft.device != session.model.device:
             raise ValueError(f"the draft model is on {draft.device} and the model on {session.model.device}; move one.")
-        cache = new_cache(draft, len(session.rows), main.capacity)
-        session.prefill(model=draft, cache=cache)
+        cache = new_cache(draft, len(session.rows), main.capacity, n_layers=self.exit_layer)
+        session.prefill(self._layers, model=draft, cache=cache)
         session.prefill()
         session.state = cache
 
@@ -71,8 +76,12 @@ class Speculative:
         first = torch.cat([(positions[:, :1] - 1).clamp(min=0), positions[:, :1]], dim=1)
         tokens, places = session.tokens.gather(1, first), first
         for place in range(round_.length):
-            hidden = draft.run(draft.embed(tokens), range(draft.config.n_layers), positions=places, cache=cache).hidden
+            hidden = draft.run(draft.embed(tokens), self._layers, positions=places, cache=cache).hidden
             tokens, places = round_.draft(draft.unembed(hidden[:, -1:])), positions[:, place + 1 : place + 2]
         text = torch.cat([session.newest, *round_.drafts], dim=1)
         hidden = session.run(model.embed(text), range(model.config.n_layers), positions)
         round_.verify(model.unembed(hidden))
+
+    @property
+    def _layers(self) -> range:
+        return range(self.exit_layer or self.draft_model.config.n_layers)

@@ -17,9 +17,9 @@ from layerskip_moe.nn.config import ModelConfig
 
 
 class KVCache:
-    """Keys and values of all layers for B rows of up to `capacity` positions.
+    """Keys and values of the first `n_layers` layers (default: all) for B rows of up to `capacity` positions.
 
-    keys, values: [L, B, capacity, G, head_dim]
+    keys, values: [n_layers, B, capacity, G, head_dim]
     lengths:      [B] int64, how many leading positions of each row are decided. `run` does not move them (a
                   draft fills early layers only); who decodes does, by `extend`, and may take some back by
                   `crop`.
@@ -31,10 +31,11 @@ class KVCache:
         batch_size: int,
         capacity: int,
         *,
+        n_layers: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (config.n_layers, batch_size, capacity, config.kv_heads, config.head_width)
+        shape = (n_layers or config.n_layers, batch_size, capacity, config.kv_heads, config.head_width)
         # Zeros, not `empty`: a masked slot still enters a product with weight 0, and 0 * NaN is NaN.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
