@@ -12,18 +12,36 @@ from layerskip_moe.cli.flags import fields_of
 from layerskip_moe.generation import Autoregressive, EarlyExit, LayerSkipping, SelfSpeculative, Speculative, Strategy
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.pretrained.checkpoint import load_tokenizer
+from layerskip_moe.pretrained.quantize import Quantization, quantize
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 StrategyName = Literal["autoregressive", "self-speculative", "speculative", "early-exit", "layer-skipping"]
 
-_EXIT_LAYER = "layers that draft, 1..L; None: a fifth of them"
 _CONFIDENCE = (
     '"softmax_diff", the two largest probabilities\' difference; "state", the cosine between the states before and '
     "after a layer, from layer 2 on"
 )
 _EVERY = "leave out every n-th layer, 2 or more; 4 where none of these three is given"
+
+
+@dataclass(frozen=True)
+class _SelfSpeculativeFlags:
+    """`SelfSpeculative`, its draft model by how it is made from the model.
+
+    Attributes:
+        exit_layer: layers that draft, 1..L; None: a fifth of them
+        draft_length: tokens drafted per round, 1 or more
+        coupling: "shared": the text is plain decoding's; "rejection": only its distribution is
+        draft_quantization: int8 or int4: a copy of the model drafts whose weights are quantised so; None: the model
+            itself, whose drafting layers need not run again at verification
+    """
+
+    exit_layer: int | None = None
+    draft_length: int = 4
+    coupling: Literal["shared", "rejection"] = "shared"
+    draft_quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)
@@ -34,11 +52,13 @@ class _SpeculativeFlags:
         draft_checkpoint: folder of the saved model that drafts, with the same tokenizer
         draft_length: tokens drafted per round, 1 or more
         coupling: "shared": the text is plain decoding's; "rejection": only its distribution is
+        exit_layer: layers of the draft model that draft; None: all
     """
 
     draft_checkpoint: str
     draft_length: int = 4
     coupling: Literal["shared", "rejection"] = "shared"
+    exit_layer: int | None = None
 
 
 def strategy_flags(name: str) -> type:
@@ -48,7 +68,7 @@ def strategy_flags(name: str) -> type:
         case "autoregressive":
             return fields_of(Autoregressive)
         case "self-speculative":
-            return fields_of(SelfSpeculative, exit_layer=(Annotated[int | None, arg(help=_EXIT_LAYER)], None))
+            return _SelfSpeculativeFlags
         case "speculative":
             return _SpeculativeFlags
         case "early-exit":
@@ -73,7 +93,9 @@ def make_strategy(name: str, flags: Any, model: MoEDecoder, tokenizer: "Tokenize
         case "self-speculative":
             if values["exit_layer"] is None:
                 values["exit_layer"] = max(n_layers // 5, 1)
-            return SelfSpeculative(**values)
+            quantization = values.pop("draft_quantization")
+            draft = None if quantization is None else quantize(model, quantization)
+            return SelfSpeculative(**values, draft_model=draft)
         case "speculative":
             folder = values.pop("draft_checkpoint")
             # With other tokens every draft would be wrong, and decoding slow, with nothing to show why.
