@@ -1,12 +1,15 @@
-"""Writing a file so that a reader finds the old one or the new one, never half of either.
+"""Writing a file so that a reader finds the old one or the new one, never half of either; values as JSON has them.
 
 Knows nothing of what is written. Used by every room that writes.
 """
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -24,3 +27,19 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def plain(value: Any) -> Any:
+    """The value ready for `json.dumps`, at any depth: dataclasses as dicts, tuples as lists, paths as texts, and
+    None for numbers that JSON does not have (inf, nan), which Python would write as Infinity and NaN."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

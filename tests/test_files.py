@@ -1,8 +1,13 @@
-"""Writing that never leaves half a file."""
+"""Writing that never leaves half a file, and values as JSON has them."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from layerskip_moe.files import replacing
+from layerskip_moe.files import plain, replacing
 
 
 def test_replacing_takes_the_place_only_when_all_is_written(tmp_path):
@@ -16,3 +21,24 @@ def test_replacing_takes_the_place_only_when_all_is_written(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_plain_values_are_what_json_has():
+    @dataclass
+    class Measured:
+        losses: tuple
+        of: dict
+
+    values = {
+        "run": Measured((1.5, math.inf), {3: [-math.inf, {"at": math.nan}]}),
+        "at": Path("a/b"),
+        "n": [1, True, None],
+    }
+    told = plain(values)
+    assert told == {
+        "run": {"losses": [1.5, None], "of": {3: [None, {"at": None}]}},
+        "at": str(Path("a/b")),
+        "n": [1, True, None],
+    }
+    json.dumps(told, allow_nan=False)
+    assert values["run"].of[3][0] == -math.inf  # what it was given stays as it was

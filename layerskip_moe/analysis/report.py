@@ -54,10 +54,8 @@ draws it; `findings.py`.
 """
 
 import json
-import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +73,7 @@ from layerskip_moe.analysis.metrics_file import read_metrics
 from layerskip_moe.analysis.recipe_schedule import RecipeSchedule, recipe_schedule
 from layerskip_moe.analysis.report_figures import draw_figures
 from layerskip_moe.analysis.report_text import render
-from layerskip_moe.files import replacing
+from layerskip_moe.files import plain, replacing
 
 SECTIONS = (
     "command",
@@ -116,7 +114,7 @@ def write_report(out_dir: str | Path, report: Mapping[str, Any], *, run_dir: str
         raise ValueError(f"A report has no section {unknown}; its sections are {', '.join(SECTIONS)}.")
     try:
         # Through JSON and back, so that the text cannot state what the file does not hold.
-        told = json.loads(json.dumps(_plain(report), allow_nan=False))
+        told = json.loads(json.dumps(plain(report), allow_nan=False))
     except TypeError as error:
         raise ValueError(f"A report holds numbers, texts, lists and dicts only ({error}).") from error
     recipe, records = _training_run(out_dir if run_dir is None else Path(run_dir), told.get("model") or {})
@@ -129,7 +127,7 @@ def write_report(out_dir: str | Path, report: Mapping[str, Any], *, run_dir: str
         told["training"] = training | {"seconds_by_part": seconds}
 
     told["summary"] = summarise(told.get("decoding") or [])
-    told["findings"] = _plain(_findings(told, train, schedule))
+    told["findings"] = plain(_findings(told, train, schedule))
     told["figures"] = draw_figures(out_dir, told, records, schedule)
     files = {"report.json": json.dumps(told, indent=1, allow_nan=False) + "\n", "report.md": render(told)}
     for name, text in files.items():
@@ -186,18 +184,3 @@ def _recipe(path: Path) -> Any:
     if not isinstance(recipe, dict) or not {"steps", "n_layers", "train_config"} <= set(recipe):
         raise ValueError(f"'{path}' is not the JSON that training writes (fields are missing); mend or remove it.")
     return recipe
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses as dicts, paths as texts, and None for numbers that JSON does not have."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -10,6 +10,7 @@ from typing import Any
 
 from layerskip_moe.constants import pick_device
 from layerskip_moe.data import Corpus, load_corpus
+from layerskip_moe.files import plain
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.pretrained.checkpoint import TOKENIZER, load_tokenizer
 
@@ -52,5 +53,4 @@ def load_saved(checkpoint: str, text: Text, device: str | None, *, seed: int = 0
 
 def json_line(values: dict[str, Any]) -> str:
     """One line of JSON. Numbers that JSON does not have (inf, nan) are null."""
-    plain = json.loads(json.dumps(values), parse_constant=lambda name: None)  # Python writes them as Infinity, NaN
-    return json.dumps(plain, allow_nan=False)
+    return json.dumps(plain(values), allow_nan=False)
