@@ -81,7 +81,8 @@ def generate(
 ) -> Generation:
     """Continue each prompt by up to max_new_tokens tokens.
 
-    prompts:     lists of token ids of any lengths, at least one each; strings too when tokenizer is given
+    prompts:     lists of token ids of any lengths, at least one each; strings too when tokenizer is given, with the
+                 special tokens that it puts around a text, such as Llama's begin of text
     strategy:    how to decode; None: Autoregressive()
     temperature, top_k, top_p, repetition_penalty, seed: see `Sampling`; temperature 0 (the default) is greedy
     stop_tokens: ids that end a row; None: the tokenizer's end of text when a tokenizer is given, else none
@@ -107,9 +108,7 @@ def generate(
         stop_tokens = [] if tokenizer is None else _end_of_text(tokenizer)
     if isinstance(stop_tokens, int):
         raise ValueError(f"stop_tokens={stop_tokens} is one id; give a list, such as [{stop_tokens}].")
-    streams = _text_streams(
-        stop_strings if isinstance(stop_strings, str) else tuple(stop_strings), tokenizer, len(encoded)
-    )
+    streams = _text_streams(stop_strings, tokenizer, len(encoded))
 
     result = Generation([], None, [], GenerationStats(), [])
     size = batch_size or len(encoded)
@@ -152,6 +151,7 @@ def _text_streams(stop_strings: Sequence[str], tokenizer: "Tokenizer | None", n_
     """A stream for each prompt where there are stop strings to look for."""
     if isinstance(stop_strings, str):
         raise ValueError(f"stop_strings is one string; give a list, such as [{stop_strings!r}].")
+    stop_strings = tuple(stop_strings)
     if not stop_strings:
         return []
     if tokenizer is None:
@@ -177,7 +177,7 @@ def _encode(prompts: Sequence[Sequence[int] | str], tokenizer: "Tokenizer | None
         elif tokenizer is None:
             raise ValueError(f"prompt {index} is a string; give tokenizer= as well, or token ids.")
         else:
-            encoded.append(tokenizer.encode(prompt, add_special_tokens=False).ids)
+            encoded.append(tokenizer.encode(prompt).ids)
     return encoded
 
 
