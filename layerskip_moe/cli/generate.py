@@ -24,7 +24,7 @@ from layerskip_moe.constants import pick_device
 from layerskip_moe.generation import Generation, GenerationStats, Sampling, generate
 from layerskip_moe.generation.text import TextStream
 from layerskip_moe.nn import MoEDecoder
-from layerskip_moe.pretrained.checkpoint import load_tokenizer
+from layerskip_moe.pretrained import load_tokenizer
 
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 

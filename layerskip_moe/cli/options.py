@@ -12,7 +12,8 @@ from layerskip_moe.constants import pick_device
 from layerskip_moe.data import Corpus, load_corpus
 from layerskip_moe.files import plain
 from layerskip_moe.nn import MoEDecoder
-from layerskip_moe.pretrained.checkpoint import TOKENIZER, load_tokenizer
+from layerskip_moe.pretrained import load_tokenizer
+from layerskip_moe.pretrained.tokenizer import TOKENIZER
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from tyro.conf import arg
 from layerskip_moe.cli.flags import fields_of
 from layerskip_moe.generation import Autoregressive, EarlyExit, LayerSkipping, SelfSpeculative, Speculative, Strategy
 from layerskip_moe.nn import MoEDecoder
-from layerskip_moe.pretrained.checkpoint import load_tokenizer
+from layerskip_moe.pretrained import load_tokenizer
 from layerskip_moe.pretrained.quantize import Quantization, quantize
 
 if TYPE_CHECKING:

@@ -1,5 +1,7 @@
-"""Checkpoints on disk. `checkpoint.py` has our own layout: save_model, load_model, load_tokenizer."""
+"""Checkpoints on disk, ours and other people's: `checkpoint.py` has the folder as a whole."""
 
-from layerskip_moe.pretrained.checkpoint import load_model, load_tokenizer, save_model
+from layerskip_moe.pretrained.checkpoint import load_model, read_recipe, save_model
+from layerskip_moe.pretrained.model_card import write_model_card
+from layerskip_moe.pretrained.tokenizer import load_tokenizer, stop_tokens
 
-__all__ = ["load_model", "load_tokenizer", "save_model"]
+__all__ = ["load_model", "load_tokenizer", "read_recipe", "save_model", "stop_tokens", "write_model_card"]

@@ -1,216 +1,218 @@
-"""Our own checkpoints: a folder that holds a network whole, or is refused.
+"""A checkpoint as a whole: a folder that holds a network, or is refused.
 
-    config.json         {"model_type": "layerskip_moe", "format_version": 1, "dtype": "float32",
-                         "config": {ModelConfig's fields}, "sha256": {file name: digest}}
-    model.safetensors   the tensors of MoEDecoder.state_dict(), by name; a tied head is stored once
-    tokenizer.json      when one was given, as `tokenizers` writes it
+    config.json                  of the family of transformers that computes this very network, or of our own type
+    model.safetensors            the weights, under that family's names; large ones in shards with an index
+    tokenizer.json, tokenizer_config.json, generation_config.json      when a tokenizer was given
+    layerskip_moe.json           digests of all these, and what they have no room for; see `record.py`
+    README.md                    the model card
 
-Files cannot be exchanged all at one instant, so config.json, the last to be put in place, names the others'
-digests: whatever an interruption leaves behind, weights are never read with another save's config or
-tokenizer. The digest also catches a copy that broke off, at the price of reading the file twice.
+Other people's checkpoints have no layerskip_moe.json. Nothing is written but beside, in a folder that then hands its
+files over one by one; while it does so there is no config.json, so that nobody opens half of one save and half of
+another.
 
-Knows nothing of optimizers (`training/checkpoint.py`) or of other people's layouts. Next: `nn/decoder.py`,
-whose save_pretrained and from_pretrained lead here.
+Knows nothing of optimizers (`training/checkpoint.py`). Next: `config_file.py`, `weights.py` and `layouts.py`, which
+read and write the parts; `hub.py`, which brings them from afar.
 """
 
-import dataclasses
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Mapping
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from layerskip_moe.nn import ModelConfig, MoEDecoder
+from layerskip_moe.pretrained.config_file import CONFIG, config_contents, empty_model, fields_left_out, read_network
+from layerskip_moe.pretrained.families import family_of
+from layerskip_moe.pretrained.hub import local_folder
+from layerskip_moe.pretrained.layouts import Place, ignorable, tensor_places
+from layerskip_moe.pretrained.model_card import CARD, has_other_card, model_card
+from layerskip_moe.pretrained.record import RECORD, check_files, check_recipe, read_record, write_record
+from layerskip_moe.pretrained.tokenizer import special_roles, write_tokenizer_files
+from layerskip_moe.pretrained.weights import (
+    StoredTensor,
+    check_shapes,
+    fill_model,
+    pickles,
+    same_values,
+    stored_tensors,
+    weight_file_names,
+    write_tensors,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-MODEL_TYPE = "layerskip_moe"
-FORMAT_VERSION = 1
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-_PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+_SAVING = ".saving"  # one fixed name: what a killed process left behind is removed by the next save
 
 
-def save_model(model: MoEDecoder, folder: str | Path, *, tokenizer: "Tokenizer | None" = None) -> None:
-    """Write the model, and the tokenizer when given, into folder (made if need be).
+def load_model(
+    folder_or_id: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    token: str | None = None,
+) -> MoEDecoder:
+    """The network of a checkpoint, ours or of one of `families.FAMILIES`, in evaluation mode.
 
-    Everything is written beside first, then put in place file by file. An error or a full disk while writing
-    leaves an older checkpoint in the folder as it was; being killed between two files leaves one that
-    `load_model` refuses. Without a tokenizer an older tokenizer.json stays, but is no longer this model's.
+    folder_or_id, revision, token: a folder, or an id on the Hugging Face hub; see `hub.local_folder`
+    dtype: what to convert the parameters to (default: as stored, bit for bit); buffers, which the router keeps in
+        float32 for a reason, stay as stored
+    device: where the weights are allocated, once, in that type
 
-    Raises ValueError if folder is a file, if the tokenizer has more tokens than the model, or if the model's
-    tensors are not those its config describes (say, after a module was exchanged).
+    Raises ValueError, saying what was found and what would be right, if there is no checkpoint, it is damaged, or its
+    network cannot be computed exactly.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} cannot be computed in; give torch.float32, torch.bfloat16 or torch.float16.")
+    folder = local_folder(folder_or_id, revision=revision, token=token)
+    _check_is_checkpoint(folder)
+    family, config = read_network(folder)
+    check_files(folder)
+    model, stored = empty_model(config), stored_tensors(folder)
+    fused = any(name.endswith("mlp.experts.gate_up_proj") for name in stored)
+    places = _places(model, family, fused=fused)
+    _drop_ignorable(stored, places, config)
+    state = model.state_dict()
+    expected = {name: tuple(state[place.parameter][place.index].shape) for name, place in places.items()}
+    check_shapes({name: tensor.shape for name, tensor in stored.items()}, expected, str(folder))
+    fill_model(model, stored, places, device=device, dtype=dtype)
+    return model.eval()
+
+
+def save_model(
+    model: MoEDecoder,
+    folder: str | Path,
+    *,
+    tokenizer: "Tokenizer | None" = None,
+    recipe: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write the model into folder (made if need be) so that transformers opens it, where one of its families computes
+    the same network, and as our own type where none does.
+
+    tokenizer: written beside it; its end of text becomes generate's in transformers
+    recipe: how the model was trained, plain JSON values, for `read_recipe` and the model card
+    max_shard_bytes: larger weights are split into files of at most so many bytes
+
+    An error or a full disk while writing leaves an older checkpoint in the folder as it was; being killed while the
+    files are put in place leaves a folder that is refused. Files of an older save that this one has not go; other
+    people's stay, a README.md that we did not write among them.
+
+    Raises ValueError if folder is a file, if the tokenizer has more tokens than the model, if the recipe is not plain,
+    or if the model's tensors are not those its config describes (say, after a module was exchanged); OSError where
+    the disk is full.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder to save the model in.")
-    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    _check_tensors({name: tuple(tensor.shape) for name, tensor in state.items()}, _empty(model.config), "The model")
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes={max_shard_bytes} must be 1 or more.")
+    check_recipe(recipe)
     if tokenizer is not None and tokenizer.get_vocab_size() > model.config.vocab_size:
         raise ValueError(
             f"The tokenizer has {tokenizer.get_vocab_size()} tokens but the model's vocab_size is "
             f"{model.config.vocab_size}; give the tokenizer that the model was trained with."
         )
+    empty, state = empty_model(model.config), model.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+    check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, expected, "The model")
+    family = family_of(model.config)
+    tensors = {name: state[place.parameter][place.index] for name, place in _places(empty, family).items()}
+    contents = config_contents(model.config, family, model.dtype)
 
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / ".saving"  # one fixed name: what a killed process left behind is removed by the next save
+    beside = folder / _SAVING
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:
-        save_file(state, beside / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(beside, tensors, max_shard_bytes)
         if tokenizer is not None:
-            tokenizer.save(str(beside / TOKENIZER))
-        names = sorted(path.name for path in beside.iterdir())
-        contents = {
-            "model_type": MODEL_TYPE,
-            "format_version": FORMAT_VERSION,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "config": dataclasses.asdict(model.config),
-            "sha256": {name: _sha256(beside / name) for name in names},
-        }
-        (beside / CONFIG).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-        for name in [*names, CONFIG]:
-            os.replace(beside / name, folder / name)
+            write_tokenizer_files(tokenizer, beside)
+            contents |= _write_generation_config(tokenizer, beside)
+        _write_json(beside / CONFIG, contents)
+        write_record(beside, fields_left_out(model.config, family), recipe)
+        if not has_other_card(folder):
+            (beside / CARD).write_text(model_card(beside), encoding="utf-8")
+        _put_in_place(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def load_model(
-    folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> MoEDecoder:
-    """The model that `save_model` wrote, in evaluation mode.
+def read_recipe(
+    folder_or_id: str | Path, *, revision: str | None = None, token: str | None = None
+) -> dict[str, Any] | None:
+    """How the model was trained, as `save_model` was told; None where it was not. Arguments as `load_model`'s."""
+    record = read_record(local_folder(folder_or_id, revision=revision, token=token, patterns=("*.json",)))
+    return None if record is None else record.get("recipe")
 
-    dtype: what to convert the parameters to (default: as stored, bit for bit); buffers, which the router
-    keeps in float32 for a reason, stay as stored. The weights are allocated once, on the device.
 
-    Raises ValueError, saying what was found and what would be right, if the folder is absent, is not such a
-    checkpoint, or is damaged.
-    """
-    folder = Path(folder)
-    contents = _read_config(folder)
-    _check_digest(folder, WEIGHTS, contents)
-    model = _empty(_network(folder, contents))
-    parameters = {name for name, _ in model.named_parameters()}
-    state = {}
+def _check_is_checkpoint(folder: Path) -> None:
+    if (folder / CONFIG).is_file():
+        return
+    if (folder / _SAVING).is_dir() or (folder / RECORD).is_file():
+        raise ValueError(f"{folder} holds no {CONFIG}, for a save or a copy was interrupted; save or copy it again.")
+    names = pickles(folder)
+    found = f"only pickles ({names}), which can run code when read" if names else f"no {CONFIG}"
+    inside = f", such as {folder / 'model'}" if (folder / "model" / CONFIG).is_file() else ""
+    raise ValueError(f"{folder} holds {found}; give a folder that save_pretrained wrote{inside}.")
+
+
+def _places(model: MoEDecoder, family: str | None, *, fused: bool = False) -> dict[str, Place]:
+    """Where each tensor of a checkpoint belongs; our own type has the names of the state dict."""
+    if family is None:
+        return {name: Place(name, ()) for name in model.state_dict()}
+    return tensor_places(model.config, family, fused=fused)
+
+
+def _drop_ignorable(stored: dict[str, StoredTensor], places: Mapping[str, Place], config: ModelConfig) -> None:
+    """Forget stored tensors that follow from others, as old checkpoints carry some."""
+    for name in [name for name in stored if name not in places and ignorable(name, config)]:
+        embedding = "model.embed_tokens.weight"
+        if name == "lm_head.weight" and embedding in stored and not same_values(stored, name, embedding):
+            raise ValueError(
+                f"{stored[name].file} holds a head that is not the embedding, though {CONFIG} ties them; set "
+                "tie_word_embeddings to false there if the head is meant."
+            )
+        del stored[name]
+
+
+def _write_generation_config(tokenizer: "Tokenizer", folder: Path) -> dict[str, int | None]:
+    """Tell transformers' generate where a text begins and ends, and return the same for config.json."""
+    roles = special_roles(tokenizer)
+    ids = {f"{role}_id": tokenizer.token_to_id(roles[role]) for role in ("bos_token", "eos_token") if role in roles}
+    if "eos_token_id" in ids:
+        _write_json(folder / "generation_config.json", ids)
+    return ids
+
+
+def _put_in_place(beside: Path, folder: Path) -> None:
+    """Hand the files over, the record last, and remove an older save's that are not replaced."""
+    names = sorted(path.name for path in beside.iterdir())
+    for name in names:
+        with open(beside / name, "rb+") as file:
+            os.fsync(file.fileno())
+    stale = weight_file_names(folder) | _recorded_files(folder)
+    (folder / CONFIG).unlink(missing_ok=True)  # nobody opens the folder until it is whole again
+    for name in [name for name in names if name not in (CONFIG, RECORD)]:
+        os.replace(beside / name, folder / name)
+    for name in stale - set(names):
+        (folder / name).unlink(missing_ok=True)
+    for name in (CONFIG, RECORD):
+        os.replace(beside / name, folder / name)
+
+
+def _recorded_files(folder: Path) -> set[str]:
+    """What an older save of ours left in folder."""
     try:
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            _check_tensors(shapes, model, str(folder / WEIGHTS))
-            for name in shapes:
-                # A copy, because what is read is the file itself, mapped: it may change, and lies unaligned.
-                wanted = dtype if name in parameters else None
-                state[name] = file.get_tensor(name).to(device, wanted, copy=True)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is not a whole safetensors file ({error}); copy it again.") from None
-    model.load_state_dict(state, assign=True)
-    left_empty = [name for name, t in chain(model.named_parameters(), model.named_buffers()) if t.is_meta]
-    assert not left_empty, f"not part of the state dict, so never filled: {left_empty}"
-    return model.eval()
+        record = read_record(folder)
+    except ValueError:  # damaged, or of another version: what it named is not known
+        return set()
+    return set() if record is None else {Path(name).name for name in record["sha256"]}
 
 
-def load_tokenizer(folder: str | Path) -> "Tokenizer":
-    """The tokenizer that was saved with the model in folder. Raises ValueError if there was none."""
-    from tokenizers import Tokenizer
-
-    folder = Path(folder)
-    contents = _read_config(folder)
-    if TOKENIZER not in contents["sha256"]:
-        raise ValueError(
-            f"The model in {folder} was saved without a tokenizer; save it with tokenizer=... to keep one."
-        )
-    _check_digest(folder, TOKENIZER, contents)
-    return Tokenizer.from_file(str(folder / TOKENIZER))
-
-
-def _empty(config: ModelConfig) -> MoEDecoder:
-    """The network with shapes and names but no memory."""
-    with torch.device("meta"):
-        return MoEDecoder(config)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint of ours, its outer fields checked."""
-    path = folder / CONFIG
-    if not folder.is_dir():
-        found = "is a file" if folder.exists() else "does not exist"
-        raise ValueError(f"{folder} {found}; give the folder that save_pretrained wrote.")
-    if not path.is_file():
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-        found = f"only pickles ({', '.join(pickles)}), which can run code when read" if pickles else "no config.json"
-        inside = f", such as {folder / 'model'}" if (folder / "model" / CONFIG).is_file() else ""
-        raise ValueError(f"{folder} holds {found}; give a folder that save_pretrained wrote{inside}.")
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # malformed JSON, or bytes that are no text
-        raise ValueError(f"{path} is not JSON ({error}); copy it again from where the model was saved.") from None
-    if not isinstance(contents, dict) or contents.get("model_type") != MODEL_TYPE:
-        found = repr(contents.get("model_type")) if isinstance(contents, dict) else "none"
-        raise ValueError(f"{path} has model_type {found}; only {MODEL_TYPE!r}, as save_pretrained writes it, is read.")
-    if contents.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format_version {contents.get('format_version')!r}, but this layerskip_moe reads "
-            f"{FORMAT_VERSION}; install the version that wrote it."
-        )
-    for name in ("config", "sha256"):
-        if not isinstance(contents.get(name), dict):
-            raise ValueError(f"{path} lacks {name!r}; copy it again from where the model was saved.")
-    return contents
-
-
-def _network(folder: Path, contents: dict[str, Any]) -> ModelConfig:
-    """The ModelConfig in config.json; a field that an older save did not know has its default."""
-    unknown = sorted(set(contents["config"]) - {field.name for field in dataclasses.fields(ModelConfig)})
-    if unknown:
-        raise ValueError(
-            f"{folder / CONFIG} has fields this layerskip_moe does not know ({', '.join(unknown)}); "
-            "correct them, or install the version that wrote it."
-        )
-    if "vocab_size" not in contents["config"]:
-        raise ValueError(f"{folder / CONFIG} lacks the network's vocab_size; copy it again from where it was saved.")
-    try:
-        return ModelConfig(**contents["config"])
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG} describes no network: {error}") from None
-
-
-def _check_digest(folder: Path, name: str, contents: dict[str, Any]) -> None:
-    path = folder / name
-    if not path.is_file():
-        raise ValueError(f"{folder} has a {CONFIG} but no {name}; copy the whole folder that save_pretrained wrote.")
-    if _sha256(path) != contents["sha256"].get(name):
-        raise ValueError(
-            f"{path} is not the file that {CONFIG} was written with (its sha256 differs): a save or a copy was "
-            "interrupted, or a file exchanged; save or copy the whole folder again."
-        )
-
-
-def _check_tensors(found: Mapping[str, tuple[int, ...]], model: MoEDecoder, what: str) -> None:
-    """Refuse shapes by name that are not the model's, all differences in one error."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected]
-    misshapen = [
-        f"{name} is {list(found[name])} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    lists = (("missing", missing), ("not known", extra), ("of another shape", misshapen))
-    problems = [f"{kind}: {_enumerate(names)}" for kind, names in lists if names]
-    if problems:
-        raise ValueError(f"{what} does not hold the tensors of its config ({'; '.join(problems)}).")
-
-
-def _enumerate(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _write_json(path: Path, contents: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")

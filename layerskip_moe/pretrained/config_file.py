@@ -1,0 +1,80 @@
+"""config.json of a checkpoint: in the words of a family of transformers, or in our own where none has words for it.
+
+    {"model_type": "layerskip_moe", "architectures": ["MoEDecoder"], "dtype": "float32",
+     "config": {ModelConfig's fields}}
+
+Knows nothing of tensors. Next: `families.py`, which knows the families' words; `record.py`, which keeps what they lack.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerskip_moe.nn import ModelConfig, MoEDecoder
+from layerskip_moe.pretrained.families import read_config, write_config
+from layerskip_moe.pretrained.json_file import read_json
+from layerskip_moe.pretrained.record import RECORD, read_record
+
+CONFIG = "config.json"
+OUR_TYPE = "layerskip_moe"
+
+
+def config_contents(config: ModelConfig, family: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    """What config.json says of a network, in a family's words (one that expresses it exactly), or in ours for None."""
+    if family is not None:
+        contents = write_config(config, family)
+    else:
+        contents = {"model_type": OUR_TYPE, "architectures": ["MoEDecoder"], "config": dataclasses.asdict(config)}
+    return contents | {"dtype": str(dtype).removeprefix("torch.")}
+
+
+def fields_left_out(config: ModelConfig, family: str | None) -> dict[str, Any]:
+    """The fields of config that would not come back from config.json, such as dropout; the network is the same."""
+    if family is None:
+        return {}
+    back = dataclasses.asdict(read_config(write_config(config, family))[1])
+    return {name: value for name, value in dataclasses.asdict(config).items() if value != back[name]}
+
+
+def read_network(folder: Path) -> tuple[str | None, ModelConfig]:
+    """The family (None: our own type) and the network of the checkpoint in folder.
+
+    Raises ValueError, naming the file, where it cannot be read or computed exactly.
+    """
+    path = folder / CONFIG
+    contents, record = read_json(path), read_record(folder)
+    if contents.get("model_type") == OUR_TYPE:
+        return None, _network(contents.get("config"), path)
+    try:
+        family, config = read_config(contents)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if record is not None and record["config"]:
+        config = _network(dataclasses.asdict(config) | record["config"], folder / RECORD)
+    return family, config
+
+
+def empty_model(config: ModelConfig) -> MoEDecoder:
+    """The network with shapes and names but no memory (on the meta device)."""
+    with torch.device("meta"):
+        return MoEDecoder(config)
+
+
+def _network(fields: Any, path: Path) -> ModelConfig:
+    """The ModelConfig of these fields of path; one that an older save did not know has its default."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} lacks 'config'; copy it again from where the model was saved.")
+    unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(ModelConfig)})
+    if unknown:
+        raise ValueError(
+            f"{path} has fields this layerskip_moe does not know ({', '.join(unknown)}); "
+            "correct them, or install the version that wrote it."
+        )
+    if "vocab_size" not in fields:
+        raise ValueError(f"{path} lacks the network's vocab_size; copy it again from where it was saved.")
+    try:
+        return ModelConfig(**fields)
+    except ValueError as error:
+        raise ValueError(f"{path} describes no network: {error}") from None

@@ -1,0 +1,140 @@
+"""Checkpoints on the Hugging Face hub: brought into its cache here, and put there.
+
+What was brought once is found in the cache when there is no network (huggingface_hub sees to that).
+Knows nothing of what is in the files. Next: `checkpoint.py`, which reads and writes the folder.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.pretrained.model_card import CARD, is_ours
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from tokenizers import Tokenizer
+
+# The second leaves out consolidated.safetensors, which has the same weights once more, in other people's layout.
+CHECKPOINT_FILES = ("*.json", "model*.safetensors")
+
+
+def local_folder(
+    folder_or_id: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    patterns: Sequence[str] = CHECKPOINT_FILES,
+) -> Path:
+    """The folder itself; or, of a checkpoint on the hub, where its files lie in the hub's cache, brought if need be.
+
+    folder_or_id: a `Path`, what exists here, and what is written like a path (begins with ".", "~" or "/", or has more
+        than one "/", or a backslash) is a folder; any other text is an id on the hub, such as "owner/name"
+    revision: branch, tag or commit on the hub (default: main)
+    token: of an account that may read it (default: the one `hf auth login` left)
+    patterns: of the files that are wanted
+
+    Raises ValueError where there is no such folder, and where the hub has no such checkpoint, does not let it be read,
+    or cannot be reached while the cache does not have it.
+    """
+    folder = Path(folder_or_id).expanduser()
+    if isinstance(folder_or_id, Path) or folder.exists() or _is_written_as_a_path(folder_or_id):
+        if not folder.is_dir():
+            found = "is a file" if folder.exists() else "does not exist"
+            raise ValueError(f"{folder} {found}; give the folder that save_pretrained wrote, or an id on the hub.")
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for checkpoints on the hub; {folder} is a folder here.")
+        return folder
+    return _download(folder_or_id, revision, token, patterns)
+
+
+def push(
+    model: MoEDecoder,
+    repo_id: str,
+    *,
+    tokenizer: "Tokenizer | None" = None,
+    recipe: Mapping[str, Any] | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+) -> str:
+    """Save the model and put it on the hub, in one commit; the address of the repository.
+
+    repo_id: "owner/name" or "name"; the repository is made if need be. Weights of an earlier push go; a README.md
+    that somebody else wrote stays.
+    tokenizer, recipe: as for `save_model`
+    private: for a repository that is made (default: as the account's settings have it)
+    token: of an account that may write there (default: the one `hf auth login` left)
+
+    Raises ValueError where the hub cannot be reached or refuses, and for what `save_model` refuses.
+    """
+    from huggingface_hub import HfApi
+
+    from layerskip_moe.pretrained.checkpoint import save_model
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, folder, tokenizer=tokenizer, recipe=recipe)
+        try:
+            address = api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message="A checkpoint by layerskip_moe",
+                ignore_patterns=[CARD] if _has_other_card(api, repo_id) else None,
+                delete_patterns=["model*.safetensors", "model.safetensors.index.json"],
+            )
+        # The hub's HTTP library, and with it the exceptions, changes from release to release.
+        except Exception as error:
+            raise ValueError(
+                f"The model could not be put on the Hugging Face hub as '{repo_id}' ({_reason(error)}): check the "
+                "name and the connection, and that the account of `hf auth login`, or of token=..., may write there."
+            ) from None
+    return str(address)
+
+
+def _is_written_as_a_path(text: str) -> bool:
+    return text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
+
+
+def _download(repo_id: str, revision: str | None, token: str | None, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        found = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=list(patterns))
+    except errors.GatedRepoError:
+        raise ValueError(
+            f"'{repo_id}' on the Hugging Face hub is given only to those who accept its terms: accept them on its "
+            "page, then log in with `hf auth login` or give token=..."
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise ValueError(
+            f"No folder here is called '{repo_id}', and the Hugging Face hub has no public model of that name: check "
+            "the spelling, or log in with `hf auth login` or give token=... if it is private."
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ValueError(
+            f"'{repo_id}' on the Hugging Face hub has no revision '{revision}': give one of its branches, tags or "
+            "commits."
+        ) from None
+    except errors.HFValidationError as error:
+        raise ValueError(f"'{repo_id}' is neither a folder here nor a possible id on the hub ({error}).") from None
+    except Exception as error:
+        raise ValueError(
+            f"No folder here is called '{repo_id}', and it could not be brought from the Hugging Face hub "
+            f"({_reason(error.__cause__ or error)}), nor is it whole in the hub's cache: check the spelling and the "
+            "connection, or give a folder."
+        ) from None
+    return Path(found)
+
+
+def _has_other_card(api: "HfApi", repo_id: str) -> bool:
+    """Whether the repository has a README.md that is not of our writing."""
+    if not api.file_exists(repo_id, CARD):
+        return False
+    return not is_ours(Path(api.hf_hub_download(repo_id, CARD)).read_text(encoding="utf-8"))
+
+
+def _reason(error: BaseException) -> str:
+    first = next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

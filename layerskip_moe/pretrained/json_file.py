@@ -1,0 +1,16 @@
+"""Reading the JSON files of a checkpoint. Knows nothing of what they mean. Next: whoever does, such as `record.py`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError, naming the file, where it is not one."""
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # malformed JSON, or bytes that are no text
+        raise ValueError(f"{path} is not JSON ({error}); copy it again from where the model was saved.") from None
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path} holds no JSON object; copy it again from where the model was saved.")
+    return contents

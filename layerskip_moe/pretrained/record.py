@@ -1,0 +1,83 @@
+"""layerskip_moe.json, which a save of ours leaves beside what everybody reads.
+
+    {"format_version": 2,
+     "sha256": {name: digest of every other file of the save but README.md},
+     "config": {those fields of ModelConfig that config.json does not carry, such as dropout},
+     "recipe": {how the model was trained, plain values} or null}
+
+Files cannot be exchanged all at one instant, so the digests tell whether those in a folder are of one save. They also
+catch a copy that broke off, at the price of reading each file twice. A folder without this file loads all the same.
+Knows nothing of configs, tensors or tokenizers. Next: `checkpoint.py`, which writes it and has it checked.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from layerskip_moe.pretrained.json_file import read_json
+
+RECORD = "layerskip_moe.json"
+FORMAT_VERSION = 2
+
+
+def write_record(folder: Path, config: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> None:
+    """Write the record of the files that are in folder. ValueError for a recipe of other than plain JSON values."""
+    contents = {
+        "format_version": FORMAT_VERSION,
+        "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
+        "config": config,
+        "recipe": None if recipe is None else dict(recipe),
+    }
+    (folder / RECORD).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+
+
+def check_recipe(recipe: Mapping[str, Any] | None) -> None:
+    """Raise ValueError for a recipe that JSON would not give back as it is."""
+    try:
+        same = recipe is None or json.loads(json.dumps(recipe, allow_nan=False)) == recipe
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"recipe must be a dict of plain JSON values ({error}).") from None
+    if not same:
+        raise ValueError("recipe must be a dict of plain JSON values: texts as keys, lists instead of tuples.")
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record in folder, its outer fields checked; None where there is none."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    if record.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version {record.get('format_version')!r}, but this layerskip_moe reads "
+            f"{FORMAT_VERSION}; install the version that wrote it."
+        )
+    for name in ("sha256", "config"):
+        if not isinstance(record.get(name), dict):
+            raise ValueError(f"{path} lacks {name!r}; copy it again from where the model was saved.")
+    return record
+
+
+def check_files(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Raise ValueError where a file is not the one that folder's record names; names: only these (default: all)."""
+    record = read_record(folder)
+    if record is None:
+        return
+    digests = record["sha256"]
+    for name in digests if names is None else [name for name in names if name in digests]:
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{folder} has a {RECORD} but no {name}; copy the whole folder that was saved.")
+        if _sha256(path) != digests[name]:
+            raise ValueError(
+                f"{path} is not the file that {RECORD} was written with (its sha256 differs): a save or a copy was "
+                "interrupted, or a file exchanged; save or copy the whole folder again, or, if it was changed on "
+                f"purpose, delete {RECORD} to load the files as they are."
+            )
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
