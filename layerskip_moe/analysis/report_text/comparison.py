@@ -6,6 +6,7 @@ Next: `findings.py`, which computes what is claimed here; `main.py --compare`, w
 from collections.abc import Sequence
 
 from layerskip_moe.analysis.findings import decoding_label
+from layerskip_moe.analysis.report_text.decoding import DRAFTING_HEADER, drafting_cells
 from layerskip_moe.analysis.report_text.markdown import Report, figure, number, percent, quartiles, table
 
 
@@ -124,21 +125,12 @@ def _exits_table(runs: Sequence[Report]) -> list[str]:
 
 
 def _decoding_table(runs: Sequence[Report]) -> list[str]:
-    header = (
-        *("decoding", "run", "strategy", "exit layer", "draft length"),
-        *("tokens/s", "speed-up", "middle half", "accepted", "identical"),
-    )
+    header = ("decoding", "run", *DRAFTING_HEADER, "identical")
     rows = [
         (
             decoding_label(comparison),
             run["name"],
-            row["name"],
-            number(row["exit_layer"]),
-            number(row["draft_length"]),
-            number(row["tokens_per_second"], 1),
-            number(row["speed_up"], 2),
-            quartiles(row),
-            percent(row["acceptance_rate"]),
+            *drafting_cells(row),
             f"{row['identical']} of {comparison['prompts']}",
         )
         for run in runs

@@ -17,15 +17,13 @@ from layerskip_moe.analysis.report_text.markdown import (
     table,
 )
 
+DRAFTING_HEADER = ("strategy", "exit layer", "draft length", "tokens/s", "speed-up", "middle half", "accepted")
 _LOOPING = 0.5  # distinct 4-grams below which a text is said to repeat itself
 
 
 def decoding_lines(report: Report) -> list[str]:
     """`decoding`: a table for each comparison, and the share of drafts accepted by their place in a round."""
-    header = (
-        *("strategy", "exit layer", "draft length", "tokens/s", "speed-up", "middle half", "accepted"),
-        *("tokens per verification", "distinct 4-grams", "identical", "prefill, ms"),
-    )
+    header = (*DRAFTING_HEADER, "tokens per verification", "distinct 4-grams", "identical", "prefill, ms")
     lines = []
     for comparison in report.get("decoding") or []:
         rows = comparison["strategies"]
@@ -56,7 +54,8 @@ def repeats_itself(row: Report) -> bool:
     return row["distinct_4grams"] is not None and row["distinct_4grams"] < _LOOPING
 
 
-def _row(row: Report, prompts: int) -> tuple[str, ...]:
+def drafting_cells(row: Report) -> tuple[str, ...]:
+    """A strategy's cells under `DRAFTING_HEADER`."""
     return (
         row["name"],
         number(row["exit_layer"]),
@@ -65,6 +64,12 @@ def _row(row: Report, prompts: int) -> tuple[str, ...]:
         number(row["speed_up"], 2),
         quartiles(row),
         percent(row["acceptance_rate"]),
+    )
+
+
+def _row(row: Report, prompts: int) -> tuple[str, ...]:
+    return (
+        *drafting_cells(row),
         number(row["tokens_per_verification"], 2),
         percent(row["distinct_4grams"]),
         f"{row['identical']} of {prompts}",
