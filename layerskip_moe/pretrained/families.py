@@ -137,8 +137,9 @@ def read_config(contents: Mapping[str, Any]) -> tuple[str, ModelConfig]:
     settings = {ours: values[theirs] for ours, theirs in family.names.items()} | dict(family.fixed)
     if not isinstance(settings["init_std"], int | float) or not settings["init_std"] > 0:
         settings["init_std"] = None  # weights are read, not drawn: no reason to refuse a file
-    for ours in family.names.keys() & {"d_ff", "dense_d_ff", "shared_expert_d_ff"}:
-        whole(values, family.names[ours])  # null would be ModelConfig's default
+    for ours in ("d_ff", "dense_d_ff", "shared_expert_d_ff"):
+        if ours in family.names:  # null would mean ModelConfig's default
+            whole(values, family.names[ours])
     settings.setdefault("d_ff", settings.get("dense_d_ff"))
     n_layers, d_model, n_heads = (
         whole(values, field) for field in ("num_hidden_layers", "hidden_size", "num_attention_heads")
@@ -170,7 +171,7 @@ def _family_named(contents: Mapping[str, Any]) -> str:
     if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"model_type={name!r} cannot be loaded; the architectures that can are {', '.join(FAMILIES)}.")
     architectures, expected = contents.get("architectures"), FAMILIES[name].architecture
-    if architectures and expected not in architectures:
+    if architectures and not (isinstance(architectures, list) and expected in architectures):
         raise ValueError(f"architectures={architectures!r} cannot be loaded; of {name}, only {expected} can.")
     return name
 
@@ -184,8 +185,12 @@ def _refuse_what_is_not_computed(values: Mapping[str, Any]) -> None:
         raise ValueError(
             f"quantization_config says that the weights are packed ({method}); give the checkpoint before quantisation."
         )
-    if values.get("per_layer_config"):
-        raise ValueError("per_layer_config gives single layers sizes of their own, which is not computed here.")
+    # Fields of no family here that transformers looks for in all of them.
+    for field in ("per_layer_config", "attention_chunk_size", "kv_sharing_modes", "transformers_weights"):
+        if values.get(field) is not None:
+            raise ValueError(f"{field}={values[field]!r} is not supported here; only null is.")
+    if values.get("is_causal", True) is not True:
+        raise ValueError(f"is_causal={values['is_causal']!r} is not computed here: a position never reads later ones.")
 
 
 def _count_experts(values: Mapping[str, Any], contents: Mapping[str, Any], name: str) -> int:
@@ -197,7 +202,7 @@ def _count_experts(values: Mapping[str, Any], contents: Mapping[str, Any], name:
             raise ValueError(f"{field}={contents[field]!r} and {other}={contents[other]!r} must be the same.")
         field = other
     # Layers without experts exist only where decoder_sparse_step does.
-    return whole(values, field, at_least=0 if "decoder_sparse_step" in values else 1)
+    return whole(values, field, at_least=0 if "decoder_sparse_step" in FAMILIES[name].defaults else 1)
 
 
 def _read_moe_layers(values: Mapping[str, Any], n_layers: int) -> str | tuple[int, ...]:
