@@ -5,6 +5,7 @@ special tokens spelt in the text are recognised, which SentencePiece leaves to i
 the files beside it: `tokenizer.py` adds their tokens.
 """
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,16 +67,16 @@ def read_sentencepiece(path: Path, settings: Mapping[str, Any]) -> "Tokenizer":
 
 def _read_proto(path: Path) -> Any:
     try:
-        from google.protobuf.message import DecodeError
-        from sentencepiece import sentencepiece_model_pb2
+        messages = importlib.import_module("google.protobuf.message")  # which has no types to import
+        model = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     except ImportError as error:
         raise ImportError(
             f"Reading {path} needs the packages sentencepiece and protobuf: pip install sentencepiece protobuf."
         ) from error
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = model.ModelProto()
     try:
         proto.ParseFromString(path.read_bytes())
-    except DecodeError:
+    except messages.DecodeError:
         proto.Clear()
     if not proto.pieces:
         raise ValueError(
@@ -136,7 +137,7 @@ def _normalizer(cleaning: Any, *, prefix: bool) -> "normalizers.Normalizer":
 def _decoder(prefix: bool, byte_fallback: bool) -> "decoders.Decoder":
     from tokenizers import decoders
 
-    steps = [decoders.Replace(_SPACE, " ")]
+    steps: list[decoders.Decoder] = [decoders.Replace(_SPACE, " ")]
     if byte_fallback:
         steps.append(decoders.ByteFallback())
     steps.append(decoders.Fuse())

@@ -13,6 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerskip_moe.files import replacing
+from layerskip_moe.pretrained.json_file import read_json
+
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
@@ -46,7 +49,7 @@ def load_tokenizer(folder_or_id: str | Path, *, revision: str | None = None, tok
     from layerskip_moe.pretrained.hub import local_folder
 
     folder = local_folder(folder_or_id, revision=revision, token=token, patterns=TOKENIZER_FILES)
-    config = special_token_settings(folder)
+    config = _token_settings(folder)
     if (folder / TOKENIZER).is_file():
         tokenizer = _read_tokenizer_json(folder / TOKENIZER)
     elif (folder / SENTENCEPIECE).is_file():
@@ -58,7 +61,12 @@ def load_tokenizer(folder_or_id: str | Path, *, revision: str | None = None, tok
             f"{folder} holds no tokenizer ({TOKENIZER} or {SENTENCEPIECE}); save the model with tokenizer=..., or "
             "copy the tokenizer's files beside it."
         )
-    _add_tokens(tokenizer, folder, config)
+    try:
+        _add_tokens(tokenizer, folder, config)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder} does not list its tokens as transformers does ({error!r}); copy it again."
+        ) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -82,9 +90,10 @@ def write_tokenizer_files(tokenizer: "Tokenizer", folder: str | Path) -> None:
     splitting = json.loads(tokenizer.to_str())["pre_tokenizer"] or {}
     if "add_prefix_space" in splitting:  # transformers 4 overrides the tokenizer's own with its default
         config["add_prefix_space"] = splitting["add_prefix_space"]
-    tokenizer.save(str(folder / TOKENIZER))
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (folder / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
+    with replacing(folder / TOKENIZER) as beside:
+        tokenizer.save(str(beside))
+    with replacing(folder / TOKENIZER_CONFIG) as beside:
+        beside.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def special_roles(tokenizer: "Tokenizer") -> dict[str, str]:
@@ -108,23 +117,25 @@ def stop_tokens(folder: str | Path) -> list[int]:
     """
     folder = Path(folder)
     for name in ("generation_config.json", "config.json"):
-        ids = _read_json(folder / name).get("eos_token_id")
-        if ids is not None:
-            return [int(i) for i in ids] if isinstance(ids, list) else [int(ids)]
+        found = _read_if_there(folder / name).get("eos_token_id")
+        ids: list[Any] = found if isinstance(found, list) else [found]
+        if any(i is not None and type(i) is not int for i in ids):
+            raise ValueError(f"{folder / name} has eos_token_id={found!r}, which is neither an id nor a list of ids.")
+        if found is not None:
+            return ids
     if not (folder / TOKENIZER).is_file() and not (folder / SENTENCEPIECE).is_file():
         return []
     tokenizer = load_tokenizer(folder)
-    declared = special_token_settings(folder).get("eos_token")
-    named = [_content(declared)] if declared else END_OF_TEXT_NAMES
-    ids = [tokenizer.token_to_id(name) for name in named]
-    return [i for i in ids if i is not None][:1]
+    declared = _token_settings(folder).get("eos_token")
+    named = [_added_token(declared).content] if declared else END_OF_TEXT_NAMES
+    return [i for i in map(tokenizer.token_to_id, named) if i is not None][:1]
 
 
-def special_token_settings(folder: Path) -> dict[str, Any]:
+def _token_settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, with special_tokens_map.json laid over it where it does not list added tokens."""
-    config = _read_json(folder / TOKENIZER_CONFIG)
+    config = _read_if_there(folder / TOKENIZER_CONFIG)
     if "added_tokens_decoder" not in config:
-        config.update(_read_json(folder / "special_tokens_map.json"))
+        config.update(_read_if_there(folder / "special_tokens_map.json"))
     return config
 
 
@@ -138,38 +149,31 @@ def _read_tokenizer_json(path: Path) -> "Tokenizer":
 
 
 def _add_tokens(tokenizer: "Tokenizer", folder: Path, config: Mapping[str, Any]) -> None:
-    """Add what the files beside the tokenizer list and it lacks, in the order of their ids."""
-    known = {added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special}
+    """Add what the files beside the tokenizer list, in the order of the ids; a token it has already stays as it is."""
     special = [config[role] for role in _ROLES if config.get(role)]
     for name in _MORE_SPECIAL:
         more = config.get(name) or []
         special += more.values() if isinstance(more, dict) else more
-    names = {_content(value) for value in special}
+    tokens = [_added_token(value, special=True) for value in special]
+    named = {token.content for token in tokens}
 
-    listed = {int(i): value for i, value in config.get("added_tokens_decoder", {}).items()}
-    if "added_tokens_decoder" not in config:
-        listed = {int(i): name for name, i in _read_json(folder / "added_tokens.json").items()}
-    for i, value in sorted(listed.items(), key=lambda entry: entry[0]):
-        present = tokenizer.get_added_tokens_decoder().get(i)
-        if present is None or present.content != _content(value):
-            added = _added_token(value, special=_content(value) in names)
-            tokenizer.add_special_tokens([added]) if added.special else tokenizer.add_tokens([added])
-        if tokenizer.token_to_id(_content(value)) != i:
+    listed = config.get("added_tokens_decoder")
+    if listed is None:
+        listed = {i: token for token, i in _read_if_there(folder / "added_tokens.json").items()}
+    for i, value in sorted(listed.items(), key=lambda entry: int(entry[0])):
+        added = _added_token(value)
+        if added.content in named:
+            added.special = True
+        tokenizer.add_tokens([added])
+        if tokenizer.token_to_id(added.content) != int(i):
             raise ValueError(
-                f"The files in {folder} give the token {_content(value)!r} the id {i}, but the tokenizer numbers it "
-                f"{tokenizer.token_to_id(_content(value))}; take the tokenizer's files from one place."
+                f"The files in {folder} give the token {added.content!r} the id {i}, but the tokenizer numbers it "
+                f"{tokenizer.token_to_id(added.content)}; take the tokenizer's files from one place."
             )
-        known.add(_content(value))
-    tokenizer.add_special_tokens(
-        [_added_token(value, special=True) for value in special if _content(value) not in known]
-    )
+    tokenizer.add_special_tokens(tokens)
 
 
-def _content(value: str | Mapping[str, Any]) -> str:
-    return value if isinstance(value, str) else str(value["content"])
-
-
-def _added_token(value: str | Mapping[str, Any], *, special: bool) -> "AddedToken":
+def _added_token(value: str | Mapping[str, Any], *, special: bool = False) -> "AddedToken":
     """A token as the files write it: its text alone, or its fields."""
     from tokenizers import AddedToken
 
@@ -179,14 +183,6 @@ def _added_token(value: str | Mapping[str, Any], *, special: bool) -> "AddedToke
     return AddedToken(value["content"], special=special or bool(value.get("special")), **fields)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_if_there(path: Path) -> dict[str, Any]:
     """The fields of a JSON file, none where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # malformed JSON, or bytes that are no text
-        raise ValueError(f"{path} is not JSON ({error}); copy it again.") from None
-    if not isinstance(contents, dict):
-        raise ValueError(f"{path} holds no JSON object; copy it again.")
-    return contents
+    return read_json(path) if path.is_file() else {}
