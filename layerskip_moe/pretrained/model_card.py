@@ -96,8 +96,8 @@ def _recipe_lines(recipe: Mapping[str, Any] | None) -> list[str]:
     if not recipe:
         return []
     return [
-        "With the recipe of LayerSkip ([arXiv 2404.16710](https://arxiv.org/abs/2404.16710)), layer dropout and early-exit"
-        " loss, as far as these settings have them on:",
+        "With the recipe of LayerSkip ([arXiv 2404.16710](https://arxiv.org/abs/2404.16710)), layer dropout and early"
+        " exits, as far as these settings have them on:",
         "",
         *_table(("setting", "value"), _flat(recipe)),
     ]
