@@ -33,6 +33,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # on CUDA libraries that are absent; on an enum
 
 
+@torch.inference_mode(False)  # what is made within can be neither copied nor saved outside, and is refused in training
 def quantize(model: MoEDecoder, quantization: Quantization) -> MoEDecoder:
     """A copy of the model with quantised weights; the model stays as it is.
 
