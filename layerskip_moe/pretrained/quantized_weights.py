@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor, PerRow  # type: ignore[import-untyped]
-from torchao.utils import TorchAOBaseTensor  # type: ignore[import-untyped]
+from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor, PerRow
+from torchao.utils import TorchAOBaseTensor
 
 # What is picked is made by hand in `__getitem__`: a view of such a tensor, as torchao's Int8Tensor would give, is
 # refused in inference mode (torch: "Cannot set version_counter for inference tensor").
