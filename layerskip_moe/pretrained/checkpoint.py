@@ -153,8 +153,11 @@ def read_recipe(
 def _check_is_checkpoint(folder: Path) -> None:
     if (folder / CONFIG).is_file():
         return
-    if (folder / _SAVING).is_dir() or (folder / RECORD).is_file():
-        raise ValueError(f"{folder} holds no {CONFIG}, for a save or a copy was interrupted; save or copy it again.")
+    if weight_file_names(folder):
+        raise ValueError(
+            f"{folder} holds weights but no {CONFIG}, as where a save or a copy was interrupted; save or copy the "
+            "whole folder again."
+        )
     names = pickles(folder)
     found = f"only pickles ({names}), which can run code when read" if names else f"no {CONFIG}"
     inside = f", such as {folder / 'model'}" if (folder / "model" / CONFIG).is_file() else ""
@@ -199,7 +202,7 @@ def _put_in_place(beside: Path, folder: Path) -> None:
     (folder / CONFIG).unlink(missing_ok=True)  # nobody opens the folder until it is whole again
     for name in [name for name in names if name not in (CONFIG, RECORD)]:
         os.replace(beside / name, folder / name)
-    for name in stale - set(names):
+    for name in sorted(stale - set(names)):
         (folder / name).unlink(missing_ok=True)
     for name in (CONFIG, RECORD):
         os.replace(beside / name, folder / name)

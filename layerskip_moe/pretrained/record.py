@@ -69,13 +69,15 @@ def check_files(folder: Path, names: Iterable[str] | None = None) -> None:
     for name in digests if names is None else [name for name in names if name in digests]:
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"{folder} has a {RECORD} but no {name}; copy the whole folder that was saved.")
-        if _sha256(path) != digests[name]:
-            raise ValueError(
-                f"{path} is not the file that {RECORD} was written with (its sha256 differs): a save or a copy was "
-                "interrupted, or a file exchanged; save or copy the whole folder again, or, if it was changed on "
-                f"purpose, delete {RECORD} to load the files as they are."
-            )
+            found = f"{folder} has a {RECORD} but no {name}"
+        elif _sha256(path) != digests[name]:
+            found = f"{path} is not the file that {RECORD} was written with (its sha256 differs)"
+        else:
+            continue
+        raise ValueError(
+            f"{found}: a save or a copy was interrupted, or a file exchanged; save or copy the whole folder again, or, "
+            f"if it was changed on purpose, delete {RECORD} to load the files as they are."
+        )
 
 
 def _sha256(path: Path) -> str:

@@ -1,18 +1,24 @@
-"""A checkpoint comes back bit for bit, and is never half of one save and half of another."""
+"""A checkpoint of ours comes back bit for bit, and a save that is cut off never leaves a mix of two."""
 
 import dataclasses
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from layerskip_moe.nn import ModelConfig, MoEDecoder
-from layerskip_moe.pretrained import checkpoint, load_model, load_tokenizer, save_model
+from layerskip_moe.pretrained import checkpoint, load_model, load_tokenizer, read_recipe, save_model
+from layerskip_moe.pretrained.families import family_of
 
+FILES = ["README.md", "config.json", "layerskip_moe.json", "model.safetensors"]
 SIZES = dict(vocab_size=11, n_layers=2, d_model=8, n_heads=2, num_experts=3, d_ff=8)
 EVERYTHING = dict(
     n_kv_heads=1, head_dim=6, dense_d_ff=12, top_k=1, moe_layers=(1,), shared_expert_d_ff=4, shared_expert_gate=True,
@@ -37,10 +43,23 @@ def assert_same(model, other):
         assert tensor.dtype == loaded[name].dtype and torch.equal(tensor, loaded[name]), name
 
 
+# Our own type, and then families of transformers.
+SWITCHES = {
+    "everything": EVERYTHING,
+    "native": {},
+    "native, dense": {"num_experts": 0},
+    "like main.py": {"n_kv_heads": 1, "dense_d_ff": 16, "moe_layers": "every other", "dropout": 0.1},
+    "mixtral": {"qk_norm": None, "sliding_window": 3, "init_std": 0.3},
+    "yarn": {"rope_scaling": {"kind": "yarn", "factor": 2.0, "original_max_seq_len": 512}},
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("switches", [{}, EVERYTHING, {"num_experts": 0}], ids=["native", "everything", "dense"])
-def test_a_round_trip_is_exact(tmp_path, dtype, switches):
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_round_trip_is_exact(tmp_path, dtype, name):
+    switches = SWITCHES[name]
     model = MoEDecoder(ModelConfig(**{**SIZES, **switches}), seed=4)
+    assert (family_of(model.config) is None) == (name == "everything")
     if switches.get("bias_balancing"):
         model.blocks[1].mlp.router.balance_bias += torch.tensor([0.1, -0.2, 1e-5])
     model.to(dtype).save_pretrained(tmp_path / "new" / "model")
@@ -48,7 +67,29 @@ def test_a_round_trip_is_exact(tmp_path, dtype, switches):
     assert_same(model, loaded)
     tokens = torch.tensor([[1, 2, 3, 10]])
     assert torch.equal(model.eval()(tokens), loaded(tokens))
-    assert sorted(os.listdir(tmp_path / "new" / "model")) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "new" / "model")) == FILES
+
+
+def test_parameters_of_several_types_come_back_as_they_were(tmp_path):
+    model = make_model(tie_embeddings=True).bfloat16()
+    for block in model.blocks:
+        block.mlp.router.float()
+        block.attention_norm.double()
+    save_model(model, tmp_path)
+    assert_same(model, load_model(tmp_path))
+
+
+def test_what_config_json_does_not_say_comes_back_too(tmp_path):
+    """The fields no family has, and those that a network has no use for."""
+    switches = {"num_experts": 0, "top_k": 2, "d_ff": 24, "dense_d_ff": 8, "dropout": 0.25, "init_std": 0.011}
+    model = MoEDecoder(ModelConfig(**{**SIZES, **switches}))
+    save_model(model, tmp_path)
+    record = json.loads((tmp_path / "layerskip_moe.json").read_text())
+    assert {"dropout": 0.25, "d_ff": 24}.items() <= record["config"].items()
+    assert load_model(tmp_path).config == model.config
+    (tmp_path / "layerskip_moe.json").unlink()
+    without = load_model(tmp_path)
+    assert without.config.dropout == 0 and all(map(torch.equal, model.parameters(), without.parameters()))
 
 
 def test_a_loaded_model_can_be_trained_on(tmp_path):
@@ -93,12 +134,16 @@ def test_loading_into_another_type(tmp_path):
     assert loaded(torch.tensor([[1, 2]])).dtype == torch.bfloat16
 
 
-def test_what_config_json_says(tmp_path):
+def test_what_config_json_says_of_our_own_type(tmp_path):
     model = make_model(**EVERYTHING).bfloat16()
     save_model(model, tmp_path)
     contents = json.loads((tmp_path / "config.json").read_text())
-    assert (contents["model_type"], contents["format_version"], contents["dtype"]) == ("layerskip_moe", 1, "bfloat16")
-    assert contents["config"] == json.loads(json.dumps(dataclasses.asdict(model.config)))
+    assert contents == {
+        "model_type": "layerskip_moe",
+        "architectures": ["MoEDecoder"],
+        "dtype": "bfloat16",
+        "config": json.loads(json.dumps(dataclasses.asdict(model.config))),
+    }
     assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())
 
 
@@ -107,6 +152,23 @@ def test_the_same_model_gives_the_same_bytes(tmp_path):
         save_model(make_model(seed=3), tmp_path / name, tokenizer=make_tokenizer())
     for file in os.listdir(tmp_path / "one"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_the_recipe_comes_back(tmp_path):
+    recipe = {"steps": 3, "train_config": {"exit_weights": "equal", "warmup_steps": None, "beta": [0.9, 0.95]}}
+    make_model().save_pretrained(tmp_path, recipe=recipe)
+    assert read_recipe(tmp_path) == recipe
+    save_model(make_model(), tmp_path)
+    assert read_recipe(tmp_path) is None
+    (tmp_path / "layerskip_moe.json").unlink()
+    assert read_recipe(tmp_path) is None
+
+
+@pytest.mark.parametrize("value", [torch.ones(1), float("nan"), (1, 2), Path("x")], ids=str)
+def test_a_recipe_that_json_cannot_keep_is_refused(tmp_path, value):
+    with pytest.raises(ValueError, match="recipe must be a dict of plain JSON values"):
+        save_model(make_model(), tmp_path, recipe={"steps": value})
+    assert not any(tmp_path.iterdir())
 
 
 # The tokenizer
@@ -120,13 +182,11 @@ def test_the_tokenizer_comes_back(tmp_path):
 def test_a_tokenizer_of_another_save_is_not_this_model_s(tmp_path):
     save_model(make_model(), tmp_path, tokenizer=make_tokenizer())
     save_model(make_model(seed=1), tmp_path)
-    with pytest.raises(ValueError, match=r"saved without a tokenizer; save it with tokenizer="):
-        load_tokenizer(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == FILES
     save_model(make_model(), tmp_path, tokenizer=make_tokenizer())
     make_tokenizer("z").save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match=r"tokenizer\.json is not the file that config\.json was written with"):
-        load_tokenizer(tmp_path)
-    load_model(tmp_path)
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not the file that layerskip_moe\.json was written with"):
+        load_model(tmp_path)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
@@ -139,17 +199,17 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
 # Interruptions
 
 
-@pytest.mark.parametrize("writer", ["save_file", "_sha256", "json.dumps"])
+@pytest.mark.parametrize("writer", ["weights.save_file", "record._sha256", "checkpoint.model_card"])
 def test_an_error_while_writing_leaves_the_older_checkpoint(tmp_path, monkeypatch, writer):
     older = make_model()
     save_model(older, tmp_path, tokenizer=make_tokenizer("x"))
+    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
     with monkeypatch.context() as patch:
-        patch.setattr(f"layerskip_moe.pretrained.checkpoint.{writer}", fail_having_written)
+        patch.setattr(f"layerskip_moe.pretrained.{writer}", fail_having_written)
         with pytest.raises(OSError, match="disk full"):
             save_model(make_model(seed=1), tmp_path, tokenizer=make_tokenizer("y"))
     assert_same(older, load_model(tmp_path))
-    assert load_tokenizer(tmp_path).to_str() == make_tokenizer("x").to_str()
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
 
 
 def fail_having_written(first, path=None, *args, **kwargs):
@@ -158,35 +218,66 @@ def fail_having_written(first, path=None, *args, **kwargs):
     raise OSError("disk full")
 
 
-@pytest.mark.parametrize("replaced", [0, 1, 2, 3])
-def test_a_save_cut_off_between_two_files_is_never_a_mix(tmp_path, monkeypatch, replaced):
-    """Killed after `replaced` of three files: the older model, the newer one, or an error; never a mix."""
+def test_a_disk_that_fills_up_is_an_oserror(tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("layerskip_moe.pretrained.weights.save_file", full)
+    with pytest.raises(OSError, match=r"model\.safetensors could not be written \(I/O error: No space left"):
+        save_model(make_model(), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["", "older without layerskip_moe.json"])
+def test_a_save_cut_off_between_two_files_is_never_a_mix(tmp_path, monkeypatch, recorded):
+    """Killed at any step of exchanging files: the older model, the newer one, or an error; never a mix."""
     older, newer = make_model(), make_model(seed=1)
-    save_model(older, tmp_path, tokenizer=make_tokenizer("x"))
-    done = []
+    outcomes = []
+    while not outcomes or outcomes[-1] != "done":
+        folder = tmp_path / str(len(outcomes))
+        save_model(older, folder, tokenizer=make_tokenizer("x"), max_shard_bytes=2000)
+        if not recorded:
+            (folder / "layerskip_moe.json").unlink()
+        with monkeypatch.context() as patch:
+            die_at_step(patch, len(outcomes), folder)
+            try:
+                save_model(newer, folder, tokenizer=make_tokenizer("y"))
+                outcomes.append("done")
+            except KeyboardInterrupt:
+                outcomes.append("killed")
+        try:
+            loaded = load_model(folder)
+            model, word = (older, "x") if len(outcomes) == 1 else (newer, "y")
+            assert_same(model, loaded)
+            assert load_tokenizer(folder).to_str() == make_tokenizer(word).to_str()
+            outcomes[-1] = outcomes[-1].replace("killed", "whole")
+        except ValueError as error:
+            assert "a save or a copy was interrupted" in str(error)
+        save_model(newer, folder, tokenizer=make_tokenizer("y"))  # and the next save mends it
+        assert_same(newer, load_model(folder))
+        assert sorted(os.listdir(folder)) == sorted([*FILES, "tokenizer.json", "tokenizer_config.json"])
+    first, *between, last, done = outcomes
+    assert (first, done, set(between)) == ("whole", "done", {"killed"}) and len(between) > 8
+    assert last == ("killed" if recorded else "whole")  # all is there but for the record
 
-    def replace_then_die(source, target):
-        if len(done) == replaced:
-            raise KeyboardInterrupt
-        done.append(target)
-        os.rename(source, target)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "replace", replace_then_die)
-        if replaced < 3:
-            with pytest.raises(KeyboardInterrupt):
-                save_model(newer, tmp_path, tokenizer=make_tokenizer("y"))
-        else:
-            save_model(newer, tmp_path, tokenizer=make_tokenizer("y"))
-    assert len(done) == replaced
-    if replaced in (0, 3):
-        assert_same(newer if replaced else older, load_model(tmp_path))
-        assert load_tokenizer(tmp_path).to_str() == make_tokenizer("y" if replaced else "x").to_str()
-    else:
-        with pytest.raises(ValueError, match=r"model\.safetensors is not the file that config\.json was written with"):
-            load_model(tmp_path)
-    save_model(newer, tmp_path, tokenizer=make_tokenizer("y"))  # and the next save mends it
-    assert_same(newer, load_model(tmp_path))
+def die_at_step(patch, stopped_at, folder):
+    """Stop the exchange of the folder's own files before its step of that number."""
+    steps = 0
+
+    def or_die(real):
+        def step(*paths, **kwargs):
+            nonlocal steps
+            if Path(paths[-1]).parent == folder:
+                if steps == stopped_at:
+                    raise KeyboardInterrupt
+                steps += 1
+            return real(*paths, **kwargs)
+
+        return step
+
+    patch.setattr(checkpoint.os, "replace", or_die(os.replace))
+    patch.setattr(Path, "unlink", or_die(Path.unlink))
 
 
 def test_what_a_killed_save_left_is_cleared_away(tmp_path):
@@ -194,4 +285,46 @@ def test_what_a_killed_save_left_is_cleared_away(tmp_path):
     (tmp_path / ".saving" / "tokenizer.json").write_text("left behind")
     (tmp_path / "notes.txt").write_text("the user's own")
     save_model(make_model(), tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors", "notes.txt"]
+    assert sorted(os.listdir(tmp_path)) == [*FILES, "notes.txt"]
+
+
+# Memory
+
+LOAD = """
+import sys, threading, time
+import torch
+from layerskip_moe.nn import MoEDecoder
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+def watch():
+    global peak
+    while True:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+MoEDecoder.from_pretrained(sys.argv[1])  # what is imported and made once
+threading.Thread(target=watch, daemon=True).start()
+for dtype in (None, torch.bfloat16):
+    before = peak = anonymous()
+    model = MoEDecoder.from_pretrained(sys.argv[2], dtype=dtype)
+    peak = max(peak, anonymous())
+    print((peak - before) / sum(parameter.nbytes for parameter in model.parameters()))
+    del model
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="measured through /proc, which is not here")
+def test_loading_takes_little_more_memory_than_the_model(tmp_path):
+    config = ModelConfig(vocab_size=500, n_layers=2, d_model=256, n_heads=4, num_experts=8, d_ff=1536)
+    model = MoEDecoder(config).requires_grad_(False)
+    assert 70e6 < sum(parameter.nbytes for parameter in model.parameters()) < 90e6
+    save_model(model, tmp_path / "large", max_shard_bytes=40 * 10**6)
+    assert len(list((tmp_path / "large").glob("*.safetensors"))) > 1
+    save_model(make_model(), tmp_path / "small")
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "small"), str(tmp_path / "large")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    taken = [float(line) for line in done.stdout.split()]
+    assert len(taken) == 2 and all(0.9 < share < 1.2 for share in taken), taken
