@@ -222,7 +222,7 @@ def test_an_exit_layer_of_a_deeper_draft_model(tiny_model):
 
 
 def test_a_folder_is_no_draft_model(tiny_model):
-    with pytest.raises(ValueError, match="draft_model=.runs/main. is no model; load it by"):
+    with pytest.raises(ValueError, match=r"draft_model=.*runs.* is no model"):
         generate(tiny_model(), [[1]], SelfSpeculative(1, draft_model="runs/main"), max_new_tokens=2)
 
 
