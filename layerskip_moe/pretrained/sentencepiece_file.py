@@ -1,8 +1,8 @@
 """SentencePiece's tokenizer.model as a `tokenizers` tokenizer: BPE (Llama, Mixtral) and unigram (Kudo 2018).
 
-The ids are SentencePiece's own for any text that spells no special token, spaces at the start included;
-special tokens spelt in the text are recognised, which SentencePiece leaves to its caller. Knows nothing of
-the files beside it: `tokenizer.py` adds their tokens.
+The ids are SentencePiece's own for any text in which no special token, user-defined symbol or name of a byte ("<0x0A>")
+is spelled. These are recognised wherever they are, as transformers does it, with the space that begins a text returning
+after each (`legacy`). Knows nothing of the files beside it: `tokenizer.py` adds their tokens.
 """
 
 import importlib

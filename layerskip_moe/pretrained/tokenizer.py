@@ -4,8 +4,8 @@
     tokenizer.model         SentencePiece's file (`sentencepiece_file.py`), read where there is no tokenizer.json
     tokenizer_config.json, special_tokens_map.json, added_tokens.json      tokens added to either
 
-Knows nothing of networks, digests or chat templates (which are left to transformers). Next:
-`sentencepiece_file.py`; `gguf_tokenizer.py`, which writes the same tokenizers for llama.cpp.
+Knows nothing of networks or chat templates (which are left to transformers). Next: `sentencepiece_file.py`;
+`gguf_tokenizer.py`, which writes tokenizers for llama.cpp.
 """
 
 import json
@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip_moe.files import replacing
+from layerskip_moe.pretrained.hub import local_folder
 from layerskip_moe.pretrained.json_file import read_json
+from layerskip_moe.pretrained.record import check_files
+from layerskip_moe.pretrained.sentencepiece_file import read_sentencepiece
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
 TOKENIZER, TOKENIZER_CONFIG, SENTENCEPIECE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
-TOKENIZER_FILES = (
-    *(TOKENIZER, SENTENCEPIECE, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
-    *("generation_config.json", "config.json"),  # stop_tokens reads these
-)
+TOKENIZER_FILES = (TOKENIZER, SENTENCEPIECE, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
 
 # What each role is called by people who do not say so, the most specific first; the first is as in `data/`.
 END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>", "<|im_end|>")
@@ -36,25 +36,24 @@ _MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
 
 
 def load_tokenizer(folder_or_id: str | Path, *, revision: str | None = None, token: str | None = None) -> "Tokenizer":
-    """The tokenizer of a checkpoint, encoding as transformers' AutoTokenizer does; neither cuts nor pads.
+    """The tokenizer of a checkpoint, which encodes as transformers' AutoTokenizer does; it neither cuts nor pads.
 
-    A tokenizer.json stands as it is; tokens that tokenizer_config.json adds are added. A SentencePiece
-    tokenizer.model gets its beginning and end of text from tokenizer_config.json's add_bos_token and
-    add_eos_token, which are not read beside a tokenizer.json, as in transformers 5.
+    A tokenizer.json stands as it is; tokens that the files beside it list are added. Only a SentencePiece
+    tokenizer.model, which does not say so itself, gets its beginning and end of text from tokenizer_config.json's
+    add_bos_token and add_eos_token; there, a text that begins with a space keeps it, as in SentencePiece, unless
+    legacy is false.
 
     folder_or_id: a folder, or a Hugging Face hub id (then revision and token are the hub's)
 
-    Raises ValueError if there is no tokenizer, it is damaged, or it cannot be read exactly.
+    Raises ValueError if there is no tokenizer, it is damaged, it is not the one that the model was saved with, or it
+    cannot be read exactly; ImportError if a tokenizer.model needs packages that are missing.
     """
-    from layerskip_moe.pretrained.hub import local_folder
-
-    folder = local_folder(folder_or_id, revision=revision, token=token, patterns=TOKENIZER_FILES)
+    folder = local_folder(folder_or_id, revision=revision, token=token, patterns=("*.json", SENTENCEPIECE))
+    check_files(folder, TOKENIZER_FILES)
     config = _token_settings(folder)
     if (folder / TOKENIZER).is_file():
         tokenizer = _read_tokenizer_json(folder / TOKENIZER)
     elif (folder / SENTENCEPIECE).is_file():
-        from layerskip_moe.pretrained.sentencepiece_file import read_sentencepiece
-
         tokenizer = read_sentencepiece(folder / SENTENCEPIECE, config)
     else:
         raise ValueError(
@@ -149,7 +148,7 @@ def _read_tokenizer_json(path: Path) -> "Tokenizer":
 
 
 def _add_tokens(tokenizer: "Tokenizer", folder: Path, config: Mapping[str, Any]) -> None:
-    """Add what the files beside the tokenizer list, in the order of the ids; a token it has already stays as it is."""
+    """Add what the files beside the tokenizer list, in the order of the ids, then the special tokens they name."""
     special = [config[role] for role in _ROLES if config.get(role)]
     for name in _MORE_SPECIAL:
         more = config.get(name) or []
@@ -170,7 +169,11 @@ def _add_tokens(tokenizer: "Tokenizer", folder: Path, config: Mapping[str, Any])
                 f"The files in {folder} give the token {added.content!r} the id {i}, but the tokenizer numbers it "
                 f"{tokenizer.token_to_id(added.content)}; take the tokenizer's files from one place."
             )
-    tokenizer.add_special_tokens(tokens)
+    added_before = {added.content: added for added in tokenizer.get_added_tokens_decoder().values()}
+    for token in tokens:
+        known = added_before.get(token.content, token)  # how it treats the spaces around it is said there
+        known.special = True
+        tokenizer.add_special_tokens([known])
 
 
 def _added_token(value: str | Mapping[str, Any], *, special: bool = False) -> "AddedToken":
