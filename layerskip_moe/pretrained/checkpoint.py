@@ -1,6 +1,7 @@
 """A checkpoint as a whole: a folder that holds a network, or is refused.
 
-    config.json                  of the family of transformers that computes this very network, or of our own type
+    config.json                  of the family of transformers that computes this very network, or of our own type,
+                                 as quantised models are
     model.safetensors            the weights, under that family's names; large ones in shards with an index
     tokenizer.json, tokenizer_config.json, generation_config.json      when a tokenizer was given
     layerskip_moe.json           digests of all these, and what they have no room for; see `record.py`
@@ -24,11 +25,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from layerskip_moe.nn import ModelConfig, MoEDecoder
-from layerskip_moe.pretrained.config_file import CONFIG, config_contents, empty_model, fields_left_out, read_network
+from layerskip_moe.pretrained.config_file import (
+    CONFIG,
+    config_contents,
+    empty_model,
+    fields_left_out,
+    read_network,
+    read_quantization,
+)
 from layerskip_moe.pretrained.families import family_of
 from layerskip_moe.pretrained.hub import local_folder
 from layerskip_moe.pretrained.layouts import Place, ignorable, tensor_places
 from layerskip_moe.pretrained.model_card import CARD, has_other_card, model_card
+from layerskip_moe.pretrained.quantize import load_quantized, quantization_of, quantize, quantized_state
 from layerskip_moe.pretrained.record import RECORD, check_files, check_recipe, read_record, write_record
 from layerskip_moe.pretrained.tokenizer import special_roles, write_tokenizer_files
 from layerskip_moe.pretrained.weights import (
@@ -36,6 +45,7 @@ from layerskip_moe.pretrained.weights import (
     check_shapes,
     fill_model,
     pickles,
+    read_tensor,
     same_values,
     stored_tensors,
     weight_file_names,
@@ -60,7 +70,7 @@ def load_model(
 
     folder_or_id, revision, token: a folder, or an id on the Hugging Face hub; see `hub.local_folder`
     dtype: what to convert the parameters to (default: as stored, bit for bit); buffers, which the router keeps in
-        float32 for a reason, stay as stored
+        float32 for a reason, and quantised weights stay as stored
     device: where the weights are allocated, once, in that type
 
     Raises ValueError, saying what was found and what would be right, if there is no checkpoint, it is damaged, or its
@@ -73,6 +83,9 @@ def load_model(
     family, config = read_network(folder)
     check_files(folder)
     model, stored = empty_model(config), stored_tensors(folder)
+    quantization = read_quantization(folder)
+    if quantization is not None:
+        return _load_quantized(folder, model, stored, quantization, device=device, dtype=dtype)
     fused = any(name.endswith("mlp.experts.gate_up_proj") for name in stored)
     places = _places(model, family, fused=fused)
     _drop_ignorable(stored, places, config)
@@ -92,7 +105,7 @@ def save_model(
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write the model into folder (made if need be) so that transformers opens it, where one of its families computes
-    the same network, and as our own type where none does.
+    the same network, and as our own type where none does, or the model is quantised.
 
     tokenizer: written beside it; its end of text becomes generate's in transformers
     recipe: how the model was trained, plain JSON values, for `read_recipe` and the model card
@@ -117,12 +130,19 @@ def save_model(
             f"The tokenizer has {tokenizer.get_vocab_size()} tokens but the model's vocab_size is "
             f"{model.config.vocab_size}; give the tokenizer that the model was trained with."
         )
-    empty, state = empty_model(model.config), model.state_dict()
-    expected = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
-    check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, expected, "The model")
+    quantization, empty = quantization_of(model), empty_model(model.config)
     family = family_of(model.config)
-    tensors = {name: state[place.parameter][place.index] for name, place in _places(empty, family).items()}
-    contents = config_contents(model.config, family, model.dtype)
+    facts: dict[str, Any] = {}
+    state, expected = model.state_dict(), empty.state_dict()
+    if quantization is not None:
+        family = None  # none has words for our quantised weights
+        (state, facts), (expected, _) = quantized_state(model), quantized_state(quantize(empty, quantization))
+    check_shapes(_shapes(state), _shapes(expected), "The model")
+    tensors = state
+    if family is not None:
+        places = tensor_places(model.config, family)
+        tensors = {name: state[place.parameter][place.index] for name, place in places.items()}
+    contents = config_contents(model.config, family, model.dtype) | facts
 
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / _SAVING
@@ -162,6 +182,33 @@ def _check_is_checkpoint(folder: Path) -> None:
     found = f"only pickles ({names}), which can run code when read" if names else f"no {CONFIG}"
     inside = f", such as {folder / 'model'}" if (folder / "model" / CONFIG).is_file() else ""
     raise ValueError(f"{folder} holds {found}; give a folder that save_pretrained wrote{inside}.")
+
+
+def _load_quantized(
+    folder: Path,
+    model: MoEDecoder,
+    stored: Mapping[str, StoredTensor],
+    quantization: Any,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+) -> MoEDecoder:
+    """The model, empty so far, in the form that config.json says, with its tensors."""
+    try:
+        expected, facts = quantized_state(quantize(model, quantization))
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
+    check_shapes({name: tensor.shape for name, tensor in stored.items()}, _shapes(expected), str(folder))
+    plain = {name for name, _ in model.named_parameters()}  # those that are quantised have other names in the files
+
+    def get(name: str) -> torch.Tensor:
+        return read_tensor(stored, name, device=device, dtype=dtype if name in plain else None)
+
+    return load_quantized(model, get, facts)
+
+
+def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _places(model: MoEDecoder, family: str | None, *, fused: bool = False) -> dict[str, Place]:

@@ -1,7 +1,7 @@
 """config.json of a checkpoint: in the words of a family of transformers, or in our own where none has words for it.
 
     {"model_type": "layerskip_moe", "architectures": ["MoEDecoder"], "dtype": "float32",
-     "config": {ModelConfig's fields}}
+     "config": {ModelConfig's fields}, "quantization": "int8"}      (the last where weights are quantised)
 
 Knows nothing of tensors. Next: `families.py`, which knows the families' words; `record.py`, which keeps what they lack.
 """
@@ -54,6 +54,12 @@ def read_network(folder: Path) -> tuple[str | None, ModelConfig]:
     if record is not None and record["config"]:
         config = _network(dataclasses.asdict(config) | record["config"], folder / RECORD)
     return family, config
+
+
+def read_quantization(folder: Path) -> Any:
+    """What config.json in folder says of quantised weights; None where it is not of our own type, or says nothing."""
+    contents = read_json(folder / CONFIG)
+    return contents.get("quantization") if contents.get("model_type") == OUR_TYPE else None
 
 
 def empty_model(config: ModelConfig) -> MoEDecoder:

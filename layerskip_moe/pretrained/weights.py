@@ -122,6 +122,14 @@ def fill_model(
     model.load_state_dict(state, assign=True)
 
 
+def read_tensor(
+    stored: Mapping[str, StoredTensor], name: str, *, device: torch.device | str, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A copy of one tensor, on `device`, in `dtype` (default: as stored)."""
+    with safe_open(stored[name].file, "pt") as file:
+        return file.get_tensor(name).to(device, dtype, copy=True)
+
+
 def same_values(stored: Mapping[str, StoredTensor], name: str, other: str) -> bool:
     """Whether two stored tensors hold the same numbers."""
     with safe_open(stored[name].file, "pt") as first, safe_open(stored[other].file, "pt") as second:

@@ -188,6 +188,59 @@ def test_saved_and_loaded_bit_for_bit(tmp_path, kind, dtype):
         assert torch.equal(loaded(TOKENS), quantized(TOKENS))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path, name, kind, dtype):
+    quantized = quantize(make_model(name, dtype=dtype, dropout=0.1), kind)
+    quantized.save_pretrained(tmp_path, recipe={"steps": 3}, max_shard_bytes=5_000)
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    contents = json.loads((tmp_path / "config.json").read_text())
+    assert (contents["model_type"], contents["quantization"]) == ("layerskip_moe", kind)
+    loaded = MoEDecoder.from_pretrained(tmp_path)
+    (state, _), (again, _) = quantized_state(quantized), quantized_state(loaded)
+    assert again.keys() == state.keys() and all(torch.equal(again[key], state[key]) for key in state)
+    assert loaded.config == quantized.config and quantization_of(loaded) == kind and not loaded.training
+    with evaluating(loaded), evaluating(quantized):
+        assert torch.equal(loaded(TOKENS), quantized(TOKENS))
+    loaded.save_pretrained(tmp_path)  # over itself
+    assert torch.equal(MoEDecoder.from_pretrained(tmp_path)(TOKENS), quantized(TOKENS))
+
+
+def test_a_checkpoint_takes_the_place_of_an_unquantised_one_and_back(tmp_path):
+    model = make_model()
+    for each in (model, quantize(model, "int4"), model):
+        each.save_pretrained(tmp_path)
+        loaded = MoEDecoder.from_pretrained(tmp_path)
+        assert quantization_of(loaded) == quantization_of(each) and torch.equal(loaded(TOKENS), each(TOKENS))
+
+
+def test_dtype_converts_what_is_not_quantised(tmp_path):
+    quantized = quantize(make_model("dense, tied"), "int8")
+    quantized.save_pretrained(tmp_path)
+    loaded = MoEDecoder.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.dtype == loaded(TOKENS).dtype == torch.bfloat16
+    assert torch.equal(loaded.blocks[0].mlp.down.weight.scale, quantized.blocks[0].mlp.down.weight.scale)
+    assert (loaded(TOKENS) - quantized(TOKENS)).norm() < 0.05 * quantized(TOKENS).norm()
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"quantization": "int2"}, r"config.json: quantization='int2' is unknown"),
+        ({"quantization": "int4"}, r"attention.qkv.weight.qdata is \[64, 32\] instead of \[64, 16\]"),
+        ({"quantization": None}, r"not known: blocks.0.attention.output.weight.qdata"),
+    ],
+)
+def test_a_checkpoint_whose_config_says_another_form(tmp_path, changed, problem):
+    quantize(make_model(), "int8").save_pretrained(tmp_path)
+    (tmp_path / "layerskip_moe.json").unlink()
+    contents = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(contents | changed))
+    with pytest.raises(ValueError, match=problem):
+        MoEDecoder.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_shapes_of_a_state_are_known_without_weights(kind):
     state, _ = quantized_state(quantize(make_model(), kind))
