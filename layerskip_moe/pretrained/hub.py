@@ -29,8 +29,8 @@ def local_folder(
 ) -> Path:
     """The folder itself; or, of a checkpoint on the hub, where its files lie in the hub's cache, brought if need be.
 
-    folder_or_id: a `Path`, what exists here, and what is written like a path (begins with ".", "~" or "/", or has more
-        than one "/", or a backslash) is a folder; any other text is an id on the hub, such as "owner/name"
+    folder_or_id: "owner/name", where no such folder exists here, is an id on the hub; any other text, what begins with
+        ".", "~" or "/", and a `Path` is a folder
     revision: branch, tag or commit on the hub (default: main)
     token: of an account that may read it (default: the one `hf auth login` left)
     patterns: of the files that are wanted
@@ -94,7 +94,7 @@ def push(
 
 
 def _is_written_as_a_path(text: str) -> bool:
-    return text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
+    return text.startswith((".", "/", "~")) or text.count("/") != 1 or "\\" in text
 
 
 def _download(repo_id: str, revision: str | None, token: str | None, patterns: Sequence[str]) -> Path:

@@ -21,7 +21,7 @@ _OURS = "---\n# Written by layerskip_moe, anew by each save. Remove this line, a
 
 def is_ours(text: str) -> bool:
     """Whether a card was written here, and its reader did not make it their own."""
-    return text.replace("\r\n", "\n").startswith(_OURS)
+    return text.startswith(_OURS)
 
 
 def has_other_card(folder: Path) -> bool:
@@ -60,7 +60,7 @@ def model_card(folder: Path, report: Mapping[str, Any] | None = None) -> str:
     sections = {
         f"# A {kind} of {config.n_layers} layers": _network_lines(folder, family, config),
         "## How it was trained": _recipe_lines(recipe),
-        "## Measured": _measured_lines(report),
+        "## Measured": measured_lines(report),
         "## How to open it": _usage_lines(folder, family, config, report),
     }
     body = [f"{title}\n\n" + "\n".join(lines) for title, lines in sections.items() if lines]
@@ -114,7 +114,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return rows
 
 
-def _measured_lines(report: Mapping[str, Any]) -> list[str]:
+def measured_lines(report: Mapping[str, Any]) -> list[str]:
+    """What a report measured, as lines of Markdown; KeyError, TypeError or ValueError where it is not a report's."""
     lines = []
     exits = report.get("exits")
     if exits:
