@@ -8,6 +8,7 @@
 Or paste this file into a Colab or Jupyter cell after `pip install -e .`, and change a constant.
 """
 
+import json
 import shlex
 import time
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import Literal
 from layerskip_moe import ModelConfig, MoEDecoder, TrainConfig, load_corpus, train
 from layerskip_moe.analysis import write_report
 from layerskip_moe.constants import command_line, default_device, given_constants, override_constants
+from layerskip_moe.pretrained import write_model_card
 from layerskip_moe.study import StudyConfig, describe, side_by_side, study
 
 device: str = default_device(globals())  # "cuda" where there is one, else "cpu"
@@ -144,7 +146,8 @@ recipe = TrainConfig(
     checkpoint_every=checkpoint_every,
 )
 result = train(model, corpus, recipe, out_dir, resume=resume)
-model.save_pretrained(Path(out_dir) / "model", tokenizer=corpus.tokenizer)
+saved = Path(out_dir) / "model"
+model.save_pretrained(saved, tokenizer=corpus.tokenizer, recipe={"corpus": corpus.name, **result.recipe})
 stage_ends("training")
 
 # Evaluate every exit and expert on held-out text, and decode in every way
@@ -180,5 +183,6 @@ report_path = write_report(
         "seconds": seconds,
     },
 )
+write_model_card(saved, json.loads(report_path.with_name("report.json").read_text()))
 print(report_path.read_text().split("\n## ")[1])  # "In short"
 print(f"All of it, with pictures: {report_path}")

@@ -63,10 +63,12 @@ def pick_device(device: str | None) -> str:
 
 
 def user_error(error: BaseException) -> str | None:
-    """The sentence for what a user can mend: a ValueError, a run that diverged, memory that ran out. None for
-    anything else, which is a fault of ours and keeps its traceback."""
+    """The sentence for what a user can mend: a ValueError, a run that diverged, memory that ran out, a package that
+    is missing. None for anything else, which is a fault of ours and keeps its traceback."""
     if _is_out_of_memory(error):
         return "out of memory; lower batch_size, seq_len or d_model."
+    if isinstance(error, ImportError) and "pip install" in str(error):  # a package that is not there is no fault of ours
+        return str(error)
     # A UnicodeError is a ValueError too, but no sentence of ours.
     if isinstance(error, ValueError | FloatingPointError) and not isinstance(error, UnicodeError):
         return str(error)

@@ -4,6 +4,7 @@
     layerskip-moe generate  continue a prompt, under any decoding strategy
     layerskip-moe evaluate  perplexity and agreement with the last layer, at every exit
     layerskip-moe report    measure a trained model whole, and write it down with pictures
+    layerskip-moe export    write a checkpoint for transformers (vLLM, SGLang) or for llama.cpp
 
 `layerskip-moe COMMAND --help` lists a command's options. A mistake is one sentence and exit code 1.
 """
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 
 from layerskip_moe.constants import user_error
 
-COMMANDS = ("train", "generate", "evaluate", "report")
+COMMANDS = ("train", "generate", "evaluate", "report", "export")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,13 +17,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from layerskip_moe.cli.flags import fields_of, parse, value_of
-from layerskip_moe.cli.options import json_line
+from layerskip_moe.cli.options import Precision, json_line, load_network
 from layerskip_moe.cli.strategies import StrategyName, make_strategy, strategy_flags
 from layerskip_moe.cli.streaming import RoundByRound
-from layerskip_moe.constants import pick_device
 from layerskip_moe.generation import Generation, GenerationStats, Sampling, generate
 from layerskip_moe.generation.text import TextStream
-from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.pretrained import load_tokenizer
 
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
@@ -34,7 +32,8 @@ class Options:
     """What is continued, and how it is shown.
 
     Attributes:
-        checkpoint: folder of a saved model and its tokenizer, such as train's <out-dir>/model
+        checkpoint: folder of a model and its tokenizer, such as train's <out-dir>/model, or owner/name on the Hugging
+            Face hub
         prompt: the text to continue; - reads all of standard input, to its last line break
         strategy: how to decode; each has options of its own
         max_new_tokens: tokens to add, at most
@@ -42,6 +41,7 @@ class Options:
         stop_tokens: ids, and the text ends before the first of these; None: the tokenizer's end of text. Special
             tokens, which no text shows, can be stopped at only so
         device: cpu, cuda, cuda:1, ...; None: a GPU where there is one
+        dtype: what to compute in; None: as the weights are stored
         color: drafts that were accepted in green; auto: where standard output is a terminal and NO_COLOR is not set
         json: print nothing but one JSON object, with text, tokens, layers run per token, and statistics
     """
@@ -53,6 +53,7 @@ class Options:
     stop_strings: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] | None = None
     device: str | None = None
+    dtype: Precision | None = None
     color: Literal["auto", "always", "never"] = "auto"
     json: bool = False
 
@@ -64,8 +65,8 @@ def run(arguments: list[str]) -> None:
     options, sampling, flags = parse(f"layerskip-moe generate --strategy {name}", __doc__, groups, arguments)
     Sampling(**vars(sampling))  # refused before anything is loaded
     prompt = _read(options.prompt)
-    model = MoEDecoder.from_pretrained(options.checkpoint, device=pick_device(options.device))
-    tokenizer = load_tokenizer(options.checkpoint)
+    tokenizer = load_tokenizer(options.checkpoint)  # before the weights, which take longer
+    model = load_network(options.checkpoint, options.device, options.dtype)
     strategy = make_strategy(name, flags, model, tokenizer)
 
     text = TextStream(tokenizer, options.stop_strings)

@@ -6,14 +6,20 @@ Knows nothing of flags. Next: the commands, `train.py` first.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from layerskip_moe.constants import pick_device
 from layerskip_moe.data import Corpus, load_corpus
 from layerskip_moe.files import plain
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.pretrained import load_tokenizer
-from layerskip_moe.pretrained.tokenizer import TOKENIZER
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Text:
     sample_fraction: float = 1.0
 
 
-def load_text(text: Text, tokenizer: str | Path, *, vocab_size: int = 4096, seed: int = 0) -> Corpus:
+def load_text(text: Text, tokenizer: "str | Path | Tokenizer", *, vocab_size: int = 4096, seed: int = 0) -> Corpus:
     """The corpus that these options name. tokenizer, vocab_size, seed: see `load_corpus`."""
     return load_corpus(
         text.dataset,
@@ -44,12 +50,18 @@ def load_text(text: Text, tokenizer: str | Path, *, vocab_size: int = 4096, seed
     )
 
 
-def load_saved(checkpoint: str, text: Text, device: str | None, *, seed: int = 0) -> tuple[MoEDecoder, Corpus]:
-    """A saved model, and the text these options name in its own tokens. device: see `pick_device`."""
-    device = pick_device(device)
-    load_tokenizer(checkpoint)  # raises where there is none, or not the one that was saved
-    model = MoEDecoder.from_pretrained(checkpoint, device=device)
-    return model, load_text(text, Path(checkpoint) / TOKENIZER, seed=seed)
+def load_network(checkpoint: str, device: str | None, dtype: Precision | None) -> MoEDecoder:
+    """The model of a checkpoint, in a folder or on the hub. device: see `pick_device`; dtype: None: as it is stored."""
+    kind = None if dtype is None else getattr(torch, dtype)
+    return MoEDecoder.from_pretrained(checkpoint, device=pick_device(device), dtype=kind)
+
+
+def load_saved(
+    checkpoint: str, text: Text, device: str | None, *, dtype: Precision | None = None, seed: int = 0
+) -> tuple[MoEDecoder, Corpus]:
+    """A model, as `load_network` has it, and the text these options name in its own tokens."""
+    tokenizer = load_tokenizer(checkpoint)  # before the weights, which take longer
+    return load_network(checkpoint, device, dtype), load_text(text, tokenizer, seed=seed)
 
 
 def json_line(values: dict[str, Any]) -> str:

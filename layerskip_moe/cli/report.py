@@ -3,7 +3,7 @@
     layerskip-moe report --checkpoint runs/main/model --out-dir runs/report
     layerskip-moe report --checkpoint runs/main/model --dataset wikitext-2 --out-dir runs/wikitext
 
-The text is read with the tokenizer that was saved with the model. Where the model lies in the folder of its training
+The text is read with the tokenizer that is beside the model. Where the model lies in the folder of its training
 run, as train leaves it, the report tells of the training too.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from layerskip_moe.analysis import write_report
 from layerskip_moe.cli.flags import fields_of, parse
-from layerskip_moe.cli.options import Text, load_saved
+from layerskip_moe.cli.options import Precision, Text, load_saved
 from layerskip_moe.study import StudyConfig, describe, study
 
 
@@ -24,14 +24,17 @@ class Options:
     """Which model, and where its report goes.
 
     Attributes:
-        checkpoint: folder of a saved model and its tokenizer, such as train's <out-dir>/model
+        checkpoint: folder of a model and its tokenizer, such as train's <out-dir>/model, or owner/name on the Hugging
+            Face hub
         out_dir: folder of the report, made if need be
         device: cpu, cuda, cuda:1, ...; None: a GPU where there is one
+        dtype: what to compute in; None: as the weights are stored
     """
 
     checkpoint: str
     out_dir: str = "runs/report"
     device: str | None = None
+    dtype: Precision | None = None
 
 
 def run(arguments: list[str]) -> None:
@@ -39,7 +42,7 @@ def run(arguments: list[str]) -> None:
     groups = {"model": Options, "text": Text, "study": fields_of(StudyConfig)}
     options, text, measured = parse("layerskip-moe report", __doc__, groups, arguments)
     config = StudyConfig(**vars(measured))
-    model, corpus = load_saved(options.checkpoint, text, options.device, seed=config.seed)
+    model, corpus = load_saved(options.checkpoint, text, options.device, dtype=options.dtype, seed=config.seed)
     report = {
         "command": shlex.join(["layerskip-moe", "report", *arguments]),
         **describe(model, corpus),

@@ -66,7 +66,7 @@ def run(arguments: list[str]) -> None:
     model = MoEDecoder(config, seed=recipe.seed).to(device)
     result = train(model, corpus, recipe, options.out_dir, resume=options.resume)
     folder = Path(options.out_dir) / "model"
-    model.save_pretrained(folder, tokenizer=corpus.tokenizer)
+    model.save_pretrained(folder, tokenizer=corpus.tokenizer, recipe={"corpus": corpus.name, **result.recipe})
     held_out = f", held-out perplexity {result.validation[-1]:.1f}" if result.validation else ""
     print(f"{result.steps} steps in {result.seconds:.0f} s{held_out}; the model is in {folder}")
 

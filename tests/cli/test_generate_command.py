@@ -8,6 +8,7 @@ import re
 import sys
 
 import pytest
+import torch
 
 from layerskip_moe import Autoregressive, MoEDecoder, generate
 from layerskip_moe.cli.options import json_line
@@ -15,6 +16,7 @@ from layerskip_moe.cli.streaming import RoundByRound
 from layerskip_moe.data.tokenizer import train_tokenizer
 from layerskip_moe.generation import EarlyExit, LayerSkipping, SelfSpeculative, Speculative
 from layerskip_moe.generation.text import TextStream
+from layerskip_moe.pretrained import load_tokenizer
 
 PROMPT = "The 1 brown"
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
@@ -81,6 +83,7 @@ def test_json_has_it_all_and_is_all(ask, expect, arguments, strategy):
     assert told["stats"]["generated"] == len(told["tokens"]) and told["stats"]["tokens_per_second"] > 0
     assert told["stats"]["accepted_by_position"] == expected.stats.accepted_by_position
     settings = {name: value for name, value in told["strategy"].items() if name != "name"}
+    assert settings.pop("draft_quantization", None) is None  # how a draft model is made, where there is one
     assert type(strategy)(**settings) == strategy
 
 
@@ -94,7 +97,21 @@ def test_another_model_drafts(ask, expect, checkpoint):
         "draft_checkpoint": str(checkpoint),
         "draft_length": 3,
         "coupling": "shared",
+        "exit_layer": None,
     }
+
+
+def test_early_layers_of_a_quantised_model_draft(ask, expect):
+    given = ["--strategy", "self-speculative", "--exit-layer", 2, "--draft-quantization", "int8", "--json"]
+    told = json.loads(ask(*given)[0])
+    assert told["text"] == expect().text[0] and told["strategy"]["draft_quantization"] == "int8"
+    assert told["stats"]["drafted"] > 0
+
+
+def test_a_precision_can_be_asked_for(ask, expect, checkpoint):
+    model = MoEDecoder.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    tokens = generate(model, [PROMPT], max_new_tokens=12, tokenizer=load_tokenizer(checkpoint)).tokens[0]
+    assert json.loads(ask("--dtype", "bfloat16", "--json")[0])["tokens"] == tokens
 
 
 def test_a_draft_with_another_tokenizer_is_refused(shell, checkpoint, tokenizer):
@@ -259,4 +276,4 @@ def test_a_mistake_is_one_sentence(shell, checkpoint, arguments, sentence):
 def test_a_model_without_a_tokenizer_is_refused(shell, checkpoint):
     MoEDecoder.from_pretrained(checkpoint).save_pretrained("bare")
     code, _, err = shell("generate", "--checkpoint", "bare", "--prompt", PROMPT)
-    assert code == 1 and "saved without a tokenizer" in err
+    assert code == 1 and "holds no tokenizer" in err
