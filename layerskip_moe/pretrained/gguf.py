@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -76,11 +77,10 @@ def export_gguf(model: MoEDecoder, tokenizer: "Tokenizer", path: str | Path, *, 
             add_tokenizer(writer, tokenizer, model.config.vocab_size)
             count = 0
             for name, tensor in _tensors(model, architecture):
-                kind, shape = _stored_as(name, tensor, dtype), tuple(tensor.shape)
+                kind, numbers = _stored_as(name, tensor, dtype), np.dtype(np.float32)
                 block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-                writer.add_tensor_info(
-                    name, shape, torch.empty(0).numpy().dtype, tensor.numel() // block * block_bytes, kind
-                )
+                size = tensor.numel() // block * block_bytes
+                writer.add_tensor_info(name, tuple(tensor.shape), numbers, size, raw_dtype=kind)
                 count += 1
             writer.write_header_to_file()
             writer.write_kv_data_to_file()

@@ -29,7 +29,7 @@ def read_sentencepiece(path: Path, settings: Mapping[str, Any]) -> "Tokenizer":
     Raises ValueError if it is not such a file, or of a kind that `tokenizers` cannot compute exactly; ImportError
     if the packages that describe the format are missing.
     """
-    from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
+    from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
 
     proto = _read_proto(path)
     trainer, cleaning = proto.trainer_spec, proto.normalizer_spec
@@ -42,9 +42,13 @@ def read_sentencepiece(path: Path, settings: Mapping[str, Any]) -> "Tokenizer":
 
     tokenizer = Tokenizer(_bpe(proto) if trainer.model_type == _BPE else _unigram(proto))
     first_only = cleaning.add_dummy_prefix and settings.get("legacy") is False
-    tokenizer.normalizer = _normalizer(cleaning, prefix=cleaning.add_dummy_prefix and not first_only)
+    steps = _cleaning_steps(cleaning)
     if first_only:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="first", split=False)
+    else:
+        prefix = [normalizers.Prepend(_SPACE)] if cleaning.add_dummy_prefix else []
+        steps += [*prefix, normalizers.Replace(" ", _SPACE)]
+    tokenizer.normalizer = normalizers.Sequence(steps) if steps else None
     tokenizer.decoder = _decoder(cleaning.add_dummy_prefix, trainer.byte_fallback)
     for piece in proto.pieces:
         if piece.type in (_UNKNOWN, _CONTROL, _USER_DEFINED):
@@ -120,8 +124,8 @@ def _unigram(proto: Any) -> "models.Unigram":
     )
 
 
-def _normalizer(cleaning: Any, *, prefix: bool) -> "normalizers.Normalizer":
-    """SentencePiece's order: its table of characters, spaces removed, the leading space, spaces made visible."""
+def _cleaning_steps(cleaning: Any) -> "list[normalizers.Normalizer]":
+    """What SentencePiece does to a text first: its table of characters, then superfluous spaces removed."""
     from tokenizers import Regex, normalizers
 
     steps: list[normalizers.Normalizer] = []
@@ -129,9 +133,7 @@ def _normalizer(cleaning: Any, *, prefix: bool) -> "normalizers.Normalizer":
         steps.append(normalizers.Precompiled(cleaning.precompiled_charsmap))
     if cleaning.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if prefix:
-        steps.append(normalizers.Prepend(_SPACE))
-    return normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+    return steps
 
 
 def _decoder(prefix: bool, byte_fallback: bool) -> "decoders.Decoder":
