@@ -183,6 +183,6 @@ report_path = write_report(
         "seconds": seconds,
     },
 )
-write_model_card(saved, json.loads(report_path.with_name("report.json").read_text()))
 print(report_path.read_text().split("\n## ")[1])  # "In short"
 print(f"All of it, with pictures: {report_path}")
+write_model_card(saved, json.loads(report_path.with_name("report.json").read_text()))

@@ -267,13 +267,14 @@ class MoEDecoder(nn.Module):
         *,
         tokenizer: "Tokenizer | None" = None,
         recipe: Mapping[str, Any] | None = None,
+        report: Mapping[str, Any] | None = None,
         private: bool | None = None,
         token: str | None = None,
     ) -> str:
         """Save, and upload to the Hugging Face hub; its address there. See `pretrained/hub.py`."""
         from layerskip_moe.pretrained.hub import push
 
-        return push(self, repo_id, tokenizer=tokenizer, recipe=recipe, private=private, token=token)
+        return push(self, repo_id, tokenizer=tokenizer, recipe=recipe, report=report, private=private, token=token)
 
 
 def _rows(keep: Tensor | None, index: int, device: torch.device, among: Tensor | None = None) -> Tensor | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip_moe.nn import MoEDecoder
-from layerskip_moe.pretrained.model_card import CARD, is_ours
+from layerskip_moe.pretrained.model_card import CARD, is_ours, write_model_card
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -55,6 +55,7 @@ def push(
     *,
     tokenizer: "Tokenizer | None" = None,
     recipe: Mapping[str, Any] | None = None,
+    report: Mapping[str, Any] | None = None,
     private: bool | None = None,
     token: str | None = None,
 ) -> str:
@@ -62,7 +63,7 @@ def push(
 
     repo_id: "owner/name" or "name"; the repository is made if need be. Weights of an earlier push go; a README.md
     that somebody else wrote stays.
-    tokenizer, recipe: as for `save_model`
+    tokenizer, recipe: as for `save_model`; report: as for `write_model_card`
     private: for a repository that is made (default: as the account's settings have it)
     token: of an account that may write there (default: the one `hf auth login` left)
 
@@ -75,6 +76,7 @@ def push(
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, folder, tokenizer=tokenizer, recipe=recipe)
+        write_model_card(folder, report)
         try:
             address = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(
