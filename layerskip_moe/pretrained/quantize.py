@@ -37,6 +37,9 @@ _NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # on CUDA libraries that ar
 def quantize(model: MoEDecoder, quantization: Quantization) -> MoEDecoder:
     """A copy of the model with quantised weights; the model stays as it is.
 
+    What is saved is memory: from float32, int8 leaves a little over 1/4 of a weight's bytes and int4 5/32. Time is not
+    saved on a CPU, where floats are made of the weights before every product.
+
     quantization: with w the weights that share a scale s, and q whole numbers, w becomes q s:
         "int8": an output row; s = max |w| / 127.5, q = w / s rounded, -128 to 127
         "int4": 32 inputs of a row (16 or 8 where 32 do not divide them); s = max |w| / 7.5, q = w / s rounded, -8 to 7

@@ -30,13 +30,14 @@ class Int8Weight(Int8Tensor):
     @classmethod
     def from_floats(cls, weight: Tensor) -> "Int8Weight":
         """The nearest to weight [..., K]."""
-        return cls.from_hp(weight, PerRow())
+        chosen = Int8Tensor.from_hp(weight, PerRow())
+        return cls.from_parts(chosen.qdata, chosen.scale)
 
     @classmethod
     def from_parts(cls, qdata: Tensor, scale: Tensor) -> "Int8Weight":
         """The weight that has these."""
         block = [1] * (qdata.dim() - 1) + [qdata.shape[-1]]
-        return cls(qdata, scale, block, scale.dtype, zero_point=torch.zeros_like(scale, dtype=torch.int8))
+        return cls(qdata, scale, block, scale.dtype)
 
     def __getitem__(self, which: int | slice) -> "Int8Weight":
         """An expert, or some rows."""
