@@ -178,6 +178,12 @@ def test_push_uploads_what_save_pretrained_writes(api, tmp_path):
     assert "model*.safetensors" in settings["delete_patterns"]
 
 
+def test_a_push_carries_the_numbers_of_a_report(api):
+    report = {"exits": {"perplexity": [31.25, 17.5], "agreement": [0.5, 1.0], "tokens": 640}}
+    make_model().push_to_hub("acme/tiny", report=report)
+    assert "31.25" in api.uploaded["README.md"].decode()
+
+
 def test_a_card_that_somebody_else_wrote_stays(api, tmp_path):
     make_model().save_pretrained(tmp_path)
     for text, ignored in ((None, None), ("# My own words\n", ["README.md"])):
