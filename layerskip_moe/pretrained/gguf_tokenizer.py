@@ -53,10 +53,14 @@ def add_tokenizer(writer: "gguf.GGUFWriter", tokenizer: "Tokenizer", vocab_size:
             raise ValueError(f"llama.cpp finds {token['content']!r} in texts without regard to the spaces around it.")
     tokens = _tokens(tokenizer, vocab_size)
     if model["byte_fallback"]:
+        if any(f"<0x{byte:02X}>" not in model["vocab"] for byte in range(256)):
+            raise ValueError(
+                "llama.cpp needs a token for each of the 256 bytes, <0x00> to <0xFF>; some are missing here."
+            )
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_add_space_prefix(_has_space_prefix(fields))
-        writer.add_token_scores(_scores(tokens, model))
+        writer.add_token_scores(_scores(tokens, fields))
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_splitting_rule(fields))
@@ -154,21 +158,20 @@ def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
     return [(left, right) for left, right in pairs]
 
 
-def _scores(tokens: list[str], model: dict[str, Any]) -> list[float]:
+def _scores(tokens: list[str], fields: dict[str, Any]) -> list[float]:
     """A score per token, by which llama.cpp joins pairs in the order of the merges: the best result first.
 
     llama.cpp joins any two tokens whose join is a token, so the merges must be all of these, and those that make
     one token must follow each other.
     """
-    merges = _merges(model)
+    model, merges = fields["model"], _merges(fields["model"])
     rank: dict[str, int] = {}
-    ranks = []
-    for left, right in merges:
-        ranks.append(rank.setdefault(left + right, len(rank)))
-    joinable = {token for token in model["vocab"] if token in rank or len(token) == 1}
+    ranks = [rank.setdefault(left + right, len(rank)) for left, right in merges]
+    apart = {token["content"] for token in fields["added_tokens"]} | {model["unk_token"]}
+    joinable = {token for token in model["vocab"] if token not in apart and not _BYTE.fullmatch(token)} | set(rank)
     possible = {
         (token[:cut], token[cut:])
-        for token in rank
+        for token in joinable
         for cut in range(1, len(token))
         if token[:cut] in joinable and token[cut:] in joinable
     }
