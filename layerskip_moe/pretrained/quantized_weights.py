@@ -43,6 +43,11 @@ class Int8Weight(Int8Tensor):
         """An expert, or some rows."""
         return self.from_parts(self.qdata[which], self.scale[which])
 
+    def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
+        """As floats [..., K] (default: of the scales' type); torchao's own takes longer."""
+        scale = self.scale if output_dtype is None else self.scale.to(output_dtype)
+        return self.qdata.to(scale.dtype).mul_(scale)
+
 
 class PackedInt4Weight(TorchAOBaseTensor):
     """Weights [..., K] of which each is a whole number from -8 to 7 times its group's scale.
@@ -82,11 +87,14 @@ class PackedInt4Weight(TorchAOBaseTensor):
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
         """As floats [..., K] (default: of the scales' type)."""
         scale = self.scale if output_dtype is None else self.scale.to(output_dtype)
-        values = torch.stack([self.qdata & 15, self.qdata >> 4], dim=-1).flatten(-2).to(scale.dtype) - 8
-        return (values.unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]).flatten(-2)
+        values = torch.stack([self.qdata & 15, self.qdata >> 4], dim=-1).flatten(-2).to(scale.dtype).sub_(8)
+        return values.unflatten(-1, (scale.shape[-1], -1)).mul_(scale[..., None]).flatten(-2)
 
 
+@Int8Weight.implements_torch_function(F.linear)
 @PackedInt4Weight.implements_torch_function(F.linear)
 def _linear(func: Callable[..., Tensor], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The dequantised weight's product. (torchao's own for int8 scales afterwards: whole numbers up to 128 times the
+    states are beyond float16's range where a state is in the hundreds, as some are in every large model.)"""
     x, weight, *bias = args
     return func(x, weight.dequantize(x.dtype), *bias, **kwargs)

@@ -135,6 +135,14 @@ def test_a_quantised_model_computes_what_the_dequantised_one_does(name, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_large_states_stay_within_float16(kind):
+    layer = quantize(make_model(dtype=torch.float16), kind).blocks[0].attention.qkv
+    x = torch.full((1, 32), 500.0, dtype=torch.float16)
+    exact = F.linear(x.double(), layer.weight.dequantize().double())
+    torch.testing.assert_close(layer(x).double(), exact, rtol=1e-2, atol=2.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_eight_bits_move_the_logits_less_than_four(kind):
     model = make_model("dense, tied")  # a router may choose another expert for a rounding error
     with evaluating(model):  # a model that is quantised in here is one like any other
@@ -172,7 +180,8 @@ def test_rows_without_a_weight_stay_zero(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("name", "dtype"), zip(NETWORKS, [torch.float16, torch.float32, torch.float32, torch.bfloat16], strict=True)
+    ("name", "dtype"),
+    list(zip(NETWORKS, [torch.float16, torch.float32, torch.float32, torch.bfloat16], strict=True)),
 )
 def test_a_checkpoint_comes_back_bit_for_bit(tmp_path, name, kind, dtype):
     quantized = quantize(make_model(name, dtype=dtype, dropout=0.1), kind)
