@@ -67,7 +67,9 @@ def user_error(error: BaseException) -> str | None:
     is missing. None for anything else, which is a fault of ours and keeps its traceback."""
     if _is_out_of_memory(error):
         return "out of memory; lower batch_size, seq_len or d_model."
-    if isinstance(error, ImportError) and "pip install" in str(error):  # a package that is not there is no fault of ours
+    if isinstance(error, ImportError) and "pip install" in str(
+        error
+    ):  # a package that is not there is no fault of ours
         return str(error)
     # A UnicodeError is a ValueError too, but no sentence of ours.
     if isinstance(error, ValueError | FloatingPointError) and not isinstance(error, UnicodeError):

@@ -49,10 +49,3 @@ def test_torchtune_is_imported_late_and_in_one_file():
     assert uses, "and it is used"
     for name, module, at_top in uses:
         assert name == "torchtune_parts.py" and module.startswith("torchtune.modules") and not at_top
-
-
-def test_generation_and_data_know_the_same_names_for_the_end_of_a_text():
-    from layerskip_moe.data.tokenizer import END_OF_TEXT_NAMES as in_data
-    from layerskip_moe.generation.generate import END_OF_TEXT_NAMES as in_generation
-
-    assert in_data == in_generation

@@ -23,6 +23,7 @@ from layerskip_moe.pretrained.checkpoint import read_recipe
 from layerskip_moe.pretrained.families import FAMILIES, family_of, obstacles
 from layerskip_moe.pretrained.gguf import GGUFType, export_gguf
 from layerskip_moe.pretrained.model_card import measured_lines, write_model_card
+from layerskip_moe.pretrained.tokenizer import has_tokenizer
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _write_folder(options: Options) -> None:
         )
     model.save_pretrained(
         options.out,
-        tokenizer=load_tokenizer(options.checkpoint),
+        tokenizer=options.checkpoint if has_tokenizer(options.checkpoint) else None,
         recipe=read_recipe(options.checkpoint),
         max_shard_bytes=int(options.max_shard_gb * 1e9),
     )

@@ -22,7 +22,7 @@ from layerskip_moe.cli.strategies import StrategyName, make_strategy, strategy_f
 from layerskip_moe.cli.streaming import RoundByRound
 from layerskip_moe.generation import Generation, GenerationStats, Sampling, generate
 from layerskip_moe.generation.text import TextStream
-from layerskip_moe.pretrained import load_tokenizer
+from layerskip_moe.pretrained import load_tokenizer, stop_tokens
 
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 
@@ -38,7 +38,7 @@ class Options:
         strategy: how to decode; each has options of its own
         max_new_tokens: tokens to add, at most
         stop_strings: the text ends before the first of these
-        stop_tokens: ids, and the text ends before the first of these; None: the tokenizer's end of text. Special
+        stop_tokens: ids, and the text ends before the first of these; None: the checkpoint's end of text. Special
             tokens, which no text shows, can be stopped at only so
         device: cpu, cuda, cuda:1, ...; None: a GPU where there is one
         dtype: what to compute in; None: as the weights are stored
@@ -79,7 +79,7 @@ def run(arguments: list[str]) -> None:
     settings: dict[str, Any] = vars(sampling) | {
         "max_new_tokens": options.max_new_tokens,
         "stop_strings": options.stop_strings,
-        "stop_tokens": options.stop_tokens,
+        "stop_tokens": stop_tokens(options.checkpoint) if options.stop_tokens is None else options.stop_tokens,
         "tokenizer": tokenizer,
     }
     if options.json:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip_moe.data.source import Document, Split
+from layerskip_moe.special_tokens import END_OF_TEXT_NAMES
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 # piece more, without which its trainer passes the size it was given.
 SMALLEST_VOCABULARY = {"bpe": 257, "unigram": 258}
 END_OF_TEXT = "<|endoftext|>"
-
-# What other people's tokenizers call the end of a document, the most specific first.
-END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>", "<|im_end|>")
 # More text hardly changes a small vocabulary, and costs minutes and memory.
 _TRAINING_CHARACTERS = 64_000_000
 _PIECE_CHARACTERS = 1 << 16

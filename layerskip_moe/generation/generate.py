@@ -18,13 +18,10 @@ from layerskip_moe.generation.statistics import GenerationStats
 from layerskip_moe.generation.text import TextStream
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.nn.modes import evaluating
+from layerskip_moe.special_tokens import END_OF_TEXT_NAMES
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-# How the usual families spell the token that ends a text; the first one a tokenizer knows is taken.
-# (The same list as in data/tokenizer.py, which this room does not know; a test compares them.)
-END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>", "<|im_end|>")
 
 
 class Strategy(Protocol):

@@ -251,7 +251,7 @@ class MoEDecoder(nn.Module):
         self,
         folder: str | Path,
         *,
-        tokenizer: "Tokenizer | None" = None,
+        tokenizer: "Tokenizer | str | Path | None" = None,
         recipe: Mapping[str, Any] | None = None,
         max_shard_bytes: int = 5 * 10**9,
     ) -> None:
@@ -265,7 +265,7 @@ class MoEDecoder(nn.Module):
         self,
         repo_id: str,
         *,
-        tokenizer: "Tokenizer | None" = None,
+        tokenizer: "Tokenizer | str | Path | None" = None,
         recipe: Mapping[str, Any] | None = None,
         report: Mapping[str, Any] | None = None,
         private: bool | None = None,

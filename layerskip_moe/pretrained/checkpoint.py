@@ -39,7 +39,12 @@ from layerskip_moe.pretrained.layouts import Place, ignorable, tensor_places
 from layerskip_moe.pretrained.model_card import CARD, has_other_card, model_card
 from layerskip_moe.pretrained.quantize import load_quantized, quantization_of, quantize, quantized_state
 from layerskip_moe.pretrained.record import RECORD, check_files, check_recipe, read_record, write_record
-from layerskip_moe.pretrained.tokenizer import special_roles, write_tokenizer_files
+from layerskip_moe.pretrained.tokenizer import (
+    copy_tokenizer_files,
+    load_tokenizer,
+    special_roles,
+    write_tokenizer_files,
+)
 from layerskip_moe.pretrained.weights import (
     StoredTensor,
     check_shapes,
@@ -100,14 +105,15 @@ def save_model(
     model: MoEDecoder,
     folder: str | Path,
     *,
-    tokenizer: "Tokenizer | None" = None,
+    tokenizer: "Tokenizer | str | Path | None" = None,
     recipe: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write the model into folder (made if need be) so that transformers opens it, where one of its families computes
     the same network, and as our own type where none does, or the model is quantised.
 
-    tokenizer: written beside it; its end of text becomes generate's in transformers
+    tokenizer: written beside it; its end of text becomes generate's in transformers. Or another checkpoint, a folder
+        or an id on the hub, whose tokenizer's files are copied as they stand, chat template and all
     recipe: how the model was trained, plain JSON values, for `read_recipe` and the model card
     max_shard_bytes: larger weights are split into files of at most so many bytes
 
@@ -125,9 +131,10 @@ def save_model(
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} must be 1 or more.")
     check_recipe(recipe)
-    if tokenizer is not None and tokenizer.get_vocab_size() > model.config.vocab_size:
+    size = 0 if tokenizer is None else _vocabulary_size(tokenizer)
+    if size > model.config.vocab_size:
         raise ValueError(
-            f"The tokenizer has {tokenizer.get_vocab_size()} tokens but the model's vocab_size is "
+            f"The tokenizer has {size} tokens but the model's vocab_size is "
             f"{model.config.vocab_size}; give the tokenizer that the model was trained with."
         )
     quantization, empty = quantization_of(model), empty_model(model.config)
@@ -150,7 +157,9 @@ def save_model(
     beside.mkdir()
     try:
         write_tensors(beside, tensors, max_shard_bytes)
-        if tokenizer is not None:
+        if isinstance(tokenizer, str | Path):
+            contents |= copy_tokenizer_files(tokenizer, beside)
+        elif tokenizer is not None:
             write_tokenizer_files(tokenizer, beside)
             contents |= _write_generation_config(tokenizer, beside)
         _write_json(beside / CONFIG, contents)
@@ -228,6 +237,10 @@ def _drop_ignorable(stored: dict[str, StoredTensor], places: Mapping[str, Place]
                 "tie_word_embeddings to false there if the head is meant."
             )
         del stored[name]
+
+
+def _vocabulary_size(tokenizer: "Tokenizer | str | Path") -> int:
+    return (load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer).get_vocab_size()
 
 
 def _write_generation_config(tokenizer: "Tokenizer", folder: Path) -> dict[str, int | None]:

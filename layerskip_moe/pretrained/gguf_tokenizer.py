@@ -12,7 +12,8 @@ import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from layerskip_moe.pretrained.tokenizer import END_OF_TEXT_NAMES, special_roles
+from layerskip_moe.pretrained.tokenizer import special_roles
+from layerskip_moe.special_tokens import END_OF_TEXT_NAMES
 
 if TYPE_CHECKING:
     import gguf

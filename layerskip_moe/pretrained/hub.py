@@ -53,7 +53,7 @@ def push(
     model: MoEDecoder,
     repo_id: str,
     *,
-    tokenizer: "Tokenizer | None" = None,
+    tokenizer: "Tokenizer | str | Path | None" = None,
     recipe: Mapping[str, Any] | None = None,
     report: Mapping[str, Any] | None = None,
     private: bool | None = None,

@@ -9,6 +9,7 @@ Knows nothing of networks or chat templates (which are left to transformers). Ne
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from layerskip_moe.pretrained.hub import local_folder
 from layerskip_moe.pretrained.json_file import read_json
 from layerskip_moe.pretrained.record import check_files
 from layerskip_moe.pretrained.sentencepiece_file import read_sentencepiece
+from layerskip_moe.special_tokens import BEGIN_OF_TEXT_NAMES, END_OF_TEXT_NAMES, PADDING_NAMES, UNKNOWN_NAMES
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -25,13 +27,9 @@ if TYPE_CHECKING:
 TOKENIZER, TOKENIZER_CONFIG, SENTENCEPIECE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 TOKENIZER_FILES = (TOKENIZER, SENTENCEPIECE, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
 
-# What each role is called by people who do not say so, the most specific first; the first is as in `data/`.
-END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>", "<|im_end|>")
-BEGIN_OF_TEXT_NAMES = ("<|begin_of_text|>", "<s>", "<bos>")
-UNKNOWN_NAMES = ("<unk>",)
-PADDING_NAMES = ("<|pad|>", "<pad>", "<|padding|>")
-
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+# Beside a tokenizer: what tells where a text ends, and how a chat is written.
+_GENERATION_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "chat_template.jinja")
 _MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -108,13 +106,13 @@ def special_roles(tokenizer: "Tokenizer") -> dict[str, str]:
     return {role: name for role, name in found.items() if name is not None}
 
 
-def stop_tokens(folder: str | Path) -> list[int]:
+def stop_tokens(folder_or_id: str | Path) -> list[int]:
     """The ids that end a text of this checkpoint, empty where nothing says which.
 
     From generation_config.json's eos_token_id, else config.json's, else the token that tokenizer_config.json
     calls eos_token, else the tokenizer's end of text by its usual names.
     """
-    folder = Path(folder)
+    folder = local_folder(folder_or_id, patterns=_GENERATION_FILES)
     for name in ("generation_config.json", "config.json"):
         found = _read_if_there(folder / name).get("eos_token_id")
         ids: list[Any] = found if isinstance(found, list) else [found]
@@ -122,12 +120,29 @@ def stop_tokens(folder: str | Path) -> list[int]:
             raise ValueError(f"{folder / name} has eos_token_id={found!r}, which is neither an id nor a list of ids.")
         if found is not None:
             return ids
-    if not (folder / TOKENIZER).is_file() and not (folder / SENTENCEPIECE).is_file():
+    if not has_tokenizer(folder):
         return []
     tokenizer = load_tokenizer(folder)
     declared = _token_settings(folder).get("eos_token")
     named = [_added_token(declared).content] if declared else END_OF_TEXT_NAMES
     return [i for i in map(tokenizer.token_to_id, named) if i is not None][:1]
+
+
+def has_tokenizer(folder_or_id: str | Path) -> bool:
+    """Whether there is a tokenizer for `load_tokenizer` to read."""
+    folder = local_folder(folder_or_id, patterns=TOKENIZER_FILES)
+    return any((folder / name).is_file() for name in (TOKENIZER, SENTENCEPIECE))
+
+
+def copy_tokenizer_files(folder_or_id: str | Path, folder: Path) -> dict[str, Any]:
+    """Copy a checkpoint's tokenizer as it stands, its chat template and generation_config.json included, and give the
+    ids of special tokens in its config.json."""
+    source = local_folder(folder_or_id, patterns=_GENERATION_FILES)
+    for name in (*TOKENIZER_FILES, "chat_template.jinja", "generation_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    config = _read_if_there(source / "config.json")
+    return {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
 
 
 def _token_settings(folder: Path) -> dict[str, Any]:

@@ -49,7 +49,9 @@ def test_another_precision_in_several_files(shell, save, tmp_path):
 
 def test_a_report_goes_into_the_model_card(shell, save, tmp_path):
     save("ours")
-    (tmp_path / "report.json").write_text(json.dumps({"exits": {"perplexity": [31.25, 17.5], "agreement": [0.5, 1.0], "tokens": 640}}))
+    (tmp_path / "report.json").write_text(
+        json.dumps({"exits": {"perplexity": [31.25, 17.5], "agreement": [0.5, 1.0], "tokens": 640}})
+    )
     code, _, err = shell("export", "--checkpoint", "ours", "--to", "hf", "--out", "o", "--report", "report.json")
     assert code == 0, err
     card = (tmp_path / "o" / "README.md").read_text()

@@ -12,13 +12,11 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from layerskip_moe.data.source import Document
-from layerskip_moe.data.tokenizer import END_OF_TEXT_NAMES as NAMES_IN_DATA
 from layerskip_moe.data.tokenizer import train_tokenizer
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.pretrained import tokenizer as tokenizer_module
 from layerskip_moe.pretrained.families import FAMILIES
 from layerskip_moe.pretrained.tokenizer import (
-    END_OF_TEXT_NAMES,
     load_tokenizer,
     special_roles,
     stop_tokens,
@@ -74,10 +72,6 @@ def assert_encodes_alike(ours, theirs, texts=TEXTS):
 def llama_like(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     return folder, train_sentencepiece(folder, request.param, **LLAMA)
-
-
-def test_the_end_of_text_has_the_same_names_as_in_data():
-    assert END_OF_TEXT_NAMES == NAMES_IN_DATA
 
 
 @settings(deadline=None, max_examples=60)
