@@ -23,6 +23,7 @@ from layerskip_moe.pretrained.checkpoint import read_recipe
 from layerskip_moe.pretrained.families import FAMILIES, family_of, obstacles
 from layerskip_moe.pretrained.gguf import GGUFType, export_gguf
 from layerskip_moe.pretrained.model_card import measured_lines, write_model_card
+from layerskip_moe.pretrained.quantize import quantization_of
 from layerskip_moe.pretrained.tokenizer import has_tokenizer
 
 
@@ -63,6 +64,8 @@ def _write_folder(options: Options) -> None:
     report = None if options.report is None else _read_report(Path(options.report))
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     model = MoEDecoder.from_pretrained(options.checkpoint, dtype=dtype)
+    if quantization_of(model) is not None:
+        raise ValueError(f"the weights in {options.checkpoint} are quantised; export what they were made from.")
     if family_of(model.config) is None:
         in_the_way = {family: obstacles(model.config, family) for family in FAMILIES}
         closest = min(FAMILIES, key=lambda family: len(in_the_way[family]))

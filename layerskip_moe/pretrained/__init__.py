@@ -2,6 +2,7 @@
 
 from layerskip_moe.pretrained.checkpoint import load_model, read_recipe, save_model
 from layerskip_moe.pretrained.model_card import write_model_card
+from layerskip_moe.pretrained.quantize import quantize
 from layerskip_moe.pretrained.tokenizer import load_tokenizer, stop_tokens
 
-__all__ = ["load_model", "load_tokenizer", "read_recipe", "save_model", "stop_tokens", "write_model_card"]
+__all__ = ["load_model", "load_tokenizer", "quantize", "read_recipe", "save_model", "stop_tokens", "write_model_card"]

@@ -13,10 +13,7 @@ K inputs. Imports torchao, which takes seconds, inside its functions only. Knows
 """
 
 import copy
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,12 +22,12 @@ from tqdm.auto import tqdm
 
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.experts import Experts
+from layerskip_moe.quiet_import import quiet_import
 
 Quantization = Literal["int8", "int4"]
 
 _PROJECTIONS = ("attention.qkv", "attention.output", "gate_up", "down", "head")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # on CUDA libraries that are absent; on an enum
 
 
 @torch.inference_mode(False)  # what is made within can be neither copied nor saved outside, and is refused in training
@@ -129,7 +126,7 @@ def _is_quantized(tensor: Tensor) -> bool:
 def _tensor_kinds() -> dict[Quantization, Any]:
     """The tensor classes, by what they are called here."""
     try:
-        with _quiet_import():
+        with quiet_import():
             from layerskip_moe.pretrained.quantized_weights import Int8Weight, PackedInt4Weight
     except ImportError as error:
         raise ImportError(
@@ -137,19 +134,3 @@ def _tensor_kinds() -> dict[Quantization, Any]:
             "`pip install 'torchao>=0.15,<0.18'` gives a version that has them"
         ) from error
     return {"int8": Int8Weight, "int4": PackedInt4Weight}
-
-
-@contextmanager
-def _quiet_import() -> Iterator[None]:
-    """Hide the warnings that torchao's import prints, which nobody can act on; everything is put back."""
-    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -8,46 +8,25 @@ Knows nothing of layers or steps. Next: `layer_dropout.py` turns these shapes in
 """
 
 import functools
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Literal, get_args
+
+from layerskip_moe.quiet_import import quiet_import
 
 # torchtune's STEP is left out: it is declared there but has no formula, so it raises KeyError.
 Scale = Literal["uniform", "exp", "linear", "log", "sin", "sigmoid"]
 SCALES = get_args(Scale)
 
-# Where the noise comes from: torchao reports each optional CUDA library that it cannot load, and torch
-# reports that torchao registers an enum in a way that is now superfluous.
-_NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide warnings from the noisy loggers and from `warnings`; errors still show. Everything is put back."""
-    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
 
 @functools.cache
 def _get_scale() -> Callable[[Scale, int, int], float]:
     try:
-        with _quiet():
+        with quiet_import():
             from torchtune.modules.layer_dropout import ScaleType, get_scale
     except (ImportError, AttributeError) as error:
         raise ImportError(
             f"layer dropout takes its schedules from torchtune, which could not be imported ({error}); "
-            "`pip install 'torchtune>=0.6.1' 'torchao>=0.10,<0.18'` gives versions that work together"
+            "`pip install 'torchtune>=0.6.1' 'torchao>=0.15,<0.18'` gives versions that work together"
         ) from error
     return lambda kind, period, value: get_scale(ScaleType(kind), period, value)
 

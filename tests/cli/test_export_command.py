@@ -9,6 +9,7 @@ import torch
 from layerskip_moe import ModelConfig, MoEDecoder
 from layerskip_moe.pretrained import checkpoint as checkpoint_module
 from layerskip_moe.pretrained import load_tokenizer, read_recipe
+from layerskip_moe.pretrained.quantize import quantize
 
 transformers = pytest.importorskip("transformers")
 
@@ -93,6 +94,13 @@ def test_what_the_format_cannot_say_is_refused_by_name(shell, save, tmp_path, to
     code, out, err = shell("export", "--checkpoint", "ours", "--to", to, "--out", "theirs")
     assert (code, out) == (1, "") and err.startswith("error: ") and err.count("\n") == 1
     assert "bias_balancing=True" in err and not (tmp_path / "theirs").exists()
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_quantised_weights_are_refused(shell, save, tmp_path, tokenizer, to):
+    quantize(save("ours"), "int8").save_pretrained("eighth", tokenizer=tokenizer)
+    code, _, err = shell("export", "--checkpoint", "eighth", "--to", to, "--out", "theirs")
+    assert code == 1 and "quantised" in err and not (tmp_path / "theirs").exists()
 
 
 def test_layers_without_experts_are_not_for_llama_cpp(shell, save, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layerskip_moe.quiet_import import quiet_import
 from layerskip_moe.training.expert_dropout import expert_mask
 from layerskip_moe.training.layer_dropout import (
     BLOCK_STREAM,
@@ -17,7 +18,7 @@ from layerskip_moe.training.layer_dropout import (
     layer_dropout_rates,
     layer_keep,
 )
-from layerskip_moe.training.torchtune_parts import _get_scale, _quiet, scale
+from layerskip_moe.training.torchtune_parts import _get_scale, scale
 
 # Statistical tests compare a z-score with this bound: a correct implementation fails one comparison in
 # 2 million (two-sided normal tail at 5; about 100 are made), and the seeds are fixed.
@@ -188,7 +189,7 @@ def test_quiet_hides_only_the_noise_and_puts_levels_back(caplog):
     noisy = logging.getLogger("torchao")
     noisy.setLevel(logging.INFO)
     try:
-        with pytest.raises(RuntimeError), _quiet():
+        with pytest.raises(RuntimeError), quiet_import():
             noisy.warning("hidden")
             noisy.error("shown")
             logging.getLogger("torch.nn").error("shown too")
