@@ -20,10 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layerskip_moe.analysis.completions import complete, end_of_text
+from layerskip_moe.analysis.completions import complete
 from layerskip_moe.files import replacing
 from layerskip_moe.generation import Strategy, check_prompts
 from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.special_tokens import end_of_text_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -79,7 +80,7 @@ def write_generations(
         [ids for ids in encoded for _ in range(n_samples)],
         strategy,
         stop_strings=stop_strings,
-        stop_tokens=end_of_text(tokenizer) if stop_tokens is None else stop_tokens,
+        stop_tokens=end_of_text_ids(tokenizer) if stop_tokens is None else stop_tokens,
         batch_size=batch_size,
         description="completions",
         progress=progress,

@@ -59,16 +59,7 @@ def complete(
     return found
 
 
-def end_of_text(tokenizer: "Tokenizer") -> list[int]:
-    """The id that ends a text, by its usual names among the tokenizer's special tokens; empty where there is none."""
-    return _special_id(tokenizer, "eos_token")
-
-
 def beginning_of_text(tokenizer: "Tokenizer") -> list[int]:
-    """The id that begins a text, likewise."""
-    return _special_id(tokenizer, "bos_token")
-
-
-def _special_id(tokenizer: "Tokenizer", role: str) -> list[int]:
-    token = tokenizer.token_to_id(special_roles(tokenizer).get(role, ""))
+    """The id that begins a text, by its usual names among the tokenizer's special tokens; empty where there is none."""
+    token = tokenizer.token_to_id(special_roles(tokenizer).get("bos_token", ""))
     return [] if token is None else [token]

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from layerskip_moe.analysis.completions import beginning_of_text, complete, end_of_text
+from layerskip_moe.analysis.completions import beginning_of_text, complete
 from layerskip_moe.analysis.log_likelihoods import log_likelihoods
 from layerskip_moe.generation import Autoregressive, SelfSpeculative, Speculative, Strategy
 from layerskip_moe.generation.autoregressive import check_exit_layer
 from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.special_tokens import end_of_text_ids
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -101,7 +102,7 @@ class LayerSkipLM(TemplateLM):
         longest = model.config.max_seq_len
         if max_length is not None and not 1 <= max_length <= longest:
             raise ValueError(f"max_length={max_length} must be between 1 and the model's max_seq_len={longest}.")
-        stops = end_of_text(tokenizer) if stop_tokens is None else list(stop_tokens)
+        stops = end_of_text_ids(tokenizer) if stop_tokens is None else list(stop_tokens)
         if not stops:
             raise ValueError("the tokenizer has no end of text by a usual name; give its id, as stop_tokens=[id].")
         if prefix_token_id is None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip_moe.data.source import Document, Split
-from layerskip_moe.special_tokens import END_OF_TEXT_NAMES
+from layerskip_moe.special_tokens import END_OF_TEXT_NAMES, end_of_text_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -123,10 +123,9 @@ def _whole_texts(tokenizer: Tokenizer) -> Tokenizer:
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
     """The id that separates documents: <|endoftext|>, or what the tokenizer has in its place."""
-    for separator in END_OF_TEXT_NAMES:
-        token_id = tokenizer.token_to_id(separator)
-        if token_id is not None:
-            return int(token_id)
+    ids = end_of_text_ids(tokenizer)
+    if ids:
+        return ids[0]
     raise ValueError(
         f"The tokenizer has no token that separates documents: add one of {', '.join(END_OF_TEXT_NAMES)} to its "
         "special tokens."

@@ -18,7 +18,7 @@ from layerskip_moe.generation.statistics import GenerationStats
 from layerskip_moe.generation.text import TextStream
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.nn.modes import evaluating
-from layerskip_moe.special_tokens import END_OF_TEXT_NAMES
+from layerskip_moe.special_tokens import end_of_text_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -102,7 +102,7 @@ def generate(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be 1 or more.")
     if stop_tokens is None:
-        stop_tokens = [] if tokenizer is None else _end_of_text(tokenizer)
+        stop_tokens = [] if tokenizer is None else end_of_text_ids(tokenizer)
     if isinstance(stop_tokens, int):
         raise ValueError(f"stop_tokens={stop_tokens} is one id; give a list, such as [{stop_tokens}].")
     streams = _text_streams(stop_strings, tokenizer, len(encoded))
@@ -198,11 +198,6 @@ def check_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig, max_new
                 f"prompt {index} has {len(prompt)} tokens, which with max_new_tokens={max_new_tokens} is past "
                 f"max_seq_len={config.max_seq_len}; shorten either, or build the model with a larger max_seq_len."
             )
-
-
-def _end_of_text(tokenizer: "Tokenizer") -> list[int]:
-    ids = (tokenizer.token_to_id(name) for name in END_OF_TEXT_NAMES)
-    return [token for token in ids if token is not None][:1]
 
 
 def _now(model: MoEDecoder) -> float:

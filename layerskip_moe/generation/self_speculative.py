@@ -86,7 +86,8 @@ class SelfSpeculative:
 def _begin_alike(model: MoEDecoder, draft: MoEDecoder, exit_layer: int) -> bool:
     """Whether the draft's embedding and first layers are the model's own, run in the same way."""
     return (
-        draft.config == model.config
+        type(draft) is type(model)
+        and draft.config == model.config
         and draft.embedding is model.embedding
         and all(draft.blocks[layer] is model.blocks[layer] for layer in range(exit_layer))
     )

@@ -56,6 +56,7 @@ from layerskip_moe.pretrained.weights import (
     weight_file_names,
     write_tensors,
 )
+from layerskip_moe.special_tokens import end_of_text_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -112,8 +113,9 @@ def save_model(
     """Write the model into folder (made if need be) so that transformers opens it, where one of its families computes
     the same network, and as our own type where none does, or the model is quantised.
 
-    tokenizer: written beside it; its end of text becomes generate's in transformers. Or another checkpoint, a folder
-        or an id on the hub, whose tokenizer's files are copied as they stand, chat template and all
+    tokenizer: written beside it; its end of text, by the usual names, becomes generate's in transformers. Or another
+        checkpoint, a folder or an id on the hub, whose tokenizer's files are copied as they stand, with its own word
+        on where a text ends, and its chat template
     recipe: how the model was trained, plain JSON values, for `read_recipe` and the model card
     max_shard_bytes: larger weights are split into files of at most so many bytes
 
@@ -131,8 +133,8 @@ def save_model(
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} must be 1 or more.")
     check_recipe(recipe)
-    size = 0 if tokenizer is None else _vocabulary_size(tokenizer)
-    if size > model.config.vocab_size:
+    size = 0 if tokenizer is None or isinstance(tokenizer, str | Path) else tokenizer.get_vocab_size()
+    if size > model.config.vocab_size:  # published tokenizers, which are copied, may have a token too many
         raise ValueError(
             f"The tokenizer has {size} tokens but the model's vocab_size is "
             f"{model.config.vocab_size}; give the tokenizer that the model was trained with."
@@ -239,15 +241,15 @@ def _drop_ignorable(stored: dict[str, StoredTensor], places: Mapping[str, Place]
         del stored[name]
 
 
-def _vocabulary_size(tokenizer: "Tokenizer | str | Path") -> int:
-    return (load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer).get_vocab_size()
-
-
-def _write_generation_config(tokenizer: "Tokenizer", folder: Path) -> dict[str, int | None]:
-    """Tell transformers' generate where a text begins and ends, and return the same for config.json."""
-    roles = special_roles(tokenizer)
-    ids = {f"{role}_id": tokenizer.token_to_id(roles[role]) for role in ("bos_token", "eos_token") if role in roles}
-    if "eos_token_id" in ids:
+def _write_generation_config(tokenizer: "Tokenizer", folder: Path) -> dict[str, Any]:
+    """Tell transformers' generate where a text begins and ends, as ours takes it, and return the same for
+    config.json."""
+    ids: dict[str, Any] = {}
+    roles, ends = special_roles(tokenizer), end_of_text_ids(tokenizer)
+    if "bos_token" in roles:
+        ids["bos_token_id"] = tokenizer.token_to_id(roles["bos_token"])
+    if ends:
+        ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends
         _write_json(folder / "generation_config.json", ids)
     return ids
 

@@ -19,7 +19,13 @@ from layerskip_moe.pretrained.hub import local_folder
 from layerskip_moe.pretrained.json_file import read_json
 from layerskip_moe.pretrained.record import check_files
 from layerskip_moe.pretrained.sentencepiece_file import read_sentencepiece
-from layerskip_moe.special_tokens import BEGIN_OF_TEXT_NAMES, END_OF_TEXT_NAMES, PADDING_NAMES, UNKNOWN_NAMES
+from layerskip_moe.special_tokens import (
+    BEGIN_OF_TEXT_NAMES,
+    END_OF_TEXT_NAMES,
+    PADDING_NAMES,
+    UNKNOWN_NAMES,
+    end_of_text_ids,
+)
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -124,8 +130,10 @@ def stop_tokens(folder_or_id: str | Path) -> list[int]:
         return []
     tokenizer = load_tokenizer(folder)
     declared = _token_settings(folder).get("eos_token")
-    named = [_added_token(declared).content] if declared else END_OF_TEXT_NAMES
-    return [i for i in map(tokenizer.token_to_id, named) if i is not None][:1]
+    if not declared:
+        return end_of_text_ids(tokenizer)
+    token = tokenizer.token_to_id(_added_token(declared).content)
+    return [] if token is None else [token]
 
 
 def has_tokenizer(folder_or_id: str | Path) -> bool:

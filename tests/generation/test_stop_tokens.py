@@ -114,6 +114,16 @@ def test_the_usual_names_of_the_end_of_text(counting_up, name):
     assert generate(counting_up, [[10]], max_new_tokens=4, tokenizer=tokenizer).tokens == [[11]]
 
 
+def test_the_end_of_a_turn_stops_a_text_as_the_end_of_a_document_does(counting_up):
+    """Qwen's tokenizers have both."""
+    tokenizers = pytest.importorskip("tokenizers")
+    names = {12: "<|im_end|>", 22: "<|endoftext|>"}
+    vocabulary = {names.get(number, f"n{number}"): number for number in range(60)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="n0"))
+    out = generate(counting_up, [[10], [20]], max_new_tokens=4, tokenizer=tokenizer)
+    assert out.tokens == [[11], [21]]
+
+
 def test_a_tokenizer_without_an_end_of_text_stops_nothing(counting_up):
     tokenizers = pytest.importorskip("tokenizers")
     vocabulary = {f"n{number}": number for number in range(60)}

@@ -234,7 +234,7 @@ def test_stop_tokens_are_the_most_particular_said(tmp_path):
     tokenizer.add_special_tokens(["<|im_end|>"])
     write_tokenizer_files(tokenizer, tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
-    assert stop_tokens(tmp_path) == [tokenizer.token_to_id("<|endoftext|>")]
+    assert stop_tokens(tmp_path) == [tokenizer.token_to_id(name) for name in ("<|endoftext|>", "<|im_end|>")]
     write_json(tmp_path, tokenizer_config={"eos_token": {"content": "<|im_end|>"}})
     assert stop_tokens(tmp_path) == [tokenizer.token_to_id("<|im_end|>")]
     write_json(tmp_path, config={"eos_token_id": 7})
