@@ -18,7 +18,7 @@ from typing import Literal
 from layerskip_moe import ModelConfig, MoEDecoder, TrainConfig, load_corpus, train
 from layerskip_moe.analysis import write_report
 from layerskip_moe.constants import command_line, default_device, given_constants, override_constants
-from layerskip_moe.pretrained import write_model_card
+from layerskip_moe.pretrained import has_other_card, write_model_card
 from layerskip_moe.study import StudyConfig, describe, side_by_side, study
 
 device: str = default_device(globals())  # "cuda" where there is one, else "cpu"
@@ -185,4 +185,5 @@ report_path = write_report(
 )
 print(report_path.read_text().split("\n## ")[1])  # "In short"
 print(f"All of it, with pictures: {report_path}")
-write_model_card(saved, json.loads(report_path.with_name("report.json").read_text()))
+if not has_other_card(saved):  # one that was edited by hand stays
+    write_model_card(saved, json.loads(report_path.with_name("report.json").read_text()))

@@ -63,14 +63,17 @@ def pick_device(device: str | None) -> str:
 
 
 def user_error(error: BaseException) -> str | None:
-    """The sentence for what a user can mend: a ValueError, a run that diverged, memory that ran out, a package that
-    is missing. None for anything else, which is a fault of ours and keeps its traceback."""
+    """The sentence for what a user can mend: a ValueError, a run that diverged, memory or a disk that ran out, a file or
+    a package that is missing. None for anything else, which is a fault of ours and keeps its traceback."""
     if _is_out_of_memory(error):
-        return "out of memory; lower batch_size, seq_len or d_model."
+        return "out of memory; lower batch_size, seq_len or d_model, or take a smaller checkpoint or dtype."
     if isinstance(error, ImportError) and "pip install" in str(
         error
     ):  # a package that is not there is no fault of ours
         return str(error)
+    if isinstance(error, OSError):  # a file that is not there, a full disk
+        where = "" if error.filename is None else f"{error.filename}: "
+        return f"{where}{error.strerror or error}."
     # A UnicodeError is a ValueError too, but no sentence of ours.
     if isinstance(error, ValueError | FloatingPointError) and not isinstance(error, UnicodeError):
         return str(error)

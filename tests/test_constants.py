@@ -127,6 +127,9 @@ def test_a_second_run_of_a_cell_sees_only_its_constants():
     assert list(override_constants(namespace)) == list(script_globals()["__annotations__"])
 
 
+OUT_OF_MEMORY = "out of memory; lower batch_size, seq_len or d_model, or take a smaller checkpoint or dtype."
+
+
 def test_a_script_ends_with_one_sentence_and_exit_code_1(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -136,6 +139,7 @@ def test_a_script_ends_with_one_sentence_and_exit_code_1(tmp_path):
         "if layers == 3: raise ValueError('layers=3 is odd.')\n"
         "if layers == 5: raise RuntimeError('ours')\n"
         "if layers == 7: raise MemoryError\n"
+        "if layers == 9: open('nowhere/x')\n"
         "print(layers)\n"
     )
 
@@ -145,7 +149,9 @@ def test_a_script_ends_with_one_sentence_and_exit_code_1(tmp_path):
     done = run("--layers", "3")
     assert (done.returncode, done.stderr) == (1, "error: layers=3 is odd.\n")
     full = run("--layers", "7")
-    assert (full.returncode, full.stderr) == (1, "error: out of memory; lower batch_size, seq_len or d_model.\n")
+    assert (full.returncode, full.stderr) == (1, f"error: {OUT_OF_MEMORY}\n")
+    missing = run("--layers", "9")
+    assert (missing.returncode, missing.stderr) == (1, "error: nowhere/x: No such file or directory.\n")
     ours = run("--layers=5")
     assert ours.returncode == 1 and "Traceback" in ours.stderr  # a fault of ours is not dressed up as the user's
 
@@ -154,6 +160,6 @@ def test_memory_that_ran_out_is_told_as_such():
     with pytest.raises(RuntimeError) as refused:
         torch.empty(2**46)  # 256 TiB, more than an address can name
     for error in (refused.value, torch.OutOfMemoryError("CUDA out of memory."), MemoryError()):
-        assert user_error(error) == "out of memory; lower batch_size, seq_len or d_model."
+        assert user_error(error) == OUT_OF_MEMORY
     for error in (RuntimeError("x"), KeyError("x"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x")):
         assert user_error(error) is None

@@ -43,9 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # What is still buffered would be written, and fail, once more when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:
-        where = "" if error.filename is None else f"{error.filename}: "
-        code, told = 1, f"error: {where}{error.strerror or error}."
     except KeyboardInterrupt:
         print(file=sys.stderr)  # after the ^C, or a text half written
         code, told = 130, "interrupted"

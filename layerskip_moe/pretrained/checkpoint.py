@@ -41,7 +41,6 @@ from layerskip_moe.pretrained.quantize import load_quantized, quantization_of, q
 from layerskip_moe.pretrained.record import RECORD, check_files, check_recipe, read_record, write_record
 from layerskip_moe.pretrained.tokenizer import (
     copy_tokenizer_files,
-    load_tokenizer,
     special_roles,
     write_tokenizer_files,
 )
@@ -49,7 +48,6 @@ from layerskip_moe.pretrained.weights import (
     StoredTensor,
     check_shapes,
     fill_model,
-    pickles,
     read_tensor,
     same_values,
     stored_tensors,
@@ -85,7 +83,6 @@ def load_model(
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} cannot be computed in; give torch.float32, torch.bfloat16 or torch.float16.")
     folder = local_folder(folder_or_id, revision=revision, token=token)
-    _check_is_checkpoint(folder)
     family, config = read_network(folder)
     check_files(folder)
     model, stored = empty_model(config), stored_tensors(folder)
@@ -179,20 +176,6 @@ def read_recipe(
     """How the model was trained, as `save_model` was told; None where it was not. Arguments as `load_model`'s."""
     record = read_record(local_folder(folder_or_id, revision=revision, token=token, patterns=("*.json",)))
     return None if record is None else record.get("recipe")
-
-
-def _check_is_checkpoint(folder: Path) -> None:
-    if (folder / CONFIG).is_file():
-        return
-    if weight_file_names(folder):
-        raise ValueError(
-            f"{folder} holds weights but no {CONFIG}, as where a save or a copy was interrupted; save or copy the "
-            "whole folder again."
-        )
-    names = pickles(folder)
-    found = f"only pickles ({names}), which can run code when read" if names else f"no {CONFIG}"
-    inside = f", such as {folder / 'model'}" if (folder / "model" / CONFIG).is_file() else ""
-    raise ValueError(f"{folder} holds {found}; give a folder that save_pretrained wrote{inside}.")
 
 
 def _load_quantized(

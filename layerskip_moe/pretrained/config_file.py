@@ -16,6 +16,7 @@ from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.pretrained.families import read_config, write_config
 from layerskip_moe.pretrained.json_file import read_json
 from layerskip_moe.pretrained.record import RECORD, read_record
+from layerskip_moe.pretrained.weights import pickles, weight_file_names
 
 CONFIG = "config.json"
 OUR_TYPE = "layerskip_moe"
@@ -41,8 +42,9 @@ def fields_left_out(config: ModelConfig, family: str | None) -> dict[str, Any]:
 def read_network(folder: Path) -> tuple[str | None, ModelConfig]:
     """The family (None: our own type) and the network of the checkpoint in folder.
 
-    Raises ValueError, naming the file, where it cannot be read or computed exactly.
+    Raises ValueError, naming the file, where it is not there, or cannot be read or computed exactly.
     """
+    _check_is_checkpoint(folder)
     path = folder / CONFIG
     contents, record = read_json(path), read_record(folder)
     if contents.get("model_type") == OUR_TYPE:
@@ -66,6 +68,20 @@ def empty_model(config: ModelConfig) -> MoEDecoder:
     """The network with shapes and names but no memory (on the meta device)."""
     with torch.device("meta"):
         return MoEDecoder(config)
+
+
+def _check_is_checkpoint(folder: Path) -> None:
+    if (folder / CONFIG).is_file():
+        return
+    if weight_file_names(folder):
+        raise ValueError(
+            f"{folder} holds weights but no {CONFIG}, as where a save or a copy was interrupted; save or copy the "
+            "whole folder again."
+        )
+    names = pickles(folder)
+    found = f"only pickles ({names}), which can run code when read" if names else f"no {CONFIG}"
+    inside = f", such as {folder / 'model'}" if (folder / "model" / CONFIG).is_file() else ""
+    raise ValueError(f"{folder} holds {found}; give a folder that save_pretrained wrote{inside}.")
 
 
 def _network(fields: Any, path: Path) -> ModelConfig:

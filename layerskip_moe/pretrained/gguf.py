@@ -60,11 +60,7 @@ def export_gguf(model: MoEDecoder, tokenizer: "Tokenizer", path: str | Path, *, 
     path = Path(path)
     if dtype not in get_args(GGUFType):
         raise ValueError(f"dtype={dtype!r} is unknown; it is {', '.join(map(repr, get_args(GGUFType)))}.")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the name of the file to write, such as {path / 'model.gguf'}.")
-    found = gguf_obstacles(model.config)
-    if found:
-        raise ValueError(f"llama.cpp cannot compute this network: {'; '.join(found)}.")
+    check_gguf(model.config, path)
     if any(type(parameter) is not torch.nn.Parameter for parameter in model.parameters()):
         raise ValueError("the model is quantised; export the one that it was made from, with dtype='q8_0' for 8 bits.")
     gguf = import_gguf()
@@ -89,6 +85,18 @@ def export_gguf(model: MoEDecoder, tokenizer: "Tokenizer", path: str | Path, *, 
                 writer.write_tensor_data(_packed(name, tensor, _stored_as(name, tensor, dtype)))
         finally:
             writer.close()
+
+
+def check_gguf(config: ModelConfig, path: str | Path) -> None:
+    """Raise, as `export_gguf` would, for a network that llama.cpp cannot compute, a path that is a folder, and where
+    the package gguf is missing."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the name of the file to write, such as {path / 'model.gguf'}.")
+    found = gguf_obstacles(config)
+    if found:
+        raise ValueError(f"llama.cpp cannot compute this network: {'; '.join(found)}.")
+    import_gguf()
 
 
 def gguf_obstacles(config: ModelConfig) -> list[str]:

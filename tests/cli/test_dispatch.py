@@ -11,6 +11,7 @@ import torch
 
 import layerskip_moe
 from layerskip_moe.cli import train as train_command
+from layerskip_moe.constants import user_error
 
 ALONE = "import sys; from layerskip_moe.cli import main; print(main(['--help']), *sorted(sys.modules))"
 
@@ -75,7 +76,7 @@ def raising(error):
         (FloatingPointError("The loss is not finite."), 1, "error: The loss is not finite.\n"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 1, "error: /x: Permission denied.\n"),
         (OSError("no network"), 1, "error: no network.\n"),
-        (torch.OutOfMemoryError("CUDA: 2 GiB"), 1, "error: out of memory; lower batch_size, seq_len or d_model.\n"),
+        (torch.OutOfMemoryError("CUDA: 2 GiB"), 1, f"error: {user_error(MemoryError())}\n"),
         (KeyboardInterrupt(), 130, "\ninterrupted\n"),
     ],
 )

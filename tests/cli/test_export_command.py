@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from layerskip_moe import ModelConfig, MoEDecoder
 from layerskip_moe.pretrained import checkpoint as checkpoint_module
@@ -117,6 +118,10 @@ def test_layers_without_experts_are_not_for_llama_cpp(shell, save, tmp_path):
         ("--checkpoint ours --to hf --out o --dtype q8_0", "--dtype q8_0 is for --to gguf"),
         ("--checkpoint ours --to gguf --out o --report r.json", "--report is for --to hf"),
         ("--checkpoint ours --to hf --out o --report nowhere.json", "nowhere.json is no report"),
+        ("--checkpoint ours --to gguf --out o --max-shard-gb 1", "--max-shard-gb is for --to hf"),
+        ("--checkpoint ours --to hf --out o --max-shard-gb inf", "--max-shard-gb inf does not fit"),
+        ("--checkpoint ours --to hf --out o --max-shard-gb 0", "--max-shard-gb 0.0 does not fit"),
+        ("--checkpoint ours --to gguf --out ours", "ours is a folder"),
         ("--checkpoint ours --to onnx --out o", "'hf' or 'gguf'"),
         ("--checkpoint ours --to hf", "needs --out"),
         ("--checkpoint ours --to hf --out ours/config.json", "is a file"),
@@ -173,6 +178,35 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(shell, save, tmp_path, m
     code, out, err = shell("export", "--checkpoint", "ours", "--to", "hf", "--out", "o")
     assert (code, out, err) == (1, "", "error: model.safetensors: No space left on device.\n")
     assert not (tmp_path / "o").exists() or not list((tmp_path / "o").iterdir())
+
+
+def test_what_can_be_refused_is_refused_before_the_weights_are_read(shell, save, tmp_path):
+    save("ours", moe_layers="every other")
+    (tmp_path / "ours/model.safetensors").unlink()
+    code, _, err = shell("export", "--checkpoint", "ours", "--to", "gguf", "--out", "m.gguf")
+    assert code == 1 and "moe_layers='every other'" in err
+
+
+def test_somebodys_own_card_is_not_written_over(shell, save, tmp_path):
+    save("ours")
+    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o/README.md").write_text("# Mine\n")
+    given = ["--checkpoint", "ours", "--to", "hf", "--out", "o"]
+    code, _, err = shell("export", *given, "--report", "report.json")
+    assert code == 1 and "README.md in o" in err and [path.name for path in (tmp_path / "o").iterdir()] == ["README.md"]
+    assert shell("export", *given)[0] == 0 and (tmp_path / "o/README.md").read_text() == "# Mine\n"
+
+
+def test_a_tokenizer_with_a_token_more_than_the_model_goes_along(shell, save, tmp_path, tokenizer):
+    model = save("ours")
+    more = Tokenizer.from_str(tokenizer.to_str())
+    more.add_special_tokens(["<pad>"])
+    model.save_pretrained("bare")
+    more.save("bare/tokenizer.json")
+    assert more.get_vocab_size() > model.config.vocab_size
+    assert shell("export", "--checkpoint", "bare", "--to", "hf", "--out", "o")[0] == 0
+    assert load_tokenizer("o").get_vocab() == more.get_vocab()
 
 
 def test_a_model_without_a_tokenizer_goes_out_without_one(shell, save, tmp_path):
