@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerskip_moe.analysis.held_out import chunks, judge, run_all_layers
+from layerskip_moe.analysis.held_out import chunks, judge, run_layers
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.nn.modes import evaluating
 
@@ -56,7 +56,7 @@ def score_continuations(
         for start in range(0, len(rows), batch_size):
             inputs, labels = (part.to(model.device) for part in _pad(rows[start : start + batch_size]))
             scored = labels >= 0
-            hidden = run_all_layers(model, inputs).hidden[scored]
+            hidden = run_layers(model, inputs).hidden[scored]
             for part, answers in chunks(model, hidden, labels[scored]):
                 nats, choice = judge(model.unembed(part), answers)
                 # Summed on the CPU, because not every accelerator has float64.

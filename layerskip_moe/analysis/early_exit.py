@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerskip_moe.analysis.held_out import chunks, held_out_batches, judge, run_all_layers
+from layerskip_moe.analysis.held_out import chunks, held_out_batches, judge, run_layers
 from layerskip_moe.generation.confidence import Confidence, check_confidence, confidence_of, first_exit
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.modes import evaluating
@@ -114,7 +114,7 @@ def evaluate_early_exit(
     )
     with evaluating(model):
         for inputs, labels in batches:
-            collected = run_all_layers(model, inputs, collect=True).collected
+            collected = run_layers(model, inputs, collect=True).collected
             states = [model.embed(inputs), *(collected[layer] for layer in range(n_layers))]
             asked = [state.flatten(0, 1) for state in states[first - 1 :]]
             for *hidden, answers in chunks(model, *asked, labels.flatten()):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerskip_moe.analysis.held_out import chunks, held_out_batches, judge, run_all_layers
+from layerskip_moe.analysis.held_out import chunks, held_out_batches, judge, run_layers
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.modes import evaluating
 
@@ -62,7 +62,7 @@ def evaluate_exits(
     )
     with evaluating(model):
         for inputs, labels in batches:
-            collected = run_all_layers(model, inputs, collect=True).collected
+            collected = run_layers(model, inputs, collect=True).collected
             exits = [collected[layer].flatten(0, 1) for layer in range(n_layers)]
             for *hidden, answers in chunks(model, *exits, labels.flatten()):
                 opinions = [judge(model.unembed(state), answers) for state in hidden]

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from layerskip_moe.analysis.held_out import held_out_batches, run_all_layers
+from layerskip_moe.analysis.held_out import held_out_batches, run_layers
 from layerskip_moe.data import steps_per_epoch
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.modes import evaluating
@@ -133,7 +133,7 @@ def expert_choice(
         for inputs, _ in batches:
             half = (torch.arange(window, window + len(inputs)) >= n_windows // 2).long()
             row = half[:, None] * len(ids) + torch.searchsorted(ids, inputs.cpu())
-            for layer, routing in run_all_layers(model, inputs).routing.items():
+            for layer, routing in run_layers(model, inputs).routing.items():
                 place = (row.flatten()[:, None] * config.num_experts + routing.chosen.cpu()).flatten()
                 counts[layer].view(-1).scatter_add_(0, place, torch.ones_like(place, dtype=torch.int32))
             window += len(inputs)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerskip_moe.analysis.held_out import held_out_batches, run_all_layers
+from layerskip_moe.analysis.held_out import held_out_batches, run_layers
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.modes import evaluating
 from layerskip_moe.training.balance import balance_metrics
@@ -57,7 +57,7 @@ def expert_use(
     )
     with evaluating(model):
         for inputs, _ in batches:
-            for layer, routing in run_all_layers(model, inputs).routing.items():
+            for layer, routing in run_layers(model, inputs).routing.items():
                 load[layer] += routing.load.cpu()
             n_tokens += inputs.numel()
     return ExpertUse(

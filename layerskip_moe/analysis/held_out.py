@@ -46,9 +46,9 @@ def held_out_batches(
         yield inputs.to(model.device), labels.to(model.device)
 
 
-def run_all_layers(model: MoEDecoder, inputs: Tensor, *, collect: bool = False) -> RunOutput:
-    """One pass of inputs [B, T] through all layers, every layer's output collected if asked for."""
-    layers = range(model.config.n_layers)
+def run_layers(model: MoEDecoder, inputs: Tensor, *, n_layers: int | None = None, collect: bool = False) -> RunOutput:
+    """One pass of inputs [B, T] through the first n layers (None: all), every layer's output collected if asked for."""
+    layers = range(model.config.n_layers if n_layers is None else n_layers)
     positions = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape)
     return model.run(model.embed(inputs), layers, positions=positions, collect=layers if collect else ())
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from layerskip_moe.analysis.held_out import chunks, judge
+from layerskip_moe.analysis.held_out import chunks, judge, run_layers
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.modes import evaluating
 
@@ -40,7 +40,7 @@ def log_likelihoods(
         ends = [(row, len(texts[row]), len(pairs[index][1])) for row, index in served]
         labels = torch.tensor([token for _, index in served for token in pairs[index][1]], device=model.device)
         with evaluating(model):
-            hidden = _run(model, texts, exit_layer)
+            hidden = run_layers(model, _pad(texts).to(model.device), n_layers=exit_layer).hidden
             states = torch.cat([hidden[row, end - length : end] for row, end, length in ends])
             nats, same = _judge(model, states, labels)
         lengths = [length for _, _, length in ends]
@@ -48,11 +48,9 @@ def log_likelihoods(
             yield index, -float(own_nats.sum()), bool(own_same.all())
 
 
-def _run(model: MoEDecoder, texts: list[tuple[int, ...]], exit_layer: int) -> Tensor:
-    """Texts, the longest first, -> [B, T, D] after the first layers."""
-    tokens = torch.tensor([[*text, *[0] * (len(texts[0]) - len(text))] for text in texts], device=model.device)
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-    return model.run(model.embed(tokens), range(exit_layer), positions=positions).hidden
+def _pad(texts: list[tuple[int, ...]]) -> Tensor:
+    """Texts, the longest first, -> token ids [B, T]."""
+    return torch.tensor([[*text, *[0] * (len(texts[0]) - len(text))] for text in texts])
 
 
 def _judge(model: MoEDecoder, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

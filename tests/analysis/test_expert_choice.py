@@ -24,7 +24,7 @@ def _routed_by(monkeypatch, chosen):
         routing = SimpleNamespace(chosen=chosen(inputs).flatten(0, 1))
         return SimpleNamespace(routing=dict.fromkeys(range(model.config.n_layers), routing))
 
-    monkeypatch.setattr(room, "run_all_layers", run)
+    monkeypatch.setattr(room, "run_layers", run)
 
 
 def _is_lower_bound(bound, share, n, z):
