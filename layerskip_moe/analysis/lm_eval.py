@@ -2,10 +2,16 @@
 
     from lm_eval import simple_evaluate
     from layerskip_moe.analysis.lm_eval import LayerSkipLM
+    from layerskip_moe.pretrained import load_tokenizer, stop_tokens
 
-    simple_evaluate(LayerSkipLM(model, tokenizer), tasks=["hellaswag"])                         # the full model
-    simple_evaluate(LayerSkipLM(model, tokenizer, score_exit_layer=8), tasks=["hellaswag"])     # an early layer
-    simple_evaluate(LayerSkipLM(model, tokenizer, generation_strategy=SelfSpeculative(exit_layer=8)), tasks=["gsm8k"])
+    model, tokenizer, ends = MoEDecoder.from_pretrained(folder), load_tokenizer(folder), stop_tokens(folder)
+
+    full = LayerSkipLM(model, tokenizer, stop_tokens=ends)
+    early = LayerSkipLM(model, tokenizer, stop_tokens=ends, score_exit_layer=8)
+    fast = LayerSkipLM(model, tokenizer, stop_tokens=ends, generation_strategy=SelfSpeculative(exit_layer=8))
+    simple_evaluate(full, tasks=["hellaswag", "gsm8k"])
+    simple_evaluate(early, tasks=["hellaswag"])
+    simple_evaluate(fast, tasks=["gsm8k"])
 
 The last two are different questions. `score_exit_layer` asks what the first n layers and the head think of a given
 text. `generation_strategy` asks what text comes out; a strategy that speculates has no log-likelihood of its own.
@@ -18,7 +24,6 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
 from tqdm.auto import tqdm
 
 from layerskip_moe.analysis.completions import beginning_of_text, complete
@@ -26,6 +31,7 @@ from layerskip_moe.analysis.log_likelihoods import log_likelihoods
 from layerskip_moe.generation import Autoregressive, SelfSpeculative, Speculative, Strategy
 from layerskip_moe.generation.autoregressive import check_exit_layer
 from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.pretrained.quantize import quantization_of
 from layerskip_moe.special_tokens import end_of_text_ids
 
 try:
@@ -51,8 +57,10 @@ Scored = tuple[tuple[str, str] | None, list[int], list[int]]
 class LayerSkipLM(TemplateLM):
     """A MoEDecoder as the harness's model; greedy results equal those of its HFLM on the same weights.
 
-    Log-likelihoods are computed in float32 whatever the model's type. Texts beyond max_length lose their beginning,
-    as in HFLM, with a warning. Sampled text follows `generate`'s noise, not torch's.
+    That is so in float32, and with the stop_tokens that the checkpoint declares. In bfloat16 and float16 the two round
+    differently: log-likelihoods are taken in float32 from the model's logits, which HFLM does not do by default. Texts
+    beyond max_length lose their beginning, as in HFLM, with a warning. Sampled text follows `generate`'s noise, not
+    torch's. A `Tokenizer` has no chat template: apply_chat_template=True fails with NotImplementedError.
 
     Attributes:
         model: run in eval mode, and left in the mode it was in
@@ -62,10 +70,11 @@ class LayerSkipLM(TemplateLM):
         generation_strategy: what text is generated through; None: Autoregressive()
         batch_size: texts run together, which changes no result beyond rounding
         max_length: positions used at most; None: the model's max_seq_len. Rolling windows are this long.
-        stop_tokens: ids that end a generated text; None: the tokenizer's end of text. The first is the harness's
-            `eot_token_id`.
-        prefix_token_id: what a text without context is scored after; None: the tokenizer's beginning of text, else its
-            end of text
+        stop_tokens: ids that end a generated text, the first of them the harness's `eot_token_id`;
+            `pretrained.stop_tokens` gives a checkpoint's. None: the tokenizer's, by their usual names and in their
+            order, in which a chat model's own is not the first.
+        prefix_token_id: what a text without context is scored after; None: the tokenizer's beginning of text, else the
+            first of stop_tokens
         seed: of tasks that sample
 
     Raises ValueError where the model has no such exit layer or cannot be decoded by the strategy, for a max_length
@@ -126,12 +135,12 @@ class LayerSkipLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results: which model was asked, and which of the two questions."""
         strategy = self.generation_strategy
-        settings = {} if strategy is None else {k: v for k, v in vars(strategy).items() if not isinstance(v, nn.Module)}
+        settings = {} if strategy is None else vars(strategy)
+        told = {name: _about(value) if isinstance(value, MoEDecoder) else value for name, value in settings.items()}
         return {
-            "model_num_parameters": self.model.parameter_counts()[0],
-            "model_dtype": str(self.model.dtype),
+            **{f"model_{name}": value for name, value in _about(self.model).items()},
             "score_exit_layer": self.score_exit_layer,
-            "generation_strategy": strategy and {"name": type(strategy).__name__, **settings},
+            "generation_strategy": strategy and {"name": type(strategy).__name__, **told},
         }
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -193,8 +202,9 @@ class LayerSkipLM(TemplateLM):
     def generate_until(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[str]:
         """The text that the generation strategy gives after each context, up to the first of the task's stops.
 
-        The task's generation_kwargs: until, max_gen_toks (256) and its other names, do_sample, temperature, top_k,
-        top_p, repetition_penalty; what is not said is off. Raises ValueError for any other.
+        The task's generation_kwargs: until, max_gen_toks (256) and its other names, do_sample, temperature, top_k (0:
+        all), top_p, repetition_penalty; what is not said is off. As in HFLM, top_k and top_p change no greedy text, and
+        length_penalty no text of one beam. Raises ValueError for any other.
         """
         if self.score_exit_layer is not None and self.generation_strategy is None:
             raise ValueError(
@@ -221,10 +231,16 @@ class LayerSkipLM(TemplateLM):
         if settings.pop("do_sample") and temperature == 0:
             raise ValueError("do_sample=True needs a temperature above 0 in the task's generation_kwargs.")
         sampling = {name: settings.pop(name) for name in _SAMPLING if name in settings}
-        if settings.pop("num_beams", 1) != 1 or settings:
+        if temperature == 0:  # nothing is drawn, and tasks write any value here
+            sampling = {name: value for name, value in sampling.items() if name not in ("top_k", "top_p")}
+        elif sampling.get("top_k") == 0:  # transformers' word for all
+            del sampling["top_k"]
+        if settings.get("num_beams", 1) == 1:
+            settings = {name: value for name, value in settings.items() if name not in ("num_beams", "length_penalty")}
+        if settings:
             raise ValueError(
-                f"generation_kwargs has {', '.join(settings) or 'num_beams'}, which cannot be honoured; it may have "
-                f"until, max_gen_toks, do_sample, temperature, {', '.join(_SAMPLING)}."
+                f"generation_kwargs has {', '.join(settings)}, which cannot be honoured; it may have until, "
+                f"max_gen_toks, do_sample, temperature, {', '.join(_SAMPLING)}."
             )
         room = self.max_length - max_gen_toks
         if room < 1:
@@ -265,6 +281,15 @@ class LayerSkipLM(TemplateLM):
                 f"log-likelihood is meant; say so by score_exit_layer= (the full model's: {n_layers})."
             )
         return self.score_exit_layer
+
+
+def _about(model: MoEDecoder) -> dict[str, Any]:
+    """What results tell of a model."""
+    return {
+        "num_parameters": model.parameter_counts()[0],
+        "dtype": str(model.dtype),
+        "quantization": quantization_of(model),
+    }
 
 
 def _warn_of_cuts(lengths: list[int], room: int) -> None:

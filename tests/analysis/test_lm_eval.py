@@ -1,4 +1,4 @@
-"""The harness over our model gives what its own HFLM gives over transformers' model with the same weights."""
+"""The harness over our model gives what its own HFLM gives over the checkpoint that the model saves."""
 
 import copy
 import importlib
@@ -13,6 +13,7 @@ import torch
 from layerskip_moe.analysis import held_out
 from layerskip_moe.data.tokenizer import train_tokenizer
 from layerskip_moe.generation import Autoregressive, EarlyExit, LayerSkipping, SelfSpeculative, Speculative, generate
+from layerskip_moe.pretrained import quantize, stop_tokens
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install -e '.[lm-eval]'")
 transformers = pytest.importorskip("transformers")
@@ -51,44 +52,19 @@ def make_tokenizer(begin=False):
     return tokenizer
 
 
-def make_reference(model, tokenizer, n_layers):
-    """HFLM over a Qwen3Moe of the first layers and the head."""
-    config = model.config
-    bos = "<s>" if tokenizer.token_to_id("<s>") is not None else None
-    wrapped = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>", bos_token=bos
-    )
-    theirs = transformers.Qwen3MoeConfig(
-        vocab_size=config.vocab_size, hidden_size=config.d_model, num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_kv_heads, head_dim=config.head_dim, num_hidden_layers=n_layers,
-        max_position_embeddings=LENGTH, moe_intermediate_size=config.d_ff, num_experts=config.num_experts,
-        num_experts_per_tok=config.top_k, norm_topk_prob=True, rms_norm_eps=config.norm_eps, pad_token_id=0,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta}, eos_token_id=0, bos_token_id=None,
-    )  # fmt: skip
-    state = {"model.embed_tokens.weight": model.embedding.weight, "model.norm.weight": model.norm.weight}
-    state["lm_head.weight"] = model.head_weight
-    query, key = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    for layer, block in enumerate(model.blocks[:n_layers]):
-        own = {
-            "input_layernorm.weight": block.attention_norm.weight,
-            "post_attention_layernorm.weight": block.mlp_norm.weight,
-            "self_attn.o_proj.weight": block.attention.output.weight,
-            "self_attn.q_norm.weight": block.attention.query_norm.weight,
-            "self_attn.k_norm.weight": block.attention.key_norm.weight,
-            "mlp.gate.weight": block.mlp.router.weight,
-            "mlp.experts.gate_up_proj": block.mlp.experts.gate_up,
-            "mlp.experts.down_proj": block.mlp.experts.down,
-        }
-        for name, part in zip("qkv", block.attention.qkv.weight.split([query, key, key]), strict=True):
-            own[f"self_attn.{name}_proj.weight"] = part
-        state |= {f"model.layers.{layer}.{name}": weight for name, weight in own.items()}
-    reference = transformers.Qwen3MoeForCausalLM(theirs).eval()
-    reference.load_state_dict(state, strict=True)
-    return HFLM(pretrained=reference, tokenizer=wrapped, batch_size=3)
+def make_reference(model, tokenizer, folder, n_layers=3):
+    """HFLM over the checkpoint of a model, of which it reads the first layers and the head."""
+    model.save_pretrained(folder, tokenizer=tokenizer)
+    return open_reference(folder, n_layers)
+
+
+def open_reference(folder, n_layers=3):
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=n_layers)
+    return HFLM(pretrained=theirs, tokenizer=transformers.AutoTokenizer.from_pretrained(folder), batch_size=3)
 
 
 @pytest.fixture(scope="module")
-def pairs():
+def pairs(tmp_path_factory):
     """pairs(begin=False, n_layers=3) -> our model, its tokenizer, and HFLM over its first layers."""
     from layerskip_moe.nn import ModelConfig, MoEDecoder
 
@@ -99,7 +75,8 @@ def pairs():
             tokenizer = make_tokenizer(begin)
             sizes = dict(n_layers=3, d_model=16, n_heads=2, n_kv_heads=1, d_ff=16, num_experts=4, top_k=2, init_std=0.4)
             model = MoEDecoder(ModelConfig(vocab_size=300, max_seq_len=LENGTH, **sizes)).eval()
-            made[begin, n_layers] = (model, tokenizer, make_reference(model, tokenizer, n_layers))
+            reference = make_reference(model, tokenizer, tmp_path_factory.mktemp("checkpoint"), n_layers)
+            made[begin, n_layers] = (model, tokenizer, reference)
         return made[begin, n_layers]
 
     return pair
@@ -154,13 +131,41 @@ def test_generated_text_equals_hflm(pairs, begin, strategy):
     kinds = [
         {"until": ["e", "\n"], "max_gen_toks": 20, "do_sample": False, "temperature": 0.0},
         {"until": ["</s>", "<|endoftext|>", "at"], "max_new_tokens": 9},
-        {"until": "t", "max_gen_toks": 40, "num_beams": 1},
+        {"until": "t", "max_gen_toks": 40, "num_beams": 1, "length_penalty": 0.5},
+        {"until": ["s"], "max_gen_toks": 9, "top_k": 0, "top_p": 0.0, "repetition_penalty": 1.3},
     ]
     requests = [asked(context, kind) for kind in kinds for context in CONTEXTS]
     expected = reference.generate_until(requests, True)
     found = LayerSkipLM(model, tokenizer, generation_strategy=strategy, batch_size=2).generate_until(requests, True)
     assert found == expected
     assert len(set(found)) > 4
+
+
+def test_the_end_of_text_that_a_checkpoint_declares_gives_what_hflm_gives(pairs, tmp_path):
+    model, _, _ = pairs()
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    end = tokenizer.token_to_id("<|im_end|>")
+    model = copy.deepcopy(model)
+    said = generate(model, [tokenizer.encode(CONTEXTS[0]).ids], max_new_tokens=6).tokens[0]
+    assert said[4] not in said[:4]
+    with torch.no_grad():  # the end of a turn is said fifth
+        model.head.weight[[end, said[4]]] = model.head.weight[[said[4], end]]
+    model.save_pretrained(tmp_path, tokenizer=tokenizer)
+    for name, field, value in [("generation", "eos_token_id", [end, 0]), ("tokenizer", "eos_token", "<|im_end|>")]:
+        path = tmp_path / f"{name}_config.json"  # as the files of a chat model are
+        path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    reference = open_reference(tmp_path)
+
+    ours = LayerSkipLM(model, tokenizer, stop_tokens=stop_tokens(tmp_path))
+    assert ours.eot_token_id == ours.prefix_token_id == reference.eot_token_id == reference.prefix_token_id == end
+    texts = [asked(text) for text in TEXTS]
+    found, expected = (lm.loglikelihood_rolling(texts, True) for lm in (ours, reference))
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-4)
+    assert found != pytest.approx(LayerSkipLM(model, tokenizer).loglikelihood_rolling(texts, True), rel=1e-2)
+    requests = [asked(context, {"until": [], "max_gen_toks": 8}) for context in CONTEXTS]
+    found = ours.generate_until(requests, True)
+    assert found == reference.generate_until(requests, True) and found[0] == tokenizer.decode(said[:4])
 
 
 def write_tasks(folder, tokenizer):
@@ -209,9 +214,14 @@ def test_simple_evaluate_equals_hflm(pairs, tmp_path):
         assert mine["resps"] == other["resps"]
     assert ours["config"]["score_exit_layer"] is None and ours["config"]["model_dtype"] == "torch.float32"
     assert theirs["samples"]["said"][0]["resps"] != [[""]]
+    with pytest.raises(NotImplementedError):
+        simple_evaluate(
+            LayerSkipLM(model, tokenizer), tasks=write_tasks(tmp_path, tokenizer), apply_chat_template=True,
+            task_manager=TaskManager(include_defaults=False),
+        )  # fmt: skip
 
 
-def test_a_special_token_among_the_stops_ends_the_text_as_the_end_of_text_does(pairs):
+def test_a_special_token_among_the_stops_ends_the_text_as_the_end_of_text_does(pairs, tmp_path):
     model, tokenizer, _ = pairs(begin=True)
     model = copy.deepcopy(model)
     prompt = tokenizer.encode(CONTEXTS[0]).ids
@@ -224,7 +234,8 @@ def test_a_special_token_among_the_stops_ends_the_text_as_the_end_of_text_does(p
     text = ours.generate_until([asked(CONTEXTS[0], {"until": ["", "<s>"], "max_gen_toks": 8})], True)
     assert text == [tokenizer.decode(tokens[:2])]
     requests = [asked(context, {"until": [], "max_gen_toks": 8}) for context in CONTEXTS]
-    assert ours.generate_until(requests, True) == make_reference(model, tokenizer, 3).generate_until(requests, True)
+    reference = make_reference(model, tokenizer, tmp_path)
+    assert ours.generate_until(requests, True) == reference.generate_until(requests, True)
 
 
 def test_sampled_text_is_generates_and_follows_the_seed_alone(pairs):
@@ -241,6 +252,10 @@ def test_sampled_text_is_generates_and_follows_the_seed_alone(pairs):
     ).text  # fmt: skip
     assert texts(seed=5) == texts(seed=5, batch_size=2) == expected and len(set(expected)) == 3
     assert texts(seed=6) != expected
+    request.args[1]["top_p"] = 1.0
+    every = texts(seed=5)
+    request.args[1]["top_k"] = 0  # all, as transformers says it
+    assert texts(seed=5) == every
     assert texts(seed=5, generation_strategy=Autoregressive(exit_layer=1)) != expected
 
 
@@ -264,10 +279,26 @@ def test_scoring_at_an_exit_and_generating_through_a_strategy_are_told_apart(pai
                 ask(scored, True)
         both = LayerSkipLM(model, tokenizer, generation_strategy=lossy, score_exit_layer=2)
         assert both.loglikelihood(scored, True) == exit_2
-    info = LayerSkipLM(model, tokenizer, generation_strategy=Speculative(model, draft_length=2)).get_model_info()
-    assert {"name": "Speculative", "draft_length": 2}.items() <= info["generation_strategy"].items()
-    assert "draft_model" not in json.dumps(info)  # its settings are told, not its weights
     assert both.get_model_info()["score_exit_layer"] == 2
+
+
+def test_results_tell_the_draft_model_and_how_each_model_is_quantised(pairs):
+    model, tokenizer, _ = pairs()
+    draft = quantize(model, "int8")
+    facts = {"num_parameters": model.parameter_counts()[0], "dtype": "torch.float32", "quantization": None}
+    for asked_of, quantization in [(model, None), (draft, "int8")]:
+        strategy = SelfSpeculative(exit_layer=2, draft_model=draft)
+        info = LayerSkipLM(asked_of, tokenizer, generation_strategy=strategy).get_model_info()
+        assert json.loads(json.dumps(info)) == {
+            "model_num_parameters": facts["num_parameters"],
+            "model_dtype": "torch.float32",
+            "model_quantization": quantization,
+            "score_exit_layer": None,
+            "generation_strategy": {
+                "name": "SelfSpeculative", "exit_layer": 2, "draft_length": 4, "coupling": "shared",
+                "draft_model": {**facts, "quantization": "int8"},
+            },
+        }  # fmt: skip
 
 
 def test_answers_of_one_token_share_a_pass_and_logits_come_in_chunks(pairs, monkeypatch):
@@ -316,7 +347,7 @@ def test_texts_too_long_are_told_and_lose_their_beginning(pairs):
     [
         ({"max_gen_toks": LENGTH}, "leaves no room for a prompt in max_length=48"),
         ({}, "max_gen_toks=256 leaves no room"),
-        ({"max_gen_toks": 4, "num_beams": 2}, "num_beams, which cannot be honoured"),
+        ({"max_gen_toks": 4, "num_beams": 2, "length_penalty": 1.0}, "num_beams, length_penalty, which cannot be"),
         ({"max_gen_toks": 4, "min_p": 0.1}, "min_p, which cannot be honoured"),
         ({"max_gen_toks": 4, "do_sample": True}, "needs a temperature above 0"),
     ],
