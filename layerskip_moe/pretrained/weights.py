@@ -12,7 +12,7 @@ Knows nothing of configs; what a tensor is called and where it belongs is `layou
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -98,7 +98,8 @@ def fill_model(
     dtype: of the parameters; None: as stored, and where parts of one parameter differ, what holds both. Buffers,
         which the router keeps in float32 for a reason, are always as stored.
 
-    Raises ValueError for a tensor stored as other than floating point numbers of 16 bits or more.
+    Raises ValueError for a tensor stored as other than floating point numbers of 16 bits or more, and, without a
+    dtype, where the model would hold parameters of several types that no product takes together.
     """
     parameters = {name for name, _ in model.named_parameters()}
     types: dict[str, torch.dtype] = {}
@@ -107,6 +108,10 @@ def fill_model(
         if dtype is not None and whole in parameters:
             kind = dtype
         types[whole] = torch.promote_types(types.get(whole, kind), kind)
+    # Routers and norms convert what they are given to their own type and back; no other parameter does.
+    alike = {name for name in parameters if not name.endswith(("router.weight", "norm.weight"))}
+    if len({types[name] for name in alike}) > 1:
+        _refuse_several_types({name: stored[name] for name, place in places.items() if place.parameter in alike})
     state = {
         name: torch.empty(tensor.shape, dtype=types[name], device=device) for name, tensor in model.state_dict().items()
     }
@@ -211,6 +216,18 @@ def _float_type(name: str, tensor: StoredTensor) -> torch.dtype:
             f"only {', '.join(_TYPES)} are read."
         )
     return _TYPES[tensor.dtype]
+
+
+def _refuse_several_types(stored: Mapping[str, StoredTensor]) -> NoReturn:
+    by_type: dict[str, list[str]] = {}
+    for name, tensor in stored.items():
+        by_type.setdefault(tensor.dtype, []).append(name)
+    found = "; ".join(f"{kind}: {_enumerate(names)}" for kind, names in by_type.items())
+    common = _TYPES[max(by_type, key=lambda kind: len(by_type[kind]))]
+    raise ValueError(
+        f"{next(iter(stored.values())).file.parent} stores weights in several types ({found}), which cannot be "
+        f"computed with together; give dtype=, say {common}, to convert them all."
+    )
 
 
 def _enumerate(names: list[str]) -> str:

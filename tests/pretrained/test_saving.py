@@ -60,10 +60,6 @@ def opened(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
-def prompts():
-    return torch.randint(SIZES["vocab_size"], (4, 7), generator=torch.Generator().manual_seed(1))
-
-
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_transformers_opens_it_as_the_same_model(name, tmp_path):
@@ -78,15 +74,21 @@ def test_transformers_opens_it_as_the_same_model(name, tmp_path):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["as main.py has it", "mixtral", "olmoe", "qwen2_moe", "llama"])
+@pytest.mark.parametrize(
+    "name", ["as main.py has it", "native, window", "mixtral", "olmoe", "qwen2_moe", "dense", "llama"]
+)
 @torch.no_grad()
 def test_greedy_text_equals_generate_of_transformers(name, tmp_path):
     model = make_model(name)
     model.save_pretrained(tmp_path)
     reference = opened(tmp_path)
-    ours = generate(model, prompts().tolist(), Autoregressive(), max_new_tokens=30)
-    theirs = reference.generate(prompts(), attention_mask=torch.ones(4, 7), do_sample=False, max_new_tokens=30)
-    assert ours.tokens == theirs[:, 7:].tolist()
+    lengths = (7, 2, 12, 5)
+    tokens = torch.randint(SIZES["vocab_size"], (4, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[0] * (12 - length) + [1] * length for length in lengths])  # transformers pads on the left
+    prompts = [row[12 - length :].tolist() for row, length in zip(tokens, lengths, strict=True)]
+    ours = generate(model, prompts, Autoregressive(), max_new_tokens=30)
+    theirs = reference.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=30)
+    assert ours.tokens == theirs[:, 12:].tolist()
     assert len({tuple(row) for row in ours.tokens}) > 1
 
 
