@@ -6,27 +6,42 @@ Knows nothing of what is written. Used by every room that writes.
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 
 @contextmanager
+def making_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it, if need be; what was made is removed if the block fails and leaves it empty."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # something is in it, which is not ours to remove
+            for path in made:
+                path.rmdir()
+        raise
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to. It takes `path`'s place when the block ends, and is removed if it fails.
+    """A path beside `path` to write to. It takes `path`'s place when the block ends, and is removed if it fails, as
+    are the folders that were made for it.
 
     What was written is on the disk before it takes the place, so that a crash of the machine leaves no husk.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield beside
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with making_folder(path.parent):
+        try:
+            yield beside
+            with open(beside, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def plain(value: Any) -> Any:

@@ -23,6 +23,19 @@ def test_replacing_takes_the_place_only_when_all_is_written(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_an_error_leaves_no_folder_behind_that_was_made_for_the_file(tmp_path):
+    (tmp_path / "here").mkdir()
+    for path in (tmp_path / "here" / "new" / "deep" / "file.txt", tmp_path / "here" / "file.txt"):
+        with pytest.raises(RuntimeError), replacing(path) as beside:
+            beside.write_text("half")
+            raise RuntimeError
+        assert list(tmp_path.rglob("*")) == [tmp_path / "here"]
+    with pytest.raises(RuntimeError), replacing(tmp_path / "new" / "file.txt"):
+        (tmp_path / "new" / "other.txt").write_text("somebody else's")
+        raise RuntimeError
+    assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "other.txt"]
+
+
 def test_plain_values_are_what_json_has():
     @dataclass
     class Measured:
