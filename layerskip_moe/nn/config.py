@@ -182,6 +182,8 @@ class ModelConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        if self.rope_scaling is not None and self.rope_scaling.kind == "yarn" and not self.rope_theta > 1:
+            raise ValueError(f"rope_theta={self.rope_theta} must be above 1 for yarn, whose ramp is told by it.")
 
     def _fill(self, name: str, value: float | None) -> None:
         if getattr(self, name) is None:

@@ -9,7 +9,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError, naming the file, where it is not one."""
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # malformed JSON, or bytes that are no text
+    except (ValueError, RecursionError) as error:  # malformed JSON, bytes that are no text, or brackets without end
         raise ValueError(f"{path} is not JSON ({error}); copy it again from where the model was saved.") from None
     if not isinstance(contents, dict):
         raise ValueError(f"{path} holds no JSON object; copy it again from where the model was saved.")

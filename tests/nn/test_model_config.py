@@ -63,6 +63,7 @@ WRONG = [
     ("low_freq_factor", LLAMA3_BACKWARDS),
     ("rope_theta", dict(rope_theta=0)),
     ("rope_theta", dict(rope_theta="10000")),
+    ("rope_theta", dict(rope_theta=1.0, rope_scaling=dict(kind="yarn", factor=2.0, original_max_seq_len=8))),
     ("rope_theta", dict(rope_theta=float("inf"))),
     ("norm_eps", dict(norm_eps=0.0)),
     ("norm_eps", dict(norm_eps=float("nan"))),

@@ -87,7 +87,11 @@ def test_pickles_are_converted_as_the_sentence_says(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "layerskip_moe.json", "model.safetensors.index.json"])
-@pytest.mark.parametrize("text", ["", "{", '{"model_type": "layerskip_moe",}', "\xff\xfe", "[1]"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", '{"model_type": "layerskip_moe",}', "\xff\xfe", "[1]", '{"config": ' + "[" * 10**5],
+    ids=["empty", "cut off", "a comma too many", "no text", "no object", "nested without end"],
+)
 def test_a_file_that_is_not_json(tmp_path, name, text):
     save_model(make_model(), tmp_path, max_shard_bytes=2000)
     if name == "model.safetensors.index.json":
