@@ -1,8 +1,9 @@
 """SentencePiece's tokenizer.model as a `tokenizers` tokenizer: BPE (Llama, Mixtral) and unigram (Kudo 2018).
 
-The ids are SentencePiece's own for any text in which no special token, user-defined symbol or name of a byte ("<0x0A>")
-is spelled. These are recognised wherever they are, as transformers does it, with the space that begins a text returning
-after each (`legacy`). Knows nothing of the files beside it: `tokenizer.py` adds their tokens.
+The ids are SentencePiece's own for any text that begins with no space and in which no special token, user-defined
+symbol or name of a byte ("<0x0A>") is spelled. These are recognised wherever they are, as transformers does it; where
+`legacy` is true, the space that begins a text returns after each, and is added to one that begins with a space already,
+as in SentencePiece. Knows nothing of the files beside it: `tokenizer.py` adds their tokens.
 """
 
 import importlib
@@ -23,8 +24,9 @@ def read_sentencepiece(path: Path, settings: Mapping[str, Any]) -> "Tokenizer":
     """The tokenizer in a SentencePiece file.
 
     settings: tokenizer_config.json's fields, of which are read add_bos_token, add_eos_token (default: neither
-    is added), bos_token, eos_token (default: the file's) and legacy. legacy=False, as Llama 2 has it, puts the
-    leading space before the text alone, not also after each special token in it.
+    is added), bos_token, eos_token (default: the file's) and legacy (default: false, as transformers 5 has it, but
+    true where the file removes superfluous spaces). Unless legacy is true, a leading space is put before the text
+    alone, where it has none, and not also after each special token in it.
 
     Raises ValueError if it is not such a file, or of a kind that `tokenizers` cannot compute exactly; ImportError
     if the packages that describe the format are missing.
@@ -41,7 +43,9 @@ def read_sentencepiece(path: Path, settings: Mapping[str, Any]) -> "Tokenizer":
         )
 
     tokenizer = Tokenizer(_bpe(proto) if trainer.model_type == _BPE else _unigram(proto))
-    first_only = cleaning.add_dummy_prefix and settings.get("legacy") is False
+    # Metaspace does not know the beginning of a text again whose leading spaces were removed.
+    legacy = settings.get("legacy") or cleaning.remove_extra_whitespaces
+    first_only = cleaning.add_dummy_prefix and not legacy
     steps = _cleaning_steps(cleaning)
     if first_only:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="first", split=False)

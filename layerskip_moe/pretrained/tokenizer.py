@@ -44,8 +44,8 @@ def load_tokenizer(folder_or_id: str | Path, *, revision: str | None = None, tok
 
     A tokenizer.json stands as it is; tokens that the files beside it list are added. Only a SentencePiece
     tokenizer.model, which does not say so itself, gets its beginning and end of text from tokenizer_config.json's
-    add_bos_token and add_eos_token; there, a text that begins with a space keeps it, as in SentencePiece, unless
-    legacy is false.
+    add_bos_token and add_eos_token; where it says that legacy is true, a text that begins with a space has one more, as
+    in SentencePiece.
 
     folder_or_id: a folder, or a Hugging Face hub id (then revision and token are the hub's)
 
@@ -94,7 +94,8 @@ def write_tokenizer_files(tokenizer: "Tokenizer", folder: str | Path) -> None:
     if "add_prefix_space" in splitting:  # transformers 4 overrides the tokenizer's own with its default
         config["add_prefix_space"] = splitting["add_prefix_space"]
     with replacing(folder / TOKENIZER) as beside:
-        tokenizer.save(str(beside))
+        # Not by tokenizer.save, whose error on a full disk is no OSError.
+        beside.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     with replacing(folder / TOKENIZER_CONFIG) as beside:
         beside.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

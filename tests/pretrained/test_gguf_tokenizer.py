@@ -55,13 +55,13 @@ LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
 def llama_like(folder, **settings):
-    """As Llama 2's: SentencePiece's BPE, bytes for unknown characters, <s> before each text."""
+    """As Llama's of old: SentencePiece's BPE, bytes for unknown characters, <s> and a space before each text."""
     with open(folder / "tokenizer.model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(LINES), model_writer=file, model_type="bpe", vocab_size=350, num_threads=1,
             minloglevel=2, byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
         )  # fmt: skip
-    return read_sentencepiece(folder / "tokenizer.model", {"add_bos_token": True, **settings})
+    return read_sentencepiece(folder / "tokenizer.model", {"add_bos_token": True, "legacy": True, **settings})
 
 
 def tokenizer_fields(path):

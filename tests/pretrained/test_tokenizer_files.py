@@ -1,8 +1,11 @@
 """Tokenizers come from other people's files, and go into files, without one id changing."""
 
 import json
+import os
 import shutil
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -71,6 +74,7 @@ def assert_encodes_alike(ours, theirs, texts=TEXTS):
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
 def llama_like(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
+    write_json(folder, tokenizer_config={"legacy": True})
     return folder, train_sentencepiece(folder, request.param, **LLAMA)
 
 
@@ -105,7 +109,11 @@ def test_user_defined_symbols_are_never_cut(tmp_path):
         assert ours.encode(text).ids == theirs.encode(text), text
 
 
-@pytest.mark.parametrize("changes", [{}, {"add_bos_token": False}, {"add_eos_token": True}, {"add_bos_token": None}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"add_bos_token": False}, {"add_eos_token": True}, {"add_bos_token": None}, {"legacy": None}],
+    ids=str,
+)
 def test_a_llama_tokenizer_without_tokenizer_json_is_read_as_by_transformers(tmp_path, changes):
     train_sentencepiece(tmp_path, "bpe", **LLAMA)
     config = {name: value for name, value in {**LLAMA_CONFIG, **changes}.items() if value is not None}
@@ -217,6 +225,13 @@ def test_a_llama_tokenizer_is_written_with_its_special_tokens(tmp_path, llama_li
     assert (theirs.bos_token, theirs.eos_token, theirs.unk_token, theirs.pad_token) == ("<s>", "</s>", "<unk>", None)
     assert_encodes_alike(tokenizer, theirs)
     assert tokenizer.encode("a").ids[0] == theirs.bos_token_id
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_is_an_oserror(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "replacing", lambda path: nullcontext(Path("/dev/full")))
+    with pytest.raises(OSError, match="No space left on device"):
+        write_tokenizer_files(byte_level(), tmp_path)
 
 
 def test_only_tokens_that_are_special_are_declared(tmp_path):
