@@ -97,7 +97,7 @@ def their_model(name, dtype=torch.float32):
     return model.to(dtype).eval()
 
 
-def rows_of_text(lengths=(9, 5, 12), steps=12):
+def rows_of_text(lengths=(9, 5, 12), steps=20):
     generator = torch.Generator().manual_seed(7)
     return [torch.randint(SIZES["vocab_size"], (length + steps,), generator=generator) for length in lengths]
 
