@@ -46,7 +46,7 @@ def quantize(model: MoEDecoder, quantization: Quantization) -> MoEDecoder:
     """
     if quantization not in get_args(Quantization):
         raise ValueError(f"quantization={quantization!r} is unknown; it is 'int8' or 'int4'.")
-    if any(type(parameter) is not nn.Parameter for parameter in model.parameters()):
+    if quantization_of(model) is not None:
         raise ValueError("the model is quantised already; give the one that it was made from.")
     weights = {name: getattr(module, attribute) for name, module, attribute in _weights(model)}
     for name, weight in weights.items():
@@ -61,13 +61,18 @@ def quantize(model: MoEDecoder, quantization: Quantization) -> MoEDecoder:
 
 
 def quantization_of(model: MoEDecoder) -> Quantization | None:
-    """How a model is quantised; None where it is not."""
+    """How a model is quantised; None where it is not. Raises ValueError for parameters that `quantize` never makes."""
     kinds = {type(parameter) for parameter in model.parameters()} - {nn.Parameter}
     if not kinds:
         return None
     names = {kind: name for name, kind in _tensor_kinds().items()}
-    found = {names[kind] for kind in kinds if kind in names}
-    assert len(found) == 1, f"parameters of {kinds} were not made by one call of quantize"
+    found = {names.get(kind) for kind in kinds}
+    if len(found) > 1 or None in found:
+        told = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise ValueError(
+            f"the model has parameters of {told}, which one call of quantize does not make; give the model that it was "
+            "made from."
+        )
     return found.pop()
 
 

@@ -273,4 +273,8 @@ def test_saving_into_a_file_or_a_changed_model_is_refused(tmp_path):
     changed.head = torch.nn.Linear(8, 12, bias=True)
     with pytest.raises(ValueError, match=r"not known: head.bias; of another shape: head.weight is \[12, 8\]"):
         save_model(changed, tmp_path / "model")
+    pytest.importorskip("torchao")
+    theirs = make_model()  # as torchao's own quantize_ leaves a model
+    theirs.head.weight = type("Theirs", (torch.nn.Parameter,), {})(theirs.head.weight.detach())
+    refused(tmp_path / "model", "parameters of Theirs", call=theirs.save_pretrained)
     assert not (tmp_path / "model").exists()

@@ -16,6 +16,7 @@ from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.nn.config import RopeScaling
 from layerskip_moe.nn.rotary import rotary_table
 from layerskip_moe.pretrained.gguf import export_gguf, gguf_obstacles
+from layerskip_moe.pretrained.quantize import quantize
 
 LINES = [
     "The old house by the river had been empty for years, and nobody knew why.\n",
@@ -252,10 +253,14 @@ def test_arguments_that_cannot_be_are_refused(tmp_path, change, message):
 
 
 def test_quantised_weights_are_refused(tmp_path):
+    pytest.importorskip("torchao")
     model = make_model()
-    model.head.weight = type("Quantised", (torch.nn.Parameter,), {})(model.head.weight.detach())
     with pytest.raises(ValueError, match="the model is quantised"):
+        export_gguf(quantize(model, "int8"), byte_level(), tmp_path / "model.gguf")
+    model.head.weight = type("Theirs", (torch.nn.Parameter,), {})(model.head.weight.detach())
+    with pytest.raises(ValueError, match="parameters of Theirs"):
         export_gguf(model, byte_level(), tmp_path / "model.gguf")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_missing_package_is_named(tmp_path, monkeypatch):
