@@ -24,11 +24,12 @@ OUR_TYPE = "layerskip_moe"
 
 def config_contents(config: ModelConfig, family: str | None, dtype: torch.dtype) -> dict[str, Any]:
     """What config.json says of a network, in a family's words (one that expresses it exactly), or in ours for None."""
+    stored = str(dtype).removeprefix("torch.")
     if family is not None:
-        contents = write_config(config, family)
-    else:
-        contents = {"model_type": OUR_TYPE, "architectures": ["MoEDecoder"], "config": dataclasses.asdict(config)}
-    return contents | {"dtype": str(dtype).removeprefix("torch.")}
+        # torch_dtype is the name that transformers 4 knows; 5 takes both.
+        return write_config(config, family) | {"dtype": stored, "torch_dtype": stored}
+    contents = {"model_type": OUR_TYPE, "architectures": ["MoEDecoder"], "config": dataclasses.asdict(config)}
+    return contents | {"dtype": stored}
 
 
 def fields_left_out(config: ModelConfig, family: str | None) -> dict[str, Any]:

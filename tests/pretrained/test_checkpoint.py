@@ -147,6 +147,19 @@ def test_what_config_json_says_of_our_own_type(tmp_path):
     assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())
 
 
+def test_the_type_of_the_weights_is_told_to_old_and_new_readers(tmp_path, caplog, monkeypatch, recwarn):
+    transformers = pytest.importorskip("transformers")
+    make_model().bfloat16().save_pretrained(tmp_path)
+    contents = json.loads((tmp_path / "config.json").read_text())
+    assert contents["dtype"] == contents["torch_dtype"] == "bfloat16"
+    monkeypatch.setattr(transformers.logging.get_logger("transformers"), "propagate", True)
+    with caplog.at_level("WARNING", logger="transformers"):
+        assert transformers.AutoConfig.from_pretrained(tmp_path).dtype == torch.bfloat16
+        assert caplog.messages == [] and list(recwarn) == []
+        transformers.logging.get_logger("transformers.configuration_utils").warning("heard")
+    assert caplog.messages == ["heard"]
+
+
 def test_the_same_model_gives_the_same_bytes(tmp_path):
     for name in ("one", "two"):
         save_model(make_model(seed=3), tmp_path / name, tokenizer=make_tokenizer())
