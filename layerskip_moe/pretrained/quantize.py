@@ -40,6 +40,7 @@ def quantize(model: MoEDecoder, quantization: Quantization) -> MoEDecoder:
     quantization: with w the weights that share a scale s, and q whole numbers, w becomes q s:
         "int8": an output row; s = max |w| / 127.5, q = w / s rounded, -128 to 127
         "int4": 32 inputs of a row (16 or 8 where 32 do not divide them); s = max |w| / 7.5, q = w / s rounded, -8 to 7
+    s is 2^-23 or more, and rounded to the weights' type before q is chosen.
 
     Raises ValueError for another word, for a model that is quantised already, weights that are not float32, bfloat16
     or float16, and, with "int4", for a width that 8 does not divide.

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layerskip_moe import Autoregressive, EarlyExit, ModelConfig, MoEDecoder, SelfSpeculative, generate
+from layerskip_moe import ModelConfig, MoEDecoder
+from layerskip_moe.generation import Autoregressive, EarlyExit, LayerSkipping, SelfSpeculative, Speculative, generate
 from layerskip_moe.nn import KVCache
 from layerskip_moe.nn.modes import evaluating
 from layerskip_moe.pretrained.quantize import load_quantized, quantization_of, quantize, quantized_state
@@ -25,6 +26,18 @@ NETWORKS = {
     ),
     "OLMoE's switches": dict(qk_norm="full", normalize_top_k=False, n_kv_heads=4),
     "dense, tied": dict(num_experts=0, tie_embeddings=True, mlp_bias=True),
+}
+STRATEGIES = {
+    "plain": lambda draft: Autoregressive(),
+    "self-speculative": lambda draft: SelfSpeculative(1, 3),
+    "a quantised draft": lambda draft: SelfSpeculative(1, 3, draft_model=draft),
+    "rejection of a quantised draft": lambda draft: SelfSpeculative(1, 3, "rejection", draft),
+    "a draft model": lambda draft: Speculative(draft, 3),
+    "propagate": lambda draft: EarlyExit(0.2),
+    "exact": lambda draft: EarlyExit(0.2, cache="exact"),
+    "state": lambda draft: EarlyExit(0.9, confidence="state"),
+    "every": lambda draft: LayerSkipping(every=3),
+    "random": lambda draft: LayerSkipping(random=1),
 }
 TOKENS = torch.tensor([[1, 5, 9, 30, 2, 2, 7], [3, 8, 11, 36, 0, 21, 5]])
 
@@ -56,19 +69,27 @@ def dequantized(model):
     return plain.eval()
 
 
+@pytest.mark.parametrize("init_std", [0.3, 0.005])
+@pytest.mark.parametrize(
+    ("dtype", "rtol", "atol"),  # atol: half of the least float16
+    [(torch.float32, 1e-6, 0.0), (torch.bfloat16, 2**-8, 0.0), (torch.float16, 2**-11, 2**-25)],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_weight_is_the_nearest_multiple_of_its_scale(name, kind):
-    model = make_model(name)
+def test_every_weight_is_the_nearest_multiple_of_its_scale(name, kind, dtype, rtol, atol, init_std):
+    model, largest = make_model(name, dtype=dtype, init_std=init_std), LARGEST[kind]
     for key, weight in quantized_weights(quantize(model, kind)).items():
-        groups = (weight.scale.shape[-1], -1)
-        original, value = (each.unflatten(-1, groups) for each in (model.get_parameter(key), weight.dequantize()))
-        scale = weight.scale[..., None]
-        torch.testing.assert_close(scale, original.abs().amax(-1, keepdim=True) / LARGEST[kind], rtol=1e-6, atol=0)
+        assert weight.scale.dtype == weight.dtype == dtype
+        groups, scale = (weight.scale.shape[-1], -1), weight.scale.float()[..., None]
+        original = model.get_parameter(key).float().unflatten(-1, groups)
+        value = weight.dequantize(torch.float32).unflatten(-1, groups)
+        torch.testing.assert_close(scale, original.abs().amax(-1, keepdim=True) / largest, rtol=rtol, atol=atol)
+        nearest = (original / scale).round().clamp(-largest - 0.5, largest - 0.5) * scale
         multiples = value / scale
         torch.testing.assert_close(multiples, multiples.round(), rtol=0, atol=1e-4)
-        assert multiples.min() > -LARGEST[kind] - 0.51 and multiples.max() < LARGEST[kind]
-        assert ((original - value).abs() <= 0.5001 * scale).all()
+        assert multiples.min() > -largest - 0.51 and multiples.max() < largest
+        assert ((original - value).abs() <= (original - nearest).abs() + 1e-4 * scale).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -272,13 +293,12 @@ def test_gradients_pass_through_to_what_lies_before(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "strategy", [Autoregressive(), SelfSpeculative(1, 3), EarlyExit(0.2), EarlyExit(0.2, cache="exact")], ids=str
-)
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
 def test_a_quantised_model_decodes_as_the_dequantised_one(kind, strategy):
     quantized = quantize(make_model("every other layer, shared expert, biases"), kind)
+    draft = quantize(make_model("dense, tied", n_layers=2), kind)
     texts = [
-        generate(model, [[1, 2, 3], [4]], strategy, max_new_tokens=8, temperature=0.8, seed=1).tokens
+        generate(model, [[1, 2, 3], [4]], strategy(draft), max_new_tokens=8, temperature=0.8, seed=1).tokens
         for model in (quantized, dequantized(quantized))
     ]
     assert texts[0] == texts[1]
