@@ -12,15 +12,27 @@ from layerskip_moe.generation import (
     Speculative,
     generate,
 )
+from layerskip_moe.pretrained.quantize import quantize
 
 PROMPTS = [[3, 4, 1], [5], [8, 8, 1, 0, 2]]
-PLACES = [("cpu", torch.bfloat16), ("cpu", torch.float16), ("cuda", torch.float32), ("cuda", torch.bfloat16)]
+PLACES = [  # device, number type, quantisation of model and draft
+    ("cpu", torch.bfloat16, None),
+    ("cpu", torch.bfloat16, "int4"),
+    ("cpu", torch.float16, None),
+    ("cpu", torch.float16, "int8"),
+    ("cuda", torch.float32, None),
+    ("cuda", torch.bfloat16, None),
+    ("cuda", torch.bfloat16, "int8"),
+    ("cuda", torch.float16, "int4"),
+]
 STRATEGIES = {
     "plain": lambda draft: Autoregressive(),
     "early layers": lambda draft: Autoregressive(2),
     "self-speculative": lambda draft: SelfSpeculative(1, 3),
     "rejection": lambda draft: SelfSpeculative(1, 3, coupling="rejection"),
     "a draft model": lambda draft: Speculative(draft, 3),
+    "early layers of a draft model": lambda draft: SelfSpeculative(1, 3, draft_model=draft),
+    "rejection of theirs": lambda draft: SelfSpeculative(1, 3, "rejection", draft),
     "propagate": lambda draft: EarlyExit(0.2),
     "exact": lambda draft: EarlyExit(0.2, cache="exact"),
     "state": lambda draft: EarlyExit(0.9, confidence="state"),
@@ -29,12 +41,14 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("device, dtype", PLACES, ids=lambda value: str(value))
+@pytest.mark.parametrize("device, dtype, quantization", PLACES, ids=lambda value: str(value))
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_strategy_decodes_in(tiny_model, strategy, device, dtype):
+def test_every_strategy_decodes_in(tiny_model, strategy, device, dtype, quantization):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
-    model, draft = (tiny_model(n_layers=n).to(device, dtype) for n in (3, 1))
+    model, draft = (tiny_model(n_layers=n, d_ff=16).to(device, dtype) for n in (3, 1))
+    if quantization is not None:
+        model, draft = quantize(model, quantization), quantize(draft, quantization)
     settings = dict(max_new_tokens=12, temperature=0.9, repetition_penalty=1.2, stop_tokens=[7], seed=2)
     out = generate(model, PROMPTS, STRATEGIES[strategy](draft), **settings)
     again = generate(model, PROMPTS, STRATEGIES[strategy](draft), **settings)

@@ -13,6 +13,7 @@ import torch
 from scipy.stats import binomtest, chisquare
 
 from layerskip_moe.generation import Autoregressive, Sampling, SelfSpeculative, Speculative, generate
+from layerskip_moe.pretrained.quantize import quantize
 
 ERROR_RATE = 1e-4
 SAMPLES, VOCABULARY, NEW = 1500, 5, 5
@@ -106,15 +107,17 @@ def penalized(network, texts, penalty):
     return logits
 
 
-@pytest.mark.parametrize("drafter", ["its own layers", "a draft model"])
+@pytest.mark.parametrize("drafter", ["its own layers", "a draft model", "a quantised copy's early layers"])
 @pytest.mark.parametrize(
     "sampling", [Sampling(0.8, seed=10), Sampling(1.0, top_p=0.9, seed=11, repetition_penalty=2.0)], ids=str
 )
 def test_so_they_do_under_a_penalty_and_whoever_drafts(network, tiny_model, reference_probabilities, sampling, drafter):
     draft = tiny_model(seed=4, vocab_size=VOCABULARY, n_layers=1, d_model=8, n_heads=2, init_std=0.6)
-    strategy = Speculative(draft, 2, "rejection")
-    if drafter == "its own layers":
-        strategy = SelfSpeculative(1, 2, "rejection")
+    strategy = {
+        "its own layers": SelfSpeculative(1, 2, "rejection"),
+        "a draft model": Speculative(draft, 2, "rejection"),
+        "a quantised copy's early layers": SelfSpeculative(1, 2, "rejection", quantize(network, "int8")),
+    }[drafter]
     prompt, penalty = [1, 4], sampling.repetition_penalty
     joint = exact_joint(
         lambda texts: penalized(network, texts, penalty), prompt, NEW, sampling, reference_probabilities
