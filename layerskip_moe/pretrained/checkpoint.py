@@ -7,9 +7,9 @@
     layerskip_moe.json           digests of all these, and what they have no room for; see `record.py`
     README.md                    the model card
 
-Other people's checkpoints have no layerskip_moe.json. Nothing is written but beside, in a folder that then hands its
-files over one by one; while it does so there is no config.json, so that nobody opens half of one save and half of
-another.
+Other people's checkpoints have no layerskip_moe.json. Nothing is written but beside, in the folder .saving, which then
+hands its files over one by one; while it does so there is no config.json, so that nobody opens half of one save and
+half of another.
 
 Knows nothing of optimizers (`training/checkpoint.py`). Next: `config_file.py`, `weights.py` and `layouts.py`, which
 read and write the parts; `hub.py`, which brings them from afar.
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from layerskip_moe.files import making_folder
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.pretrained.config_file import (
     CONFIG,
@@ -45,6 +46,7 @@ from layerskip_moe.pretrained.tokenizer import (
     write_tokenizer_files,
 )
 from layerskip_moe.pretrained.weights import (
+    WEIGHT_FILES,
     StoredTensor,
     check_shapes,
     fill_model,
@@ -84,7 +86,7 @@ def load_model(
         raise ValueError(f"dtype={dtype} cannot be computed in; give torch.float32, torch.bfloat16 or torch.float16.")
     folder = local_folder(folder_or_id, revision=revision, token=token)
     family, config = read_network(folder)
-    check_files(folder)
+    check_files(folder, (CONFIG, *WEIGHT_FILES))
     model, stored = empty_model(config), stored_tensors(folder)
     quantization = read_quantization(folder)
     if quantization is not None:
@@ -116,13 +118,16 @@ def save_model(
     recipe: how the model was trained, plain JSON values, for `read_recipe` and the model card
     max_shard_bytes: larger weights are split into files of at most so many bytes
 
-    An error or a full disk while writing leaves an older checkpoint in the folder as it was; being killed while the
-    files are put in place leaves a folder that is refused. Files of an older save that this one has not go; other
-    people's stay, a README.md that we did not write among them.
+    An error, a full disk or Ctrl-C while writing leaves an older checkpoint in the folder as it was. While the written
+    files are put in place, which takes moments, it leaves a folder that is refused, and what is not in place yet in its
+    .saving, until the next save.
 
-    Raises ValueError if folder is a file, if the tokenizer has more tokens than the model, if the recipe is not plain,
-    or if the model's tensors are not those its config describes (say, after a module was exchanged); OSError where
-    the disk is full.
+    Files of an older save that this one has not go, and so do all weights (model.safetensors, model-0000N-of-...,
+    their index), whoever wrote them; anything else stays, a README.md that we did not write too.
+
+    Raises ValueError if folder is a file, if it has folders where files are to be, if the tokenizer has more tokens
+    than the model, if the recipe is not plain, or if the model's tensors are not those its config describes (say, after
+    a module was exchanged); OSError where the disk is full.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -150,23 +155,26 @@ def save_model(
         tensors = {name: state[place.parameter][place.index] for name, place in places.items()}
     contents = config_contents(model.config, family, model.dtype) | facts
 
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / _SAVING
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
-        write_tensors(beside, tensors, max_shard_bytes)
-        if isinstance(tokenizer, str | Path):
-            contents |= copy_tokenizer_files(tokenizer, beside)
-        elif tokenizer is not None:
-            write_tokenizer_files(tokenizer, beside)
-            contents |= _write_generation_config(tokenizer, beside)
-        _write_json(beside / CONFIG, contents)
-        write_record(beside, fields_left_out(model.config, family), recipe)
-        if not has_other_card(folder):
-            (beside / CARD).write_text(model_card(beside), encoding="utf-8")
+    with making_folder(folder):
+        beside = folder / _SAVING
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        try:
+            write_tensors(beside, tensors, max_shard_bytes)
+            if isinstance(tokenizer, str | Path):
+                contents |= copy_tokenizer_files(tokenizer, beside)
+            elif tokenizer is not None:
+                write_tokenizer_files(tokenizer, beside)
+                contents |= _write_generation_config(tokenizer, beside)
+            _write_json(beside / CONFIG, contents)
+            write_record(beside, fields_left_out(model.config, family), recipe)
+            if not has_other_card(folder):
+                (beside / CARD).write_text(model_card(beside), encoding="utf-8")
+            _make_ready(beside, folder)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
         _put_in_place(beside, folder)
-    finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
@@ -237,20 +245,35 @@ def _write_generation_config(tokenizer: "Tokenizer", folder: Path) -> dict[str, 
     return ids
 
 
+def _make_ready(beside: Path, folder: Path) -> None:
+    """Do what can still fail before an older file is touched: have all on the disk, and find no folder in the way."""
+    in_the_way = sorted(path.name for path in beside.iterdir() if (folder / path.name).is_dir())
+    if in_the_way:
+        raise ValueError(
+            f"{folder} has folders called {', '.join(in_the_way)}, where files are to be; move them away, or save "
+            "elsewhere."
+        )
+    for path in beside.iterdir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+
+
 def _put_in_place(beside: Path, folder: Path) -> None:
     """Hand the files over, the record last, and remove an older save's that are not replaced."""
     names = sorted(path.name for path in beside.iterdir())
-    for name in names:
-        with open(beside / name, "rb+") as file:
-            os.fsync(file.fileno())
     stale = weight_file_names(folder) | _recorded_files(folder)
-    (folder / CONFIG).unlink(missing_ok=True)  # nobody opens the folder until it is whole again
-    for name in [name for name in names if name not in (CONFIG, RECORD)]:
-        os.replace(beside / name, folder / name)
-    for name in sorted(stale - set(names)):
-        (folder / name).unlink(missing_ok=True)
-    for name in (CONFIG, RECORD):
-        os.replace(beside / name, folder / name)
+    try:
+        (folder / CONFIG).unlink(missing_ok=True)  # nobody opens the folder until it is whole again
+        for name in [name for name in names if name not in (CONFIG, RECORD)]:
+            os.replace(beside / name, folder / name)
+        for name in sorted(stale - set(names)):
+            (folder / name).unlink(missing_ok=True)
+        for name in (CONFIG, RECORD):
+            os.replace(beside / name, folder / name)
+    except OSError as error:
+        raise OSError(
+            f"{folder} is not whole ({error}); save again, or find what is not in place yet in {beside}"
+        ) from error
 
 
 def _recorded_files(folder: Path) -> set[str]:
@@ -259,7 +282,8 @@ def _recorded_files(folder: Path) -> set[str]:
         record = read_record(folder)
     except ValueError:  # damaged, or of another version: what it named is not known
         return set()
-    return set() if record is None else {Path(name).name for name in record["sha256"]}
+    names = set() if record is None else {Path(name).name for name in record["sha256"]}
+    return {name for name in names if (folder / name).is_file()}
 
 
 def _write_json(path: Path, contents: Mapping[str, Any]) -> None:

@@ -12,7 +12,8 @@ Knows nothing of configs, tensors or tokenizers. Next: `checkpoint.py`, which wr
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +61,17 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def check_files(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Raise ValueError where a file is not the one that folder's record names; names: only these (default: all)."""
+def check_files(folder: Path, patterns: Collection[str]) -> None:
+    """Raise ValueError where a file that matches one of the patterns is not the one that folder's record names."""
     record = read_record(folder)
     if record is None:
         return
-    digests = record["sha256"]
-    for name in digests if names is None else [name for name in names if name in digests]:
+    digests = {name: digest for name, digest in record["sha256"].items() if any(fnmatch(name, p) for p in patterns)}
+    for name, digest in digests.items():
         path = folder / name
         if not path.is_file():
             found = f"{folder} has a {RECORD} but no {name}"
-        elif _sha256(path) != digests[name]:
+        elif _sha256(path) != digest:
             found = f"{path} is not the file that {RECORD} was written with (its sha256 differs)"
         else:
             continue

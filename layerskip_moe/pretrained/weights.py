@@ -25,6 +25,7 @@ from layerskip_moe.pretrained.json_file import read_json
 from layerskip_moe.pretrained.layouts import Place
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHT_FILES = ("model*.safetensors", INDEX)  # as patterns
 _SHARDS = "model-?????-of-?????.safetensors"
 _PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -65,8 +66,8 @@ def pickles(folder: Path) -> str:
 
 def weight_file_names(folder: Path) -> set[str]:
     """The files in folder that hold weights or say which do, by their names alone."""
-    shards = {path.name for path in folder.glob(_SHARDS)}
-    return shards | {name for name in (WEIGHTS, INDEX) if (folder / name).is_file()}
+    paths = [*folder.glob(_SHARDS), folder / WEIGHTS, folder / INDEX]
+    return {path.name for path in paths if path.is_file()}
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
@@ -144,8 +145,8 @@ def same_values(stored: Mapping[str, StoredTensor], name: str, other: str) -> bo
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
     """Write tensors to folder, in one file, or in shards of at most max_shard_bytes and an index.
 
-    A tensor larger than that has a shard of its own. Memory beyond the tensors' own is one shard at most, and on the
-    CPU none. Raises OSError where the disk is full.
+    A tensor larger than that has a shard of its own. Memory beyond the tensors' own is one shard at most. Raises
+    OSError where the disk is full.
     """
     shards = _split(tensors, max_shard_bytes)
     files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
