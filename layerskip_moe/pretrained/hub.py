@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.pretrained.model_card import CARD, is_ours, write_model_card
+from layerskip_moe.pretrained.weights import HOW_TO_CONVERT, WEIGHT_FILES, weight_file_names
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from tokenizers import Tokenizer
 
-# The second leaves out consolidated.safetensors, which has the same weights once more, in other people's layout.
-CHECKPOINT_FILES = ("*.json", "model*.safetensors")
+# This leaves out consolidated.safetensors, which has the same weights once more, in other people's layout; and pickles.
+CHECKPOINT_FILES = ("*.json", *WEIGHT_FILES)
 
 
 def local_folder(
@@ -35,8 +36,8 @@ def local_folder(
     token: of an account that may read it (default: the one `hf auth login` left)
     patterns: of the files that are wanted
 
-    Raises ValueError where there is no such folder, and where the hub has no such checkpoint, does not let it be read,
-    or cannot be reached while the cache does not have it.
+    Raises ValueError where there is no such folder, and where the hub has no such checkpoint, has its weights (if these
+    are wanted) only as pickles, does not let it be read, or cannot be reached while the cache does not have it.
     """
     folder = Path(folder_or_id).expanduser()
     if isinstance(folder_or_id, Path) or folder.exists() or _is_written_as_a_path(folder_or_id):
@@ -46,7 +47,14 @@ def local_folder(
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for checkpoints on the hub; {folder} is a folder here.")
         return folder
-    return _download(folder_or_id, revision, token, patterns)
+    folder = _download(folder_or_id, revision, token, patterns)
+    if set(WEIGHT_FILES) <= set(patterns) and not weight_file_names(folder):
+        raise ValueError(
+            f"'{folder_or_id}' has no {WEIGHT_FILES[0]} on the Hugging Face hub, or this could not be reached and its "
+            "cache has none: check the connection; of pickles (pytorch_model.bin), which can run code when read and so "
+            f"are not, {HOW_TO_CONVERT}."
+        )
+    return folder
 
 
 def push(
@@ -61,8 +69,8 @@ def push(
 ) -> str:
     """Save the model and put it on the hub, in one commit; the address of the repository.
 
-    repo_id: "owner/name" or "name"; the repository is made if need be. Weights of an earlier push go; a README.md
-    that somebody else wrote stays.
+    repo_id: "owner/name", or "name" for the account's own; the repository is made if need be. The weights and the
+    tokenizer that it has already go; a README.md that somebody else wrote stays.
     tokenizer, recipe: as for `save_model`; report: as for `write_model_card`
     private: for a repository that is made (default: as the account's settings have it)
     token: of an account that may write there (default: the one `hf auth login` left)
@@ -72,6 +80,7 @@ def push(
     from huggingface_hub import HfApi
 
     from layerskip_moe.pretrained.checkpoint import save_model
+    from layerskip_moe.pretrained.tokenizer import ALL_TOKENIZER_FILES
 
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
@@ -79,12 +88,13 @@ def push(
         write_model_card(folder, report)
         try:
             address = api.create_repo(repo_id, private=private, exist_ok=True)
+            whole_id = address.repo_id  # with the account, which upload_folder needs
             api.upload_folder(
-                repo_id=repo_id,
+                repo_id=whole_id,
                 folder_path=folder,
                 commit_message="A checkpoint by layerskip_moe",
-                ignore_patterns=[CARD] if _has_other_card(api, repo_id) else None,
-                delete_patterns=["model*.safetensors", "model.safetensors.index.json"],
+                ignore_patterns=[CARD] if _has_other_card(api, whole_id) else None,
+                delete_patterns=[*WEIGHT_FILES, *ALL_TOKENIZER_FILES],  # but for those that are put there anew
             )
         # The hub's HTTP library, and with it the exceptions, changes from release to release.
         except Exception as error:

@@ -34,8 +34,9 @@ TOKENIZER, TOKENIZER_CONFIG, SENTENCEPIECE = "tokenizer.json", "tokenizer_config
 TOKENIZER_FILES = (TOKENIZER, SENTENCEPIECE, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-# Beside a tokenizer: what tells where a text ends, and how a chat is written.
-_GENERATION_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "chat_template.jinja")
+# With what tells where a text ends, and how a chat is written: all that a save has by a tokenizer.
+ALL_TOKENIZER_FILES = (*TOKENIZER_FILES, "generation_config.json", "chat_template.jinja")
+_GENERATION_FILES = (*ALL_TOKENIZER_FILES, "config.json")
 _MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -147,7 +148,7 @@ def copy_tokenizer_files(folder_or_id: str | Path, folder: Path) -> dict[str, An
     """Copy a checkpoint's tokenizer as it stands, its chat template and generation_config.json included, and give the
     ids of special tokens in its config.json."""
     source = local_folder(folder_or_id, patterns=_GENERATION_FILES)
-    for name in (*TOKENIZER_FILES, "chat_template.jinja", "generation_config.json"):
+    for name in ALL_TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     config = _read_if_there(source / "config.json")

@@ -26,6 +26,10 @@ from layerskip_moe.pretrained.layouts import Place
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_FILES = ("model*.safetensors", INDEX)  # as patterns
+HOW_TO_CONVERT = (
+    "merge what torch.load(file, weights_only=True) gives for each and write it with safetensors.torch.save_file to "
+    f"{WEIGHTS}, or open the model once with transformers and save it again"
+)
 _SHARDS = "model-?????-of-?????.safetensors"
 _PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -188,9 +192,8 @@ def _weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{folder} holds {_enumerate(shards)} but no {INDEX}; copy that file too.")
     if names := pickles(folder):
         raise ValueError(
-            f"{folder} holds its weights only as pickles ({names}), which can run code when read and so are not; merge "
-            "what torch.load(file, weights_only=True) gives for each and write it with safetensors.torch.save_file to "
-            f"{WEIGHTS}, or open the model once with transformers and save it again."
+            f"{folder} holds its weights only as pickles ({names}), which can run code when read and so are not; "
+            f"{HOW_TO_CONVERT}."
         )
     raise ValueError(f"{folder} holds no {WEIGHTS} and no {INDEX}; copy the whole folder of the checkpoint.")
 

@@ -1,6 +1,7 @@
 """The Hugging Face hub, with its answers and its cache made here: what is asked of it, and what its refusals become."""
 
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
@@ -38,13 +40,17 @@ def refused(call, *words):
 
 @pytest.fixture
 def downloads(tmp_path, monkeypatch):
-    """A hub that gives one checkpoint under every name; the questions it was asked."""
-    make_model().save_pretrained(tmp_path / "cached", tokenizer=make_tokenizer(), recipe={"steps": 3})
+    """A hub that gives one checkpoint under every name, each time to an empty cache; the questions it was asked."""
+    make_model().save_pretrained(tmp_path / "hub", tokenizer=make_tokenizer(), recipe={"steps": 3})
     asked = []
 
-    def snapshot_download(repo_id, **settings):
-        asked.append({"repo_id": repo_id, **settings})
-        return str(tmp_path / "cached")
+    def snapshot_download(repo_id, *, allow_patterns, **settings):
+        asked.append({"repo_id": repo_id, "allow_patterns": allow_patterns, **settings})
+        cached = tmp_path / f"cached-{len(asked)}"
+        cached.mkdir()
+        for name in filter_repo_objects(os.listdir(tmp_path / "hub"), allow_patterns=allow_patterns):
+            shutil.copyfile(tmp_path / "hub" / name, cached / name)
+        return str(cached)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return asked
@@ -54,11 +60,28 @@ def test_an_id_is_looked_up_on_the_hub(downloads):
     model = MoEDecoder.from_pretrained("acme/tiny", revision="v2", token="secret", dtype=torch.bfloat16)
     assert all(torch.equal(a.bfloat16(), b) for a, b in zip(make_model().parameters(), model.parameters(), strict=True))
     asked = dict(repo_id="acme/tiny", revision="v2", token="secret")
-    assert downloads == [asked | {"allow_patterns": ["*.json", "model*.safetensors"]}]
+    assert downloads == [asked | {"allow_patterns": ["*.json", "model*.safetensors", "model.safetensors.index.json"]}]
     assert load_tokenizer("acme/tiny", revision="v2", token="secret").get_vocab() == {"a": 0, "b": 1}
     assert read_recipe("acme/tiny", revision="v2", token="secret") == {"steps": 3}
     for request in downloads[1:]:
         assert request.items() >= asked.items() and not any("safetensors" in name for name in request["allow_patterns"])
+
+
+def test_files_that_are_not_brought_are_not_asked_for(downloads, tmp_path):
+    make_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    for name in ("chat_template.jinja", "tokenizer.model"):
+        (tmp_path / name).write_text("as it came")
+    make_model().save_pretrained(tmp_path / "hub", tokenizer=tmp_path)
+    assert {"chat_template.jinja", "tokenizer.model"} < set(os.listdir(tmp_path / "hub"))
+    assert MoEDecoder.from_pretrained("acme/tiny").config == make_model().config
+    assert load_tokenizer("acme/tiny").get_vocab() == {"a": 0, "b": 1}
+
+
+def test_weights_that_are_only_pickles_on_the_hub(downloads, tmp_path):
+    (tmp_path / "hub" / "model.safetensors").rename(tmp_path / "hub" / "pytorch_model.bin")
+    words = ["'acme/tiny' has no model*.safetensors on the", "check the connection", "weights_only=True"]
+    refused(lambda: MoEDecoder.from_pretrained("acme/tiny"), *words)
+    assert load_tokenizer("acme/tiny").get_vocab() == {"a": 0, "b": 1}  # which needs no weights
 
 
 def test_a_folder_is_never_looked_up(downloads, tmp_path, monkeypatch):
@@ -125,6 +148,8 @@ def test_without_a_network_what_was_brought_once_is_found(tmp_path, monkeypatch)
     assert all(map(torch.equal, model.parameters(), loaded.parameters()))
     assert local_folder("acme/tiny", revision=commit) == repo / "snapshots" / commit
     refused(lambda: MoEDecoder.from_pretrained("acme/other"), "No folder here is called 'acme/other'", "offline")
+    (repo / "snapshots" / commit / "model.safetensors").unlink()  # as where only the tokenizer was brought
+    refused(lambda: MoEDecoder.from_pretrained("acme/tiny"), "could not be reached and its cache has none")
 
 
 # Putting there
@@ -135,7 +160,7 @@ class FakeApi:
 
     def __init__(self):
         self.tokens, self.made, self.uploads, self.uploaded = [], [], [], {}
-        self.card, self.error = None, None
+        self.card, self.error, self.asked = None, None, set()
 
     def __call__(self, token=None):
         self.tokens.append(token)
@@ -145,16 +170,19 @@ class FakeApi:
         if self.error is not None:
             raise self.error
         self.made.append((repo_id, settings))
-        return f"https://hub.example/{repo_id}"
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id if '/' in repo_id else 'me/' + repo_id}")
 
     def file_exists(self, repo_id, name):
+        self.asked.add(repo_id)
         return name == "README.md" and self.card is not None
 
     def hf_hub_download(self, repo_id, name):
         return str(self.card)
 
-    def upload_folder(self, *, folder_path, **settings):
-        self.uploaded = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+    def upload_folder(self, *, folder_path, delete_patterns, **settings):
+        for name in list(filter_repo_objects(self.uploaded, allow_patterns=delete_patterns)):
+            del self.uploaded[name]
+        self.uploaded |= {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
         self.uploads.append(settings)
 
 
@@ -169,13 +197,34 @@ def test_push_uploads_what_save_pretrained_writes(api, tmp_path):
     address = make_model().push_to_hub(
         "acme/tiny", tokenizer=make_tokenizer(), recipe={"steps": 3}, private=True, token="secret"
     )
-    assert address == "https://hub.example/acme/tiny"
+    assert address == "https://huggingface.co/acme/tiny"
     assert api.tokens == ["secret"] and api.made == [("acme/tiny", {"private": True, "exist_ok": True})]
     make_model().save_pretrained(tmp_path, tokenizer=make_tokenizer(), recipe={"steps": 3})
     assert api.uploaded == {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
     (settings,) = api.uploads
     assert settings["repo_id"] == "acme/tiny" and settings["ignore_patterns"] is None
-    assert "model*.safetensors" in settings["delete_patterns"]
+
+
+def test_a_name_alone_is_the_account_s_own(api, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("# My own words\n")
+    api.card = tmp_path / "README.md"
+    assert make_model().push_to_hub("tiny") == "https://huggingface.co/me/tiny"
+    assert [settings["repo_id"] for settings in api.uploads] == ["me/tiny"] and api.asked == {"me/tiny"}
+
+
+def test_weights_and_tokenizer_of_an_earlier_push_go(api, tmp_path):
+    end = make_tokenizer()
+    end.add_special_tokens(["<|endoftext|>"])
+    end.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "generation_config.json").write_text("{}")
+    api.uploaded = {"notes.txt": b"mine", "model-00001-of-00002.safetensors": b"", "model.safetensors.index.json": b""}
+    make_model().push_to_hub("acme/tiny", tokenizer=tmp_path)
+    assert {"tokenizer.json", "chat_template.jinja", "generation_config.json"} < set(api.uploaded)
+    make_model().push_to_hub("acme/tiny")
+    kept = {"README.md", "config.json", "layerskip_moe.json", "model.safetensors", "notes.txt"}
+    assert set(api.uploaded) == kept
 
 
 def test_a_push_carries_the_numbers_of_a_report(api):
