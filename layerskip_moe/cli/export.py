@@ -1,7 +1,7 @@
 """Write a checkpoint for other people's tools: transformers, vLLM and SGLang, or llama.cpp.
 
-    layerskip-moe export --checkpoint runs/main/model --to hf --out exported/
-    layerskip-moe export --checkpoint runs/main/model --to hf --out exported/ --dtype bfloat16 --report report.json
+    layerskip-moe export --checkpoint runs/main/model --to hf --out runs/exported
+    layerskip-moe export --checkpoint runs/main/model --to hf --out runs/exported --dtype bfloat16 --report report.json
     layerskip-moe export --checkpoint mistralai/Mixtral-8x7B-v0.1 --to gguf --out mixtral.gguf --dtype q8_0
 
 A network that the format cannot express exactly is refused, with the settings that stand in the way.
@@ -11,6 +11,7 @@ A network that the format cannot express exactly is refused, with the settings t
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +38,7 @@ class Options:
         to: hf, a folder that transformers opens; or gguf, a file for llama.cpp
         out: the folder, or the file, to write
         dtype: of the weights; None: as they are stored. q8_0, of gguf alone, is 8 bits in blocks of 32
-        report: hf: path of a report.json, whose numbers go into the model card
+        report: hf: path of the report.json of main.py or of the report command, for the model card
         max_shard_gb: hf: weights are split into files of at most so many gigabytes; None: 5
     """
 
@@ -81,9 +82,12 @@ def _write_folder(options: Options, config: ModelConfig) -> None:
         )
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     model = MoEDecoder.from_pretrained(options.checkpoint, dtype=dtype)
+    has_one = has_tokenizer(options.checkpoint)
+    if not has_one:
+        print(f"{options.checkpoint} holds no tokenizer, so none is written", file=sys.stderr)
     model.save_pretrained(
         options.out,
-        tokenizer=options.checkpoint if has_tokenizer(options.checkpoint) else None,
+        tokenizer=options.checkpoint if has_one else None,
         recipe=read_recipe(options.checkpoint),
         max_shard_bytes=int(max_shard_gb * 1e9),
     )
