@@ -93,7 +93,7 @@ def _build(entry: Path, source: Source, tokenizer: str | Path | Tokenizer, vocab
     beside.mkdir()
     try:
         made = make_tokenizer(tokenizer, vocab_size, source.read, progress)
-        made.save(str(beside / TOKENIZER))
+        (beside / TOKENIZER).write_text(made.to_str(pretty=True), encoding="utf-8")  # its own `save` has no OSError
         _write_tokens(beside, source, made, progress)
         checksums = {name: _sha256(beside / name) for name in (TOKENIZER, *TOKENS.values())}
         (beside / _CHECKSUMS).write_text(json.dumps(checksums))

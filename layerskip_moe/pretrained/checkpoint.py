@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from layerskip_moe.files import making_folder
+from layerskip_moe.constants import pick_device
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.pretrained.config_file import (
     CONFIG,
@@ -79,11 +80,13 @@ def load_model(
         float32 for a reason, and quantised weights stay as stored
     device: where the weights are allocated, once, in that type
 
-    Raises ValueError, saying what was found and what would be right, if there is no checkpoint, it is damaged, or its
-    network cannot be computed exactly.
+    Raises ValueError, saying what was found and what would be right, if there is no checkpoint, it is damaged, its
+    network cannot be computed exactly, its matrices are of several types and dtype does not say which, or there is no
+    such device.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} cannot be computed in; give torch.float32, torch.bfloat16 or torch.float16.")
+    device = pick_device(str(device))
     folder = local_folder(folder_or_id, revision=revision, token=token)
     family, config = read_network(folder)
     check_files(folder, (CONFIG, *WEIGHT_FILES))
@@ -261,6 +264,8 @@ def _make_ready(beside: Path, folder: Path) -> None:
 def _put_in_place(beside: Path, folder: Path) -> None:
     """Hand the files over, the record last, and remove an older save's that are not replaced."""
     names = sorted(path.name for path in beside.iterdir())
+    for name in names:
+        shutil.copymode(beside / CONFIG, beside / name)  # safetensors lets nobody else read what it wrote
     stale = weight_file_names(folder) | _recorded_files(folder)
     try:
         (folder / CONFIG).unlink(missing_ok=True)  # nobody opens the folder until it is whole again

@@ -387,3 +387,19 @@ def test_loading_takes_little_more_memory_than_the_model(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     taken = [float(line) for line in done.stdout.split()]
     assert len(taken) == 2 and all(0.9 < share < 1.2 for share in taken), taken
+
+
+def test_who_may_read_one_file_may_read_all(tmp_path):
+    before = os.umask(0o022)
+    try:
+        make_model().save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}
+
+
+def test_a_device_that_is_not_there_is_one_sentence(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    for device in ("abacus", "meta", torch.device("meta")):
+        with pytest.raises(ValueError, match=f"device='{device}'"):
+            MoEDecoder.from_pretrained(tmp_path, device=device)

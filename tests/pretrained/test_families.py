@@ -64,6 +64,7 @@ def test_the_defaults_are_those_of_transformers(family):
         assert default == value and type(default) is type(value), name
 
 
+@pytest.mark.skipif(not transformers.__version__.startswith("5.23."), reason="written for the fields of 5.23")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_field_of_transformers_is_overlooked(family):
     inherited = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)} - {"tie_word_embeddings"}
