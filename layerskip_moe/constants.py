@@ -63,8 +63,8 @@ def pick_device(device: str | None) -> str:
 
 
 def user_error(error: BaseException) -> str | None:
-    """The sentence for what a user can mend: a ValueError, a run that diverged, memory or a disk that ran out, a file or
-    a package that is missing. None for anything else, which is a fault of ours and keeps its traceback."""
+    """The sentence for what a user can mend: a ValueError, a run that diverged, memory or a disk that ran out, a file
+    or a package that is missing. None for anything else, which is a fault of ours and keeps its traceback."""
     if _is_out_of_memory(error):
         return "out of memory; lower batch_size, seq_len or d_model, or take a smaller checkpoint or dtype."
     if isinstance(error, ImportError) and "pip install" in str(

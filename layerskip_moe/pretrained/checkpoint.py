@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from layerskip_moe.files import making_folder
 from layerskip_moe.constants import pick_device
+from layerskip_moe.files import making_folder
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.pretrained.config_file import (
     CONFIG,
