@@ -146,7 +146,8 @@ def has_tokenizer(folder_or_id: str | Path) -> bool:
 
 def copy_tokenizer_files(folder_or_id: str | Path, folder: Path) -> dict[str, Any]:
     """Copy a checkpoint's tokenizer as it stands, its chat template and generation_config.json included, and give the
-    ids of special tokens in its config.json."""
+    ids of special tokens in its config.json. Raises ValueError where there is none, or it cannot be read."""
+    load_tokenizer(folder_or_id)
     source = local_folder(folder_or_id, patterns=_GENERATION_FILES)
     for name in ALL_TOKENIZER_FILES:
         if (source / name).is_file():

@@ -196,3 +196,11 @@ def test_what_no_family_expresses_is_our_own_type(tmp_path, settings):
     assert again.config == model.config and all(map(torch.equal, model.parameters(), again.parameters()))
     with pytest.raises(ValueError, match="layerskip_moe"):
         opened(tmp_path)
+
+
+def test_a_checkpoint_without_a_tokenizer_cannot_give_one(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        model.save_pretrained(tmp_path / "new", tokenizer=tmp_path / "bare")
+    assert not (tmp_path / "new").exists()
