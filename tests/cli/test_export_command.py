@@ -69,24 +69,46 @@ def test_a_file_for_llama_cpp(shell, save, tmp_path):
     assert torch.equal(torch.from_numpy(tensors["token_embd.weight"].data.copy()), model.embedding.weight.detach())
 
 
-def test_other_peoples_checkpoints_go_out_as_they_came_in(shell, tmp_path, tokenizer):
+@pytest.fixture
+def theirs(tmp_path, tokenizer):
+    """A Mixtral as transformers saves it, with a tokenizer, a chat template, and two tokens that end a text."""
     config = transformers.MixtralConfig(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=16, intermediate_size=12, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, num_local_experts=3, max_position_embeddings=64,
     )  # fmt: skip
-    transformers.MixtralForCausalLM(config).save_pretrained("theirs")
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(config).eval()
+    model.save_pretrained("theirs")
     tokenizer.save("theirs/tokenizer.json")
     (tmp_path / "theirs/tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "{{ messages }}"})
     )
     (tmp_path / "theirs/generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5]}))
+    return model
+
+
+def test_other_peoples_checkpoints_go_out_as_they_came_in(shell, theirs):
     code, _, err = shell("export", "--checkpoint", "theirs", "--to", "hf", "--out", "ours")
     assert code == 0, err
-    before, after = (transformers.AutoModelForCausalLM.from_pretrained(folder) for folder in ("theirs", "ours"))
-    for name, tensor in before.state_dict().items():
+    after = transformers.AutoModelForCausalLM.from_pretrained("ours")
+    for name, tensor in theirs.state_dict().items():
         assert torch.equal(after.state_dict()[name], tensor)
     assert after.generation_config.eos_token_id == [0, 5]
     assert transformers.AutoTokenizer.from_pretrained("ours").chat_template == "{{ messages }}"
+
+
+def test_other_peoples_checkpoints_are_generated_from_and_evaluated(shell, theirs, tokenizer, text):
+    ids = tokenizer.encode("The 1 brown").ids
+    given = ["--checkpoint", "theirs", "--prompt", "The 1 brown", "--max-new-tokens", 8, "--json"]
+    code, out, err = shell("generate", *given)
+    assert code == 0, err
+    wanted = theirs.generate(
+        torch.tensor([ids]), max_new_tokens=8, do_sample=False, eos_token_id=[0, 5], pad_token_id=0
+    )
+    tokens = [token for token in wanted[0, len(ids) :].tolist() if token not in (0, 5)]
+    assert json.loads(out)["tokens"] == tokens
+    code, out, err = shell("evaluate", "--checkpoint", "theirs", "--dataset", text, "--seq-len", 16, "--json")
+    assert code == 0 and len(json.loads(out)["perplexity"]) == 2, err
 
 
 @pytest.mark.parametrize("to", ["hf", "gguf"])
