@@ -1,8 +1,10 @@
-"""Writing a file so that a reader finds the old one or the new one, never half of either; values as JSON has them.
+"""Writing a file so that a reader finds the old one or the new one, never half of either; digests; values as JSON has
+them.
 
 Knows nothing of what is written. Used by every room that writes.
 """
 
+import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -42,6 +44,12 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file's bytes, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def plain(value: Any) -> Any:

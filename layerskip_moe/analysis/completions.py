@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from layerskip_moe.generation import Generation, Strategy, generate
+from layerskip_moe.generation.text import unshown_token
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.pretrained.tokenizer import special_roles
 
@@ -34,11 +35,11 @@ def complete(
     """`generate` with these settings; stop_strings may hold special tokens, and empty strings, which stop nothing."""
     texts, tokens = [], set(stop_tokens)
     for stop in filter(None, stop_strings):
-        token = tokenizer.token_to_id(stop)
-        if token is not None and not tokenizer.decode([token]):
-            tokens.add(token)
-        else:
+        token = unshown_token(tokenizer, stop)
+        if token is None:
             texts.append(stop)
+        else:
+            tokens.add(token)
     with tqdm(total=len(prompts), desc=description, unit="prompt", disable=not progress) as bar:
 
         def on_token(row: int, token: int) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from layerskip_moe.data.source import Source, Split
 from layerskip_moe.data.tokenizer import encode_documents, make_tokenizer
+from layerskip_moe.files import sha256
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -79,7 +80,7 @@ def _damage(entry: Path) -> str | None:
     try:
         checksums = json.loads((entry / _CHECKSUMS).read_text())
         for name in (TOKENIZER, *TOKENS.values()):
-            if _sha256(entry / name) != checksums[name]:
+            if sha256(entry / name) != checksums[name]:
                 return f"{name} has changed"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
@@ -95,7 +96,7 @@ def _build(entry: Path, source: Source, tokenizer: str | Path | Tokenizer, vocab
         made = make_tokenizer(tokenizer, vocab_size, source.read, progress)
         (beside / TOKENIZER).write_text(made.to_str(pretty=True), encoding="utf-8")  # its own `save` has no OSError
         _write_tokens(beside, source, made, progress)
-        checksums = {name: _sha256(beside / name) for name in (TOKENIZER, *TOKENS.values())}
+        checksums = {name: sha256(beside / name) for name in (TOKENIZER, *TOKENS.values())}
         (beside / _CHECKSUMS).write_text(json.dumps(checksums))
         os.replace(beside, entry)
     finally:
@@ -126,8 +127,3 @@ def _write_tokens(folder: Path, source: Source, tokenizer: Tokenizer, progress: 
                 f"'{source.name}' holds too little text to fill the {split} split: add text, or raise "
                 "sample_fraction if it is below 1."
             )
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,7 +15,7 @@ from layerskip_moe.generation.autoregressive import Autoregressive
 from layerskip_moe.generation.sampling import Sampling
 from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.statistics import GenerationStats
-from layerskip_moe.generation.text import TextStream
+from layerskip_moe.generation.text import TextStream, unshown_token
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.nn.modes import evaluating
 from layerskip_moe.special_tokens import end_of_text_ids
@@ -156,8 +156,8 @@ def _text_streams(stop_strings: Sequence[str], tokenizer: "Tokenizer | None", n_
     if not all(isinstance(stop, str) and stop for stop in stop_strings):
         raise ValueError("stop_strings holds something other than a text of at least one character; leave it out.")
     for stop in stop_strings:
-        token = tokenizer.token_to_id(stop)
-        if token is not None and not tokenizer.decode([token]):
+        token = unshown_token(tokenizer, stop)
+        if token is not None:
             raise ValueError(f"{stop!r} is a special token, which no text shows; give its id, {token}, in stop_tokens.")
     return [TextStream(tokenizer, stop_strings) for _ in range(n_prompts)]
 

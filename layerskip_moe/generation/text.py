@@ -14,6 +14,13 @@ if TYPE_CHECKING:
 _REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character, or not yet
 
 
+def unshown_token(tokenizer: "Tokenizer", name: str) -> int | None:
+    """The id of the special token of this name, which no text shows, so that only its id can be looked for; None
+    where there is no such token."""
+    token = tokenizer.token_to_id(name)
+    return token if token is not None and not tokenizer.decode([token]) else None
+
+
 class TextStream:
     """The text of one continuation, token by token.
 

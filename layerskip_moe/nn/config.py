@@ -46,7 +46,7 @@ class RopeScaling:
             if not getattr(self, name) > 0:
                 raise ValueError(f"rope_scaling's {name}={getattr(self, name)} must be above 0.")
         if self.kind != "linear":
-            _require_whole("rope_scaling's original_max_seq_len", self.original_max_seq_len, at_least=1)
+            require_whole("rope_scaling's original_max_seq_len", self.original_max_seq_len, at_least=1)
         if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"rope_scaling's low_freq_factor={self.low_freq_factor} must be below "
@@ -138,12 +138,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_layers", "d_model", "n_heads", "max_seq_len"):
-            _require_whole(name, getattr(self, name), at_least=1)
+            require_whole(name, getattr(self, name), at_least=1)
         for name in ("n_kv_heads", "head_dim", "d_ff", "dense_d_ff", "sliding_window"):
             if getattr(self, name) is not None:
-                _require_whole(name, getattr(self, name), at_least=1)
+                require_whole(name, getattr(self, name), at_least=1)
         for name in ("num_experts", "shared_expert_d_ff"):
-            _require_whole(name, getattr(self, name), at_least=0)
+            require_whole(name, getattr(self, name), at_least=0)
         switches = ("shared_expert_gate", "normalize_top_k", "bias_balancing", "qkv_bias", "output_bias", "mlp_bias")
         for name in (*switches, "tie_embeddings"):
             if not isinstance(getattr(self, name), bool):
@@ -217,7 +217,7 @@ class ModelConfig:
                     "shared_expert_d_ff, shared_expert_gate and bias_balancing need experts, but num_experts is 0."
                 )
             return
-        _require_whole("top_k", self.top_k, at_least=1)
+        require_whole("top_k", self.top_k, at_least=1)
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k={self.top_k} experts cannot be chosen from num_experts={self.num_experts}; "
@@ -267,9 +267,11 @@ def _rope_scaling(fields: Any) -> RopeScaling:
         raise ValueError(f"rope_scaling={fields!r} does not describe a RopeScaling ({error}).") from None
 
 
-def _require_whole(name: str, value: object, at_least: int) -> None:
+def require_whole(name: str, value: object, at_least: int) -> int:
+    """The value, a whole number; ValueError, naming it, where it is not one, or too small."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ValueError(f"{name}={value!r} must be a whole number, {at_least} or more.")
+    return value
 
 
 def _require_number(name: str, value: object) -> None:

@@ -82,6 +82,10 @@ def _attention_factor(scaling: RopeScaling | None) -> float:
     """What cosines and sines are multiplied by: YaRN's, which sharpens attention over long texts; else 1."""
     if scaling is None or scaling.kind != "yarn":
         return 1.0
-    if scaling.attention_factor is not None:
-        return scaling.attention_factor
-    return 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    return yarn_attention_factor(scaling.factor) if scaling.attention_factor is None else scaling.attention_factor
+
+
+def yarn_attention_factor(factor: float, scale: float = 1.0) -> float:
+    """0.1 scale ln(factor) + 1: what YaRN multiplies queries and keys by for texts `factor` times as long (arXiv
+    2309.00071, section 3.4; scale: DeepSeek's mscale); 1 where texts are not longer."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -15,7 +15,6 @@ Knows nothing of optimizers (`training/checkpoint.py`). Next: `config_file.py`, 
 read and write the parts; `hub.py`, which brings them from afar.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -37,6 +36,7 @@ from layerskip_moe.pretrained.config_file import (
 )
 from layerskip_moe.pretrained.families import family_of
 from layerskip_moe.pretrained.hub import local_folder
+from layerskip_moe.pretrained.json_file import write_json
 from layerskip_moe.pretrained.layouts import Place, ignorable, tensor_places
 from layerskip_moe.pretrained.model_card import CARD, has_other_card, model_card
 from layerskip_moe.pretrained.quantize import load_quantized, quantization_of, quantize, quantized_state
@@ -169,7 +169,7 @@ def save_model(
             elif tokenizer is not None:
                 write_tokenizer_files(tokenizer, beside)
                 contents |= _write_generation_config(tokenizer, beside)
-            _write_json(beside / CONFIG, contents)
+            write_json(beside / CONFIG, contents)
             write_record(beside, fields_left_out(model.config, family), recipe)
             if not has_other_card(folder):
                 (beside / CARD).write_text(model_card(beside), encoding="utf-8")
@@ -244,7 +244,7 @@ def _write_generation_config(tokenizer: "Tokenizer", folder: Path) -> dict[str, 
         ids["bos_token_id"] = tokenizer.token_to_id(roles["bos_token"])
     if ends:
         ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends
-        _write_json(folder / "generation_config.json", ids)
+        write_json(folder / "generation_config.json", ids)
     return ids
 
 
@@ -289,7 +289,3 @@ def _recorded_files(folder: Path) -> set[str]:
         return set()
     names = set() if record is None else {Path(name).name for name in record["sha256"]}
     return {name for name in names if (folder / name).is_file()}
-
-
-def _write_json(path: Path, contents: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,6 @@ and keys are permuted for that) and the two halves, as here, in the others. Know
 `gguf_tokenizer.py`; what llama.cpp does is in its src/models/<architecture>.cpp.
 """
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -25,7 +24,7 @@ from layerskip_moe.files import replacing
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.nn.block import MoEMLP
 from layerskip_moe.nn.config import RopeScaling
-from layerskip_moe.nn.rotary import rotary_table
+from layerskip_moe.nn.rotary import rotary_table, yarn_attention_factor
 from layerskip_moe.pretrained.quantize import quantization_of
 
 if TYPE_CHECKING:
@@ -189,8 +188,7 @@ def _add_rope_scaling(writer: "gguf.GGUFWriter", scaling: RopeScaling) -> None:
     if scaling.kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(scaling.trained_length)
         if scaling.attention_factor is not None:  # llama.cpp multiplies its own factor by this
-            own = 0.1 * math.log(scaling.factor) + 1 if scaling.factor > 1 else 1.0
-            writer.add_rope_scaling_attn_factors(scaling.attention_factor / own)
+            writer.add_rope_scaling_attn_factors(scaling.attention_factor / yarn_attention_factor(scaling.factor))
 
 
 def _tensors(model: MoEDecoder, architecture: str) -> Iterator[tuple[str, Tensor]]:

@@ -1,6 +1,10 @@
-"""Reading the JSON files of a checkpoint. Knows nothing of what they mean. Next: whoever does, such as `record.py`."""
+"""Reading and writing the JSON files of a checkpoint.
+
+Knows nothing of what they mean. Next: whoever does, such as `record.py`.
+"""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,3 +18,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise ValueError(f"{path} holds no JSON object; copy it again from where the model was saved.")
     return contents
+
+
+def write_json(path: Path, contents: Mapping[str, Any]) -> None:
+    """Write an object to a JSON file, a field a line."""
+    path.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")

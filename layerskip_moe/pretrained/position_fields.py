@@ -4,19 +4,17 @@ They are the ones with a history: transformers 5 reads the older spellings too, 
 precedence. Knows nothing of the other fields. Next: `families.py`, which calls; `nn/rotary.py`, the arithmetic.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from layerskip_moe.nn import ModelConfig, RopeScaling
+from layerskip_moe.nn.config import require_whole
+from layerskip_moe.nn.rotary import yarn_attention_factor
 
 
 def whole(values: Mapping[str, Any], field: str, at_least: int = 1) -> int:
     """A field that must be a whole number; ValueError, naming it, if it is not."""
-    value = values[field]
-    if type(value) is not int or value < at_least:
-        raise ValueError(f"{field}={value!r} must be a whole number, {at_least} or more.")
-    return value
+    return require_whole(field, values[field], at_least)
 
 
 def read_rope(values: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
@@ -62,8 +60,7 @@ def _read_yarn(given: Mapping[str, Any], trained: int, longest: int) -> RopeScal
         for field, number in {"factor": factor, "mscale": above, "mscale_all_dim": below}.items():
             if not isinstance(number, int | float):
                 raise ValueError(f"{field}={number!r} must be a number.")
-        stretch = 0.1 * math.log(factor) if factor > 1 else 0.0
-        size = (above * stretch + 1.0) / (below * stretch + 1.0)
+        size = yarn_attention_factor(factor, above) / yarn_attention_factor(factor, below)
     return RopeScaling(
         "yarn",
         factor,

@@ -10,14 +10,14 @@ catch a copy that broke off, at the price of reading each file twice. A folder w
 Knows nothing of configs, tensors or tokenizers. Next: `checkpoint.py`, which writes it and has it checked.
 """
 
-import hashlib
 import json
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from layerskip_moe.pretrained.json_file import read_json
+from layerskip_moe.files import sha256
+from layerskip_moe.pretrained.json_file import read_json, write_json
 
 RECORD = "layerskip_moe.json"
 FORMAT_VERSION = 2
@@ -27,11 +27,11 @@ def write_record(folder: Path, config: Mapping[str, Any], recipe: Mapping[str, A
     """Write the record of the files that are in folder. ValueError for a recipe of other than plain JSON values."""
     contents = {
         "format_version": FORMAT_VERSION,
-        "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
+        "sha256": {path.name: sha256(path) for path in sorted(folder.iterdir())},
         "config": config,
         "recipe": None if recipe is None else dict(recipe),
     }
-    (folder / RECORD).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / RECORD, contents)
 
 
 def check_recipe(recipe: Mapping[str, Any] | None) -> None:
@@ -71,7 +71,7 @@ def check_files(folder: Path, patterns: Collection[str]) -> None:
         path = folder / name
         if not path.is_file():
             found = f"{folder} has a {RECORD} but no {name}"
-        elif _sha256(path) != digest:
+        elif sha256(path) != digest:
             found = f"{path} is not the file that {RECORD} was written with (its sha256 differs)"
         else:
             continue
@@ -79,8 +79,3 @@ def check_files(folder: Path, patterns: Collection[str]) -> None:
             f"{found}: a save or a copy was interrupted, or a file exchanged; save or copy the whole folder again, or, "
             f"if it was changed on purpose, delete {RECORD} to load the files as they are."
         )
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,7 +9,6 @@ loading needs. Pickles, which can run code, are never opened.
 Knows nothing of configs; what a tensor is called and where it belongs is `layouts.py`'s. Next: `checkpoint.py`.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -21,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from layerskip_moe.nn import MoEDecoder
-from layerskip_moe.pretrained.json_file import read_json
+from layerskip_moe.pretrained.json_file import read_json, write_json
 from layerskip_moe.pretrained.layouts import Place
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -167,7 +166,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: 
             "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
             "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
         }
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / INDEX, index)
 
 
 def _split(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str]]:

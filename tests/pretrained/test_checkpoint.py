@@ -211,7 +211,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
 # Interruptions
 
 
-@pytest.mark.parametrize("writer", ["weights.save_file", "record._sha256", "checkpoint.model_card"])
+@pytest.mark.parametrize("writer", ["weights.save_file", "record.sha256", "checkpoint.model_card"])
 def test_an_error_while_writing_leaves_the_older_checkpoint(tmp_path, monkeypatch, writer):
     older = make_model()
     save_model(older, tmp_path, tokenizer=make_tokenizer("x"))
