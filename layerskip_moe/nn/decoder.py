@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from layerskip_moe.nn.attention import Places, locate
 from layerskip_moe.nn.block import Block
 from layerskip_moe.nn.cache import KVCache
+from layerskip_moe.nn.compiling import compiled
 from layerskip_moe.nn.config import ModelConfig
 from layerskip_moe.nn.experts import Experts
 from layerskip_moe.nn.router import Routing
@@ -50,6 +51,7 @@ class MoEDecoder(nn.Module):
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.compiled = False  # whether `run` takes compiled blocks; `compiling` sets it for a while
         # Not nn.Embedding(V, D): its own normal draw would be thrown away, and on the meta device, where a
         # checkpoint is loaded, it costs the import of half of torch.
         weight = torch.empty(config.vocab_size, config.d_model)
@@ -172,11 +174,13 @@ class MoEDecoder(nn.Module):
     def _run_block(
         self, layer: int, hidden: Tensor, places: Places, *, rows: Tensor | None, **how: Any
     ) -> tuple[Tensor, Routing | None]:
+        block = self.blocks[layer]
+        forward = compiled(Block.forward) if self.compiled else Block.forward
         if rows is None:
-            return self.blocks[layer](hidden, places, layer=layer, **how)
+            return forward(block, hidden, places, layer=layer, **how)
         # There is no cache where samples are dropped, and the window's mask is the same for all rows.
         part = places._replace(cos=places.cos[rows], sin=places.sin[rows])
-        ran, routing = self.blocks[layer](hidden[rows], part, layer=layer, **how)
+        ran, routing = forward(block, hidden[rows], part, layer=layer, **how)
         return hidden.index_copy(0, rows, ran), routing
 
     def fill(self, hidden: Tensor, layers: Sequence[int], *, positions: Tensor, cache: KVCache) -> None:

@@ -1,0 +1,32 @@
+"""Compiled blocks: `torch.compile` of one block's forward pass, shared by all blocks of a kind.
+
+The network is run block by block, in any range, so a block is what is compiled: a few graphs serve training, drafting,
+verification and plain decoding at every exit layer. Sizes that vary (samples, positions, cache slots) are dynamic.
+
+Knows nothing of what a block computes. Next: `block.py`; `decoder.py`, which calls either form.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def compiling(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Let `model.run` use compiled blocks for a while, or not; the model's own setting is back afterwards."""
+    own = model.compiled
+    try:
+        model.compiled = enabled
+        yield
+    finally:
+        model.compiled = own
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled, once per process; graphs are made as it meets new kinds of arguments."""
+    return torch.compile(function, dynamic=True, fullgraph=True)
