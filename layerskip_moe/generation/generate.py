@@ -17,6 +17,8 @@ from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.statistics import GenerationStats
 from layerskip_moe.generation.text import TextStream, unshown_token
 from layerskip_moe.nn import ModelConfig, MoEDecoder
+from layerskip_moe.nn.compiling import compiling
+from layerskip_moe.nn.kernels import using_kernels
 from layerskip_moe.nn.modes import evaluating
 from layerskip_moe.special_tokens import end_of_text_ids
 
@@ -75,6 +77,7 @@ def generate(
     tokenizer: "Tokenizer | None" = None,
     batch_size: int | None = None,
     on_token: Callable[[int, int], None] | None = None,
+    compile: bool = True,
 ) -> Generation:
     """Continue each prompt by up to max_new_tokens tokens.
 
@@ -88,6 +91,9 @@ def generate(
                  is that of row r, however the prompts are grouped.
     on_token:    called as on_token(row, token) for every token of `Generation.tokens`, as soon as it is settled:
                  in order within a row, the rows of a batch in turn
+    compile:     make decoding fast first: on a CPU compile kernels, seconds once per machine; on a GPU compile blocks,
+                 once per process and kind of step. False decodes at once, and several times slower. The texts are
+                 equal up to ties, which other ways of adding break otherwise.
 
     The model is run in eval mode, and left in the mode it was in, whatever is raised meanwhile. Raises ValueError
     for prompts that are empty, outside the vocabulary, or too long for max_seq_len together with max_new_tokens.
@@ -110,7 +116,8 @@ def generate(
     result = Generation([], None, [], GenerationStats(), [])
     size = batch_size or len(encoded)
     # A draft model is one more to run in eval mode and to leave as it was.
-    with evaluating(model), evaluating(getattr(strategy, "draft_model", None) or model):
+    draft = getattr(strategy, "draft_model", None) or model
+    with evaluating(model), evaluating(draft), using_kernels(compile):
         for first in range(0, len(encoded), size):
             start = _now(model)
             session = Session(
@@ -125,8 +132,9 @@ def generate(
             )
             strategy.start(session)
             filled = _now(model)
-            while not session.finished:
-                strategy.step(session)
+            with compiling(model, compile), compiling(draft, compile):
+                while not session.finished:
+                    strategy.step(session)
             done = _now(model)
             for stats in session.stats:
                 stats.prefill_seconds, stats.decode_seconds = filled - start, done - filled

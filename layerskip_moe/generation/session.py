@@ -102,6 +102,8 @@ class Session:
 
         Drafts that overhang what a row may still get are given its one slot that nothing reads.
         """
+        if count == 1:  # the last token a row may get is never run
+            return self.cache.lengths[:, None]
         offsets = torch.arange(count, device=self.newest.device)
         return torch.minimum(self.cache.lengths[:, None] + offsets, self._last_slot[:, None])
 
@@ -149,13 +151,12 @@ class Session:
         by default. drafted: how many tokens were proposed for each row in this round; counts - 1 of them were
         accepted. Rows that met a stop token, a stop string or their last token leave the session.
         """
-        if counts is None:
-            counts = torch.ones_like(tokens[:, 0])
         self._remember(tokens, counts)
-        self.cache.extend(counts)
-        self.newest = tokens.gather(1, counts[:, None] - 1)
+        self.cache.extend(1 if counts is None else counts)
+        self.newest = tokens if counts is None else tokens.gather(1, counts[:, None] - 1)
+        by_row = [1] * len(tokens) if counts is None else counts.tolist()
         stays = []
-        for index, (row, chosen, count) in enumerate(zip(self._active, tokens.tolist(), counts.tolist(), strict=True)):
+        for index, (row, chosen, count) in enumerate(zip(self._active, tokens.tolist(), by_row, strict=True)):
             layers = self.model.config.n_layers if layers_run is None else layers_run[index]
             self.stats[row].rounds += 1
             if drafted is not None:
@@ -181,9 +182,9 @@ class Session:
         self._texts[row].push(token)
         return self._texts[row].stopped
 
-    def _remember(self, tokens: Tensor, counts: Tensor) -> None:
+    def _remember(self, tokens: Tensor, counts: Tensor | None) -> None:
         """Write the round's tokens where later rounds look for them."""
-        if tokens.shape[1] == 1:
+        if counts is None:
             self.tokens.scatter_(1, self.cache.lengths[:, None] + 1, tokens)
         else:
             tokens = self._write_up_to(tokens, counts)

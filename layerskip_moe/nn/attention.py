@@ -16,13 +16,14 @@ from layerskip_moe.nn import few_rows
 from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.config import ModelConfig
 from layerskip_moe.nn.linear import Linear, linear
+from layerskip_moe.nn.norm import RMSNorm
 from layerskip_moe.nn.rotary import rotary_table
 
 
 class Places(NamedTuple):
     """Where the B x T states of one run stand: made once, used by every layer of the run.
 
-    cos, sin:  [B, T, 1, head_dim] float32, the rotary angles
+    cos, sin:  [B, T, 1, head_dim] float32, the rotary angles; for few states the whole tables [., head_dim]
     rows:      [B * T] int64, the row of the cache that each state belongs to; None without a cache
     positions: [B * T] int64, its slot there; None without a cache
     length:    S, how many slots of each row are read by many states at once
@@ -52,16 +53,15 @@ def locate(
     table = rotary_table(
         config.head_width, config.rope_theta, config.rope_scaling, config.max_seq_len, positions.device
     )
+    if few:
+        assert cache is not None
+        return Places(*table, cache.rows_of(positions), positions.flatten().contiguous(), few=True)
     cos, sin = (angles[positions][:, :, None] for angles in table)
     window, here = config.sliding_window, positions.shape[1]
     cut = window is not None and window < here
     if cache is None:
         return Places(cos, sin, windowed=_may_read(positions[:1], here, window)[:, None] if cut else None)
-    rows = cache.rows[:, None].expand(positions.shape).flatten().contiguous()
-    if few:
-        cos, sin = cos.view(1, -1, *cos.shape[2:]), sin.view(1, -1, *sin.shape[2:])
-        return Places(cos, sin, rows, positions.flatten().contiguous(), few=True)
-    where = Places(cos, sin, rows, positions.reshape(-1), length)
+    where = Places(cos, sin, cache.rows_of(positions), positions.flatten(), length)
     if length == here and bool((positions == torch.arange(here, device=positions.device)).all()):
         return where._replace(windowed=_may_read(positions[:1], here, window)[:, None] if cut else None)
     groups = config.n_heads // config.kv_heads
@@ -85,11 +85,14 @@ def _may_read(positions: Tensor, length: int, window: int | None = None) -> Tens
 
 def rotate(x: Tensor, places: Places) -> Tensor:
     """Turn x [B, T, heads, head_dim] by its positions' angles."""
+    if places.few:
+        assert places.positions is not None
+        return few_rows.rotate(x[0], places.cos, places.sin, places.positions)[None]
     first, second = x.chunk(2, dim=-1)
     return x * places.cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * places.sin.to(x.dtype)
 
 
-def _norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
     """Norm in the weight's type: under autocast that is float32, and a mixed call would warn."""
     return norm(x.to(norm.weight.dtype))
 
@@ -113,8 +116,8 @@ class Attention(nn.Module):
         self.output = Linear(self.n_heads * self.head_dim, config.d_model, bias=config.output_bias)
         if config.qk_norm is not None:
             heads = (self.n_heads, self.n_kv_heads) if config.qk_norm == "full" else (1, 1)
-            self.query_norm = nn.RMSNorm(heads[0] * self.head_dim, eps=config.norm_eps)
-            self.key_norm = nn.RMSNorm(heads[1] * self.head_dim, eps=config.norm_eps)
+            self.query_norm = RMSNorm(heads[0] * self.head_dim, eps=config.norm_eps)
+            self.key_norm = RMSNorm(heads[1] * self.head_dim, eps=config.norm_eps)
 
     def _split_heads(self, x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, self.head_dim))
@@ -134,7 +137,7 @@ class Attention(nn.Module):
         """Projected keys [B, T, G * head_dim] -> normed and rotated [B, T, G, head_dim]."""
         return self._norm_and_rotate(k, self.n_kv_heads, self.key_norm if self.qk_norm else None, places)
 
-    def _norm_and_rotate(self, x: Tensor, heads: int, norm: nn.RMSNorm | None, places: Places) -> Tensor:
+    def _norm_and_rotate(self, x: Tensor, heads: int, norm: RMSNorm | None, places: Places) -> Tensor:
         if norm is not None and self.qk_norm == "full":
             x = _norm(norm, x)
         x = self._split_heads(self._clipped(x), heads)

@@ -6,10 +6,12 @@ B batch, T positions, D width, F hidden width. Knows nothing of other layers. Ne
 
 from torch import Tensor, nn
 
+from layerskip_moe.nn import few_rows
 from layerskip_moe.nn.attention import Attention, Places
 from layerskip_moe.nn.config import ModelConfig
 from layerskip_moe.nn.experts import Experts, swiglu
 from layerskip_moe.nn.linear import Linear
+from layerskip_moe.nn.norm import RMSNorm
 from layerskip_moe.nn.router import Router, Routing
 
 
@@ -23,7 +25,10 @@ class DenseMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return self.down(swiglu(self.gate_up(x)))
+        hidden = self.gate_up(x)
+        if few_rows.are_few(hidden):
+            return self.down(few_rows.swiglu(hidden.flatten(0, -2)).view(*x.shape[:-1], -1))
+        return self.down(swiglu(hidden))
 
 
 class MoEMLP(nn.Module):
@@ -44,8 +49,9 @@ class MoEMLP(nn.Module):
         if self.shared is not None:
             shared = self.shared(tokens)
             if self.shared_gate is not None:
-                shared = self.shared_gate(tokens).sigmoid() * shared
-            out = out + shared
+                opened = self.shared_gate(tokens)
+                shared = few_rows.gate(shared, opened) if few_rows.are_few(shared) else opened.sigmoid() * shared
+            out = few_rows.add(out, shared) if few_rows.are_few(out) else out + shared
         return out.view(x.shape), routing
 
 
@@ -54,9 +60,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.attention = Attention(config, windowed=config.is_windowed(layer))
-        self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mlp_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         dense = config.dense_d_ff or config.expert_d_ff
         self.mlp: MoEMLP | DenseMLP = (
             MoEMLP(config) if config.is_moe(layer) else DenseMLP(config.d_model, dense, bias=config.mlp_bias)
@@ -78,7 +84,7 @@ class Block(nn.Module):
         memory: the cache's keys and values of this layer, see `Attention`; None: no cache.
         expert_rows: the samples the second sublayer runs for (None: all); the others pass it by.
         """
-        x = x + self.dropout(self.attention(self.attention_norm(x), places, memory))
+        x = self._add(x, self.attention(self.attention_norm(x), places, memory))
         if expert_rows is None:
             return self._transform(x, expert_mask, top_k)
         if len(expert_rows) == 0:
@@ -86,9 +92,14 @@ class Block(nn.Module):
         transformed, routing = self._transform(x[expert_rows], expert_mask, top_k)
         return x.index_copy(0, expert_rows, transformed), routing
 
+    def _add(self, x: Tensor, update: Tensor) -> Tensor:
+        if self.training:
+            update = self.dropout(update)
+        return few_rows.add(x.flatten(0, 1), update.flatten(0, 1)).view(x.shape) if few_rows.are_few(x) else x + update
+
     def _transform(self, x: Tensor, expert_mask: Tensor | None, top_k: int | None) -> tuple[Tensor, Routing | None]:
         normed = self.mlp_norm(x)
         if isinstance(self.mlp, MoEMLP):
             out, routing = self.mlp(normed, expert_mask, top_k)
-            return x + self.dropout(out), routing
-        return x + self.dropout(self.mlp(normed)), None
+            return self._add(x, out), routing
+        return self._add(x, self.mlp(normed)), None

@@ -9,11 +9,13 @@ Knows nothing of who writes or why. Next: `attention.py`, which writes and reads
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from layerskip_moe.nn.config import ModelConfig
+from layerskip_moe.nn.replay import Recording
 
 
 class KVCache:
@@ -41,6 +43,7 @@ class KVCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.rows = torch.arange(batch_size, device=device)
+        self.recordings: dict[Any, Recording] = {}  # runs over these buffers, see `replay.py`
 
     @property
     def capacity(self) -> int:
@@ -51,6 +54,10 @@ class KVCache:
         """Keys and values [B, capacity, G, head_dim] of one layer: what `Attention` writes and reads, at `rows`."""
         return self.keys[layer], self.values[layer]
 
+    def rows_of(self, positions: Tensor) -> Tensor:
+        """The buffers' row of each of positions [B, T], flat: [B * T]."""
+        return self.rows[:, None].expand(positions.shape).flatten().contiguous()
+
     def subset(self, rows: Tensor) -> "KVCache":
         """Some rows (int64 indices) of this cache as a cache of its own, over the same buffers: what is written to
         it is written here. For rows that go deeper than the others of their batch."""
@@ -58,8 +65,8 @@ class KVCache:
         part.lengths, part.rows = self.lengths[rows], self.rows[rows]
         return part
 
-    def extend(self, counts: Tensor) -> None:
-        """Count the next counts [B] positions of each row as complete."""
+    def extend(self, counts: Tensor | int) -> None:
+        """Count the next counts [B] positions of each row as complete, or as many of every row."""
         self.lengths = self.lengths + counts
 
     def crop(self, lengths: Tensor) -> None:
@@ -70,6 +77,7 @@ class KVCache:
     def select(self, rows: Tensor) -> None:
         """Keep only the given rows (int64 indices), in that order."""
         assert len(self.rows) == self.keys.shape[1], "a subset cannot drop rows: it does not own them"
+        self.recordings = {}  # these were of the old buffers
         self.keys = self.keys[:, rows]
         self.values = self.values[:, rows]
         self.lengths, self.rows = self.lengths[rows], self.rows[: len(rows)]

@@ -22,6 +22,9 @@ from layerskip_moe.nn.compiling import compiled
 from layerskip_moe.nn.config import ModelConfig
 from layerskip_moe.nn.experts import Experts
 from layerskip_moe.nn.linear import Linear, linear
+from layerskip_moe.nn.norm import RMSNorm
+from layerskip_moe.nn.replay import Recording
+from layerskip_moe.nn.rotary import rotary_table
 from layerskip_moe.nn.router import Routing
 
 if TYPE_CHECKING:
@@ -58,7 +61,7 @@ class MoEDecoder(nn.Module):
         weight = torch.empty(config.vocab_size, config.d_model)
         self.embedding = nn.Embedding.from_pretrained(weight, freeze=False)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
         self.initialize(seed)
 
@@ -108,6 +111,10 @@ class MoEDecoder(nn.Module):
         """Token ids [B, T] -> hidden states [B, T, D]."""
         return self.embedding(tokens)
 
+    def _angles(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        config = self.config
+        return rotary_table(config.head_width, config.rope_theta, config.rope_scaling, config.max_seq_len, device)
+
     def unembed(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] after any layer -> logits [..., V], through the one norm and head."""
         return linear(self.norm(hidden), self.head_weight)
@@ -151,10 +158,62 @@ class MoEDecoder(nn.Module):
         layers = list(layers)
         length = self._check_positions(positions, cache)
         self._check_run(layers, hidden.shape[0], cache, keep, keep_experts, expert_mask, top_k, collect)
-        few = cache is not None and keep_experts is None and few_rows.are_few(hidden)
-        places = locate(positions, self.config, cache, length=length, few=few)
-        shape = hidden.shape
-        output = RunOutput(hidden.reshape(1, -1, shape[-1]) if few else hidden)
+        if cache is not None and keep_experts is None and expert_mask is None and few_rows.are_few(hidden):
+            return self._run_few(hidden, layers, positions, cache, top_k, collect)
+        places = locate(positions, self.config, cache, length=length)
+        return self._run_blocks(hidden, layers, places, cache, keep, keep_experts, expert_mask, top_k, collect)
+
+    def _run_few(
+        self,
+        hidden: Tensor,
+        layers: list[int],
+        positions: Tensor,
+        cache: KVCache,
+        top_k: int | None,
+        collect: Sequence[int],
+    ) -> RunOutput:
+        """`run` for few rows, which stand one after the other as [1, N, D]; repeated from a recording if compiled."""
+        shape, table = hidden.shape, self._angles(hidden.device)
+
+        def run(inputs: list[Tensor]) -> RunOutput:
+            states, rows, places = inputs
+            where = Places(*table, rows, places, few=True)
+            return self._run_blocks(states, layers, where, cache, None, None, None, top_k, collect)
+
+        def tensors(output: RunOutput) -> list[Tensor]:
+            return [output.hidden, *(output.collected[layer] for layer in collect)]
+
+        inputs = [hidden.reshape(1, -1, shape[-1]), cache.rows_of(positions), positions.flatten().contiguous()]
+        if not (self.compiled and few_rows.has_kernels()):
+            output = run(inputs)
+        else:
+            key = id(self), tuple(layers), len(inputs[1]), top_k, tuple(collect)
+            recording = cache.recordings.get(key)
+            if recording is None:
+                recording = cache.recordings[key] = Recording(lambda own: tensors(run(own)), inputs)
+                last, *others = [tensor.clone() for tensor in recording.first]
+            elif recording.complete:
+                last, *others = recording(inputs)
+            else:
+                last, *others = tensors(run(inputs))
+            output = RunOutput(last, dict(zip(collect, others, strict=True)))
+        output.hidden = output.hidden.view(shape)
+        output.collected = {layer: states.view(shape) for layer, states in output.collected.items()}
+        return output
+
+    def _run_blocks(
+        self,
+        hidden: Tensor,
+        layers: list[int],
+        places: Places,
+        cache: KVCache | None,
+        keep: Tensor | None,
+        keep_experts: Tensor | None,
+        expert_mask: Tensor | None,
+        top_k: int | None,
+        collect: Sequence[int],
+    ) -> RunOutput:
+        output = RunOutput(hidden)
         for index, layer in enumerate(layers):
             rows = _rows(keep, index, hidden.device)  # the samples that stay; None: all of them
             if rows is None or len(rows):
@@ -171,15 +230,14 @@ class MoEDecoder(nn.Module):
                 if routing is not None:
                     output.routing[layer] = routing
             if layer in collect:
-                output.collected[layer] = output.hidden.view(shape)
-        output.hidden = output.hidden.view(shape)
+                output.collected[layer] = output.hidden
         return output
 
     def _run_block(
         self, layer: int, hidden: Tensor, places: Places, *, rows: Tensor | None, **how: Any
     ) -> tuple[Tensor, Routing | None]:
         block = self._block(layer)
-        forward = compiled(Block.forward) if self.compiled else Block.forward
+        forward = compiled(Block.forward) if self.compiled and not places.few else Block.forward
         if rows is None:
             return forward(block, hidden, places, **how)
         # There is no cache where samples are dropped, and the window's mask is the same for all rows.

@@ -27,7 +27,7 @@ def are_few(x: Tensor) -> bool:
     """Whether the rows of x [..., K] are computed by this file's functions: at most MOST_ROWS, on a CPU, with neither
     gradients nor autocast."""
     return (
-        x.device.type == "cpu"
+        x.is_cpu
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and x.dtype in _TYPES
@@ -35,13 +35,15 @@ def are_few(x: Tensor) -> bool:
     )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [N, K] times weight [O, K] transposed, plus bias [O] -> [N, O] of x's type; sums are float32. The weight may
-    be int8 with a scale for each output row; one that is quantised in another way is dequantised first."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wide: bool = False) -> Tensor:
+    """x [N, K] times weight [O, K] transposed, plus bias [O] -> [N, O] of x's type, or in float32 (wide); sums are
+    float32. The weight may be int8 with a scale for each output row; one quantised in another way is dequantised."""
     values, scale = _parts(weight)
     if has_kernels():
-        return torch.ops.layerskip_moe.linear.default(x.contiguous(), values.contiguous(), scale, bias)
+        return torch.ops.layerskip_moe.linear.default(x, values.contiguous(), scale, bias, wide)
     weight = values if scale is None else values.to(x.dtype) * scale.to(x.dtype)
+    if wide:
+        x, weight = x.float(), weight.float()
     return torch.cat([F.linear(row, weight, bias) for row in x.split(1)])
 
 
@@ -51,7 +53,7 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: T
     if has_kernels() and _is_read(gate_up) and _is_read(down):
         (gate_up, gate_up_scale), (down, down_scale) = _parts(gate_up), _parts(down)
         return torch.ops.layerskip_moe.experts.default(
-            x.contiguous(),
+            x,
             chosen.contiguous(),
             weights.float().contiguous(),
             gate_up.contiguous(),
@@ -62,9 +64,47 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: T
     outputs = x.new_empty(*chosen.shape, x.shape[-1])
     for expert in chosen.unique().tolist():
         rows, places = (chosen == expert).nonzero(as_tuple=True)
-        gate, up = linear(x[rows], gate_up[expert]).chunk(2, dim=-1)
-        outputs[rows, places] = linear(F.silu(gate) * up, down[expert])
+        outputs[rows, places] = linear(swiglu(linear(x[rows], gate_up[expert])), down[expert])
     return (outputs * weights[..., None].to(x.dtype)).sum(dim=1)
+
+
+def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm (arXiv 1910.07467) by weight [D] of x [N, ..., D], over its last dimension; sums are float32."""
+    if has_kernels():
+        return torch.ops.layerskip_moe.norm.default(x, weight, epsilon)
+    return F.rms_norm(x, weight.shape, weight, epsilon)  # each vector by itself
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, both [N, D]."""
+    return torch.ops.layerskip_moe.add.default(x, y) if has_kernels() else x + y
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of gate_up [N, 2F], the gate first -> [N, F]."""
+    if has_kernels():
+        return torch.ops.layerskip_moe.swiglu.default(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def gate(x: Tensor, logits: Tensor) -> Tensor:
+    """x [N, D] times the sigmoid of logits [N, 1]."""
+    return torch.ops.layerskip_moe.gate.default(x, logits) if has_kernels() else logits.sigmoid() * x
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    """x [N, heads, head_dim] turned by the angles of positions [N] in the tables cos and sin [., head_dim]."""
+    if has_kernels():
+        return torch.ops.layerskip_moe.rotate.default(x, cos, sin, positions)
+    cos, sin = cos[positions][:, None], sin[positions][:, None]
+    first, second = x.float().chunk(2, dim=-1)
+    return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+def route(logits: Tensor, bias: Tensor | None, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """What `Router` does with logits [N, E]: chosen and weights [N, K]. Needs the kernels."""
+    return torch.ops.layerskip_moe.route.default(logits, bias, top_k, normalize)
 
 
 def attend(
@@ -85,13 +125,11 @@ def attend(
     -> [N, H * head_dim]. What is read is what stands up to a query's own position, however large the cache.
     """
     scale = 1.0 / math.sqrt(queries.shape[-1])
-    new_keys, new_values = new_keys.to(keys.dtype), new_values.to(values.dtype)
-    if has_kernels() and keys.dtype in _TYPES:
+    if has_kernels():
         return torch.ops.layerskip_moe.attend.default(
-            queries.contiguous(), new_keys.contiguous(), new_values.contiguous(), keys, values, rows, positions,
-            window, scale,
-        )  # fmt: skip
-    keys[rows, positions], values[rows, positions] = new_keys, new_values
+            queries, new_keys, new_values, keys, values, rows, positions, window, scale
+        )
+    keys[rows, positions], values[rows, positions] = new_keys.to(keys.dtype), new_values.to(values.dtype)
     mixed = []
     for query, row, position in zip(queries, rows.tolist(), positions.tolist(), strict=True):
         first = max(0, position + 1 - window) if window else 0

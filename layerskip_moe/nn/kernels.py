@@ -11,10 +11,12 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from layerskip_moe.files import cache_folder, replacing
 
@@ -25,13 +27,26 @@ _FLAGS = (
 )  # fmt: skip
 
 _loaded: bool | None = None  # None: not tried yet
+_wanted: ContextVar[bool] = ContextVar("kernels_wanted", default=True)
+
+
+@contextmanager
+def using_kernels(wanted: bool) -> Iterator[None]:
+    """Use the operators for a while, or do without them, in this thread."""
+    token = _wanted.set(wanted)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
 
 
 def has_kernels() -> bool:
-    """Whether the operators are there; they are compiled and loaded at the first call. Warns, once, where they cannot
-    be: without a C++ compiler, for instance."""
+    """Whether the operators are to be used and are there; they are compiled and loaded at the first call. Warns, once,
+    where they cannot be: without a C++ compiler, for instance."""
     global _loaded
-    if _loaded is None and not torch.compiler.is_compiling():
+    if not _wanted.get():
+        return False
+    if _loaded is None:
         try:
             torch.ops.load_library(_library())
         except (OSError, subprocess.CalledProcessError) as error:
@@ -43,9 +58,8 @@ def has_kernels() -> bool:
             )
             _loaded = False
         else:
-            _describe_operators()
             _loaded = True
-    return bool(_loaded)
+    return _loaded
 
 
 def _library() -> Path:
@@ -83,19 +97,3 @@ def _processor() -> str:
         lines = cpuinfo.read_text(errors="replace").splitlines()
         return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
     return f"{platform.machine()} {platform.processor()}"
-
-
-def _describe_operators() -> None:
-    """Tell torch.compile what the operators give, without running them."""
-
-    @torch.library.register_fake("layerskip_moe::linear")
-    def _(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-        return x.new_empty(x.shape[0], weight.shape[0])
-
-    @torch.library.register_fake("layerskip_moe::experts")
-    def _(x: Tensor, *_: Tensor | None) -> Tensor:
-        return torch.empty_like(x)
-
-    @torch.library.register_fake("layerskip_moe::attend")
-    def _(queries: Tensor, *_: object) -> Tensor:
-        return queries.new_empty(queries.shape[0], queries.shape[1] * queries.shape[2])

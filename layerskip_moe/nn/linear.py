@@ -13,7 +13,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times weight [O, K] transposed, plus bias [O] -> [..., O]. Few rows are computed one like the other,
     whatever their number (`few_rows.py`)."""
     if few_rows.are_few(x):
-        return few_rows.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+        return few_rows.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight, bias)
 
 

@@ -5,13 +5,15 @@ Knows nothing of the experts' arithmetic. Next: `experts.py` (what the chosen ex
 `training/balance.py` (the losses made from what is recorded here).
 """
 
+import contextlib
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerskip_moe.nn import few_rows
 from layerskip_moe.nn.config import ModelConfig
-from layerskip_moe.nn.linear import linear
 
 
 class Routing(NamedTuple):
@@ -49,16 +51,20 @@ class Router(nn.Module):
     def forward(self, x: Tensor, *, expert_mask: Tensor | None = None, top_k: int | None = None) -> Routing:
         """x [N, D] -> Routing. expert_mask [E]: True for active; the others are masked before the softmax,
         so the gate redistributes over the active ones. top_k: choose fewer than the model was built with."""
-        with torch.autocast(x.device.type, enabled=False):
-            logits = linear(x.float(), self.weight.float())
+        few = few_rows.are_few(x)
+        with contextlib.nullcontext() if few else torch.autocast(x.device.type, enabled=False):
+            logits = few_rows.linear(x, self.weight, wide=True) if few else F.linear(x.float(), self.weight.float())
         if expert_mask is not None:
             logits = logits.masked_fill(~expert_mask, float("-inf"))
+        top_k = top_k or self.top_k
+        if few and few_rows.has_kernels():
+            return Routing(logits, *few_rows.route(logits, self.balance_bias, top_k, self.normalize))
         probabilities = logits.softmax(dim=-1)
         scores = probabilities
         if self.balance_bias is not None:
             # An inactive expert has probability 0, and a bias must not bring it back.
             scores = (probabilities + self.balance_bias).masked_fill(logits.isneginf(), float("-inf"))
-        chosen = scores.topk(top_k or self.top_k, dim=-1).indices
+        chosen = scores.topk(top_k, dim=-1).indices
         weights = probabilities.gather(-1, chosen)
         if self.normalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)

@@ -1,0 +1,58 @@
+"""A run of few rows recorded once, and repeated without Python: what CUDA graphs are to a GPU.
+
+A token passes some ten operators per layer, and calling these from Python takes as long as computing them. The first run
+of some layers over N rows of a cache is made as always, its operators noting what they do to which memory; later ones
+do that again, on new states at new positions. Nothing is compiled for it and no number differs: the text may grow, rows
+may come and go, and a new cache or another N is one more recording, which costs one run.
+
+Only this library's few-row operators can be recorded. A run that needs another one, as a clamp or an expert mask is, is
+made as always every time.
+
+Knows nothing of layers. Next: `decoder.py`, which decides; `few_rows.cpp`, which notes and repeats.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_OURS = "layerskip_moe"
+
+
+class Recording:
+    """One run, recorded while it is made for the first time."""
+
+    def __init__(self, run: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor]) -> None:
+        """run: from inputs to outputs, by few-row operators; the buffers it reads and writes besides must live on."""
+        own = [tensor.clone() for tensor in inputs]
+        number = torch.ops.layerskip_moe.record(own)
+        outputs: list[Tensor] = []
+        try:
+            with _OnlyOurs() as seen:
+                outputs = run(own)
+        finally:
+            torch.ops.layerskip_moe.recorded([tensor.contiguous() for tensor in outputs])
+            self._number = number
+            weakref.finalize(self, torch.ops.layerskip_moe.forget, number)
+        self.first = outputs
+        self.complete = seen.others == set()
+
+    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
+        """The outputs for other inputs of the same sizes."""
+        return torch.ops.layerskip_moe.replay.default(self._number, inputs)
+
+
+class _OnlyOurs(TorchDispatchMode):
+    """Notes operators that compute something and are not this library's: a recording would leave them out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != _OURS and not func.is_view and func is not torch.ops.aten._unsafe_view.default:
+            self.others.add(str(func))
+        return func(*args, **(kwargs or {}))
