@@ -37,7 +37,7 @@ def run_experts_sorted(x: Tensor, routing: Routing, gate_up: Tensor, down: Tenso
     hidden = multiply(x[order // top_k], gate_up, ends)
     pairs = multiply(swiglu(hidden), down, ends)
     pairs = pairs * routing.weights.flatten()[order, None].to(pairs.dtype)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(tokens * top_k, device=order.device))
     return pairs[back].view(tokens, top_k, -1).sum(dim=1)
 
 
