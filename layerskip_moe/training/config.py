@@ -55,7 +55,7 @@ class TrainConfig:
         bias_update_rate: step of the choice bias, where ModelConfig.bias_balancing is on
 
         precision: "auto": bfloat16 where the hardware has it, float16 on an older GPU, else float32
-        compile: train with compiled blocks; None: on a GPU, and elsewhere never (see `compiles`)
+        compile: train with compiled blocks; None: on a GPU only; on a CPU it pays from some 500 steps on
         seed: of batches and dropout
         validate_every: steps between validations; None: ten times in the run; 0: only at the end
         validation_windows: samples of the validation split used each time

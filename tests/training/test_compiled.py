@@ -36,7 +36,7 @@ def traced(monkeypatch):
 
 def dropping(recipe, **fields):
     return recipe(
-        **{"layer_dropout_max": 0.8, "layer_dropout_time": "uniform", "batch_size": 6, "seq_len": 4, **fields}
+        **{"layer_dropout_max": 0.8, "layer_dropout_time": "uniform", "batch_size": 3, "seq_len": 4, **fields}
     )
 
 
@@ -56,18 +56,17 @@ def test_compiled_and_not_are_one_run_and_no_draw_of_layer_dropout_compiles_anew
     def counting(*arguments, **others):
         keep = layer_keep(*arguments, **others)
         kept.update(keep.sum(1).tolist())
-        made.append(graphs())
         return keep
 
-    kept, made, runs, layer_keep = set(), [], {}, losses.layer_keep
+    kept, runs, layer_keep = set(), {}, losses.layer_keep
     monkeypatch.setattr(losses, "layer_keep", counting)
     for compile in (True, False):
-        model, config = decoder(n_layers=3), dropping(recipe, compile=compile, max_steps=25, validate_every=0)
+        model, config = decoder(n_layers=2), dropping(recipe, compile=compile, max_steps=16, validate_every=0)
         runs[compile] = end_of(model, text(validation=0), config, tmp_path / str(compile))
         assert not model.compiled
     assert_close(runs[True], runs[False])
-    assert kept == set(range(7))  # no sample of a layer, one, some, all
-    assert 0 < made[10] == made[-1] <= 3  # graphs: for all samples, for some, and for a single one
+    assert kept == {0, 1, 2, 3}  # no sample of a layer, one, some, all
+    assert 0 < graphs() <= 3  # graphs: for all samples, for some, and for a single one
 
 
 def test_what_is_compiled_unless_it_is_said(monkeypatch):
