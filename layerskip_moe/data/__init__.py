@@ -5,7 +5,7 @@
 models. Start reading at `corpus.py`.
 """
 
-from layerskip_moe.data.batching import batches, steps_per_epoch, windows
+from layerskip_moe.data.batching import ahead, batches, steps_per_epoch, windows
 from layerskip_moe.data.corpus import Corpus, load_corpus
 
-__all__ = ["Corpus", "batches", "load_corpus", "steps_per_epoch", "windows"]
+__all__ = ["Corpus", "ahead", "batches", "load_corpus", "steps_per_epoch", "windows"]

@@ -4,12 +4,17 @@ Example `w` of a stream is its tokens w*T .. w*T+T: the inputs are the first T o
 so every token but the first is a label once. Knows nothing of text or models.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Item = TypeVar("Item")
 
 
 def batches(
@@ -47,6 +52,30 @@ def windows(tokens: Tensor, seq_len: int, batch_size: int, limit: int | None = N
         n_examples = min(n_examples, limit)
     chosen = torch.arange(n_examples).split(batch_size)
     return (_examples(tokens, seq_len, part) for part in chosen)
+
+
+def ahead(items: Iterator[Item], n: int = 2) -> Generator[Item, None, None]:
+    """The same items in the same order, of which a background thread prepares the next n meanwhile.
+
+    An error of `items` reaches the caller at the item's turn. The thread ends with the items, or when this iterator
+    is closed or dropped, then after the item that it is at.
+    """
+    if n < 1:
+        raise ValueError(f"n is how many items are prepared ahead and cannot be {n}: use 1 or more.")
+    ended = object()
+    waiting: deque[Future[Item | object]] = deque()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+    try:
+        for _ in range(n):
+            waiting.append(pool.submit(next, items, ended))
+        while True:
+            item = waiting.popleft().result()
+            if item is ended:
+                return
+            waiting.append(pool.submit(next, items, ended))
+            yield item  # type: ignore[misc]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _example_count(tokens: Tensor, seq_len: int, batch_size: int) -> int:

@@ -2,9 +2,8 @@
 
 N tokens, D width, E experts, K chosen, F expert hidden size.
 Many tokens (training, prefill, verification) are sorted by expert and go through one grouped product per
-projection; a single token (plain decoding, drafting) reads its K experts one by one; a plain loop is the
-reference for both, and the way on hardware without grouped products (a T4 is one).
-Knows nothing of how the experts were chosen. Next: `router.py`.
+projection; a single token (plain decoding, drafting) reads its K experts one by one.
+Knows nothing of how the experts were chosen. Next: `router.py`, `products.py` (the grouped product).
 """
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from layerskip_moe.nn import few_rows
 from layerskip_moe.nn.config import ModelConfig
+from layerskip_moe.nn.products import can_group, grouped_product, is_quantized, quantized_grouped_product
 from layerskip_moe.nn.router import Routing
 
 
@@ -22,53 +22,23 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def run_experts_loop(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
-    """x [N, D] -> [N, D], expert after expert, each needed one read once; for any dtype and device.
-
-    A GPU is waited for once, to learn the load.
-    """
-    out = torch.zeros_like(x)
-    order = routing.chosen.flatten().argsort(stable=True)  # (token, choice) pairs, by expert
-    weights = routing.weights.flatten().to(x.dtype)
-    for expert, pairs in enumerate(order.split(routing.load.tolist())):
-        if len(pairs):
-            rows = pairs // routing.chosen.shape[1]
-            result = F.linear(swiglu(F.linear(x[rows], gate_up[expert])), down[expert])
-            out = out.index_add(0, rows, result * weights[pairs, None])
-    return out
-
-
 def run_experts_one_token(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
     """The loop for x [1, D], where there is nothing to pick out and nothing to put back."""
     parts = [F.linear(swiglu(F.linear(x, gate_up[e])), down[e]) for e in routing.chosen[0].tolist()]
     return routing.weights.to(x.dtype) @ torch.cat(parts)
 
 
-def run_experts_grouped(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The same by `torch.nn.functional.grouped_mm` over tokens sorted by expert; x, gate_up, down of one dtype."""
+def run_experts_sorted(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+    """x [N, D] -> [N, D]: the (token, choice) pairs sorted by expert, one grouped product for each projection."""
     tokens, top_k = routing.chosen.shape
-    order = routing.chosen.flatten().argsort(stable=True)  # (token, choice) pairs, by expert
+    multiply = quantized_grouped_product if is_quantized(gate_up) else grouped_product
+    order = routing.chosen.flatten().argsort(stable=True)
     ends = routing.load.cumsum(0).to(torch.int32)
-    hidden = F.grouped_mm(x[order // top_k], gate_up.transpose(1, 2), offs=ends)
-    pairs = F.grouped_mm(swiglu(hidden), down.transpose(1, 2), offs=ends)
+    hidden = multiply(x[order // top_k], gate_up, ends)
+    pairs = multiply(swiglu(hidden), down, ends)
     pairs = pairs * routing.weights.flatten()[order, None].to(pairs.dtype)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(tokens * top_k, device=order.device))
     return pairs[back].view(tokens, top_k, -1).sum(dim=1)
-
-
-def can_group(x: Tensor, gate_up: Tensor) -> bool:
-    """Whether grouped_mm takes these: bf16/fp16/fp32, rows of whole 16-byte units, CPU or CUDA SM80 and up; not
-    quantised weights, which are dequantised expert by expert."""
-    if type(gate_up) not in (Tensor, nn.Parameter):
-        return False
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return False
-    widths = gate_up.shape[2], gate_up.shape[1] // 2
-    if any(width * x.element_size() % 16 for width in widths):
-        return False
-    if x.device.type == "cuda":
-        return torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return x.device.type == "cpu"
 
 
 class Experts(nn.Module):
@@ -89,10 +59,7 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(x.device.type):  # grouped_mm is not on autocast's list
             dtype = torch.get_autocast_dtype(x.device.type)
             x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
-        grouped = can_group(x, gate_up)
-        # Where a GPU can group, the choice stays there: reading it back waits for the device at every layer.
-        if len(x) == 1 and not (grouped and x.device.type == "cuda"):
+        # On a GPU the choice stays there: reading it back waits for the device at every layer.
+        if len(x) == 1 and not (x.device.type == "cuda" and can_group(x, gate_up)):
             return run_experts_one_token(x, routing, gate_up, down)
-        if grouped:
-            return run_experts_grouped(x, routing, gate_up, down)
-        return run_experts_loop(x, routing, gate_up, down)
+        return run_experts_sorted(x, routing, gate_up, down)

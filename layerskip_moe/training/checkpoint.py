@@ -5,6 +5,7 @@ dropout are functions of the step. (The model other people load is `save_pretrai
 Next: `loop.py`, which says what the state is made of.
 """
 
+import contextlib
 import zlib
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from layerskip_moe.files import replacing
+from layerskip_moe.quiet_import import quiet_import
 
 NAME = "checkpoint.pt"
 _FREE = ("log_every", "checkpoint_every")  # these may change on resume: nothing computed depends on them
@@ -32,6 +34,8 @@ def load_checkpoint(out_dir: Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"there is no {NAME} in {out_dir} to resume from; start without resume.")
     damaged = f"{path} is damaged and cannot be resumed from; remove it and start again."
+    with contextlib.suppress(ImportError), quiet_import():
+        import torchao.optim  # noqa: F401 (it tells torch.load that the 8-bit AdamW's tensors are harmless)
     with open(path, "rb") as file:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)

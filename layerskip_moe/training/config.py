@@ -11,13 +11,14 @@ from layerskip_moe.training.exit_loss import Curriculum, WeightKind
 from layerskip_moe.training.torchtune_parts import SCALES, Scale
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+OptimizerName = Literal["adamw", "adamw8bit"]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Length, optimizer, and the LayerSkip recipe's dials.
 
-    The optimizer is AdamW: warm-up, then a cosine down to a share of the peak. Layer dropout is LayerSkip's
+    The optimizer is AdamW, with warm-up, then a cosine down to a share of the peak. Layer dropout is LayerSkip's
     (arXiv 2404.16710, section 4.1). Raises ValueError, naming the field, for values that make no sense.
 
     Attributes:
@@ -27,6 +28,8 @@ class TrainConfig:
         batch_size: B, samples per forward pass
         accumulation: forward passes per optimizer step
 
+        optimizer: "adamw", or "adamw8bit", whose state takes a quarter of the memory; it compiles itself, and is
+            for GPUs (see `make_optimizer`)
         learning_rate: the peak. LayerSkip needs a higher one from scratch than plain training (paper, table 2)
         min_learning_rate_ratio: the share of the peak left at the last step
         warmup_steps: None: 5% of the run, at most 500
@@ -52,6 +55,7 @@ class TrainConfig:
         bias_update_rate: step of the choice bias, where ModelConfig.bias_balancing is on
 
         precision: "auto": bfloat16 where the hardware has it, float16 on an older GPU, else float32
+        compile: train with compiled blocks; None: on a GPU only; on a CPU it pays from some 500 steps on
         seed: of batches and dropout
         validate_every: steps between validations; None: ten times in the run; 0: only at the end
         validation_windows: samples of the validation split used each time
@@ -68,6 +72,7 @@ class TrainConfig:
     accumulation: int = 1
 
     # Optimizer
+    optimizer: OptimizerName = "adamw"
     learning_rate: float = 1e-3
     min_learning_rate_ratio: float = 0.1
     warmup_steps: int | None = None
@@ -97,6 +102,7 @@ class TrainConfig:
 
     # Run
     precision: Precision = "auto"
+    compile: bool | None = None
     seed: int = 0
     validate_every: int | None = None
     validation_windows: int = 64
@@ -114,6 +120,8 @@ class TrainConfig:
             raise ValueError(f"seed={self.seed!r} must be a whole number.")
         if not isinstance(self.keep_best, bool):
             raise ValueError(f"keep_best={self.keep_best!r} must be True or False.")
+        if not isinstance(self.compile, bool | None):
+            raise ValueError(f"compile={self.compile!r} must be True, False or None.")
         for name in ("epochs", "learning_rate"):
             if not (_is_number(getattr(self, name)) and 0 < getattr(self, name) < math.inf):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a finite number above 0.")
@@ -138,6 +146,7 @@ class TrainConfig:
         _one_of("layer_dropout_part", self.layer_dropout_part, ("block", "experts"))
         _one_of("exit_weights", self.exit_weights, get_args(WeightKind))
         _one_of("exit_curriculum", self.exit_curriculum, get_args(Curriculum))
+        _one_of("optimizer", self.optimizer, get_args(OptimizerName))
         _one_of("precision", self.precision, get_args(Precision))
 
 

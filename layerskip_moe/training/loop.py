@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from layerskip_moe.data import batches, steps_per_epoch
+from layerskip_moe.data import ahead, batches, steps_per_epoch
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.block import MoEMLP
+from layerskip_moe.nn.compiling import compiling
 from layerskip_moe.nn.modes import in_mode
 from layerskip_moe.nn.noise import hash_uniform
 from layerskip_moe.training.balance import bias_update
@@ -29,7 +30,7 @@ from layerskip_moe.training.checkpoint import check_same_run, fingerprint, load_
 from layerskip_moe.training.config import TrainConfig
 from layerskip_moe.training.losses import Losses, step_losses, training_losses, validation_losses
 from layerskip_moe.training.metrics import MetricsWriter, train_record, write_recipe
-from layerskip_moe.training.optimizer import autocast_dtype, learning_rate_at, make_optimizer
+from layerskip_moe.training.optimizer import autocast_dtype, compiles, make_optimizer, set_learning_rate
 from layerskip_moe.training.step_timer import StepTimer
 
 _FINAL_LOSSES = ("loss", "exit_losses", "balance_loss", "router_z_loss")
@@ -122,12 +123,13 @@ def train(
     recipe = write_recipe(out_dir, max_steps, model.config.n_layers, config)
     with in_mode(model, training=True):
         with (
+            contextlib.closing(ahead(text)) as text_ahead,
             MetricsWriter(out_dir, before_step=first) as metrics,
             tqdm(total=max_steps, initial=first, desc="training", unit="step", disable=not progress) as bar,
         ):
             logged_at, logged_step = time.perf_counter(), first
             for step in range(first, max_steps):
-                losses, gradient_norm = run.step(step, text)
+                losses, gradient_norm = run.step(step, text_ahead)
                 bar.update()
                 done, last = step + 1, step + 1 == max_steps
                 if done % config.log_every == 0 or last:
@@ -171,6 +173,7 @@ class _Run:
         self.started = time.perf_counter()  # moved back by `restore`, so that a resumed run counts what it had
         model.zero_grad(set_to_none=True)  # a run stopped in mid-step leaves gradients behind
         self.optimizer = make_optimizer(model, config)
+        self.compiles = compiles(config.compile, model.device)
         self.dtype = autocast_dtype(config.precision, model.device)
         # float16 gradients underflow without a scale (the T4's case); disabled, the scaler passes through.
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=self.dtype == torch.float16)
@@ -196,11 +199,11 @@ class _Run:
         """
         model, config, timer = self.model, self.config, self.timer
         parts: list[Losses] = []
-        with _residual_dropout_seed(model, config.seed, step):
+        with _residual_dropout_seed(model, config.seed, step), compiling(model, self.compiles):
             for _ in range(config.accumulation):
                 with timer.part("batches"):
                     inputs, labels, sample_ids = next(text)
-                    batch = inputs.to(model.device), labels.to(model.device), sample_ids
+                    batch = _sent(inputs, model.device), _sent(labels, model.device), sample_ids
                 with self.autocast():
                     losses = training_losses(model, *batch, config, step=step, max_steps=self.max_steps, timer=timer)
                 with timer.part("backward"):
@@ -212,9 +215,7 @@ class _Run:
 
     def _move_weights(self, losses: Losses, step: int) -> float:
         """Take the optimizer's step along the gradients that are there, and clear them; their norm."""
-        self.learning_rate = learning_rate_at(step, self.max_steps, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+        self.learning_rate = set_learning_rate(self.optimizer, step, self.max_steps, self.config)
         self.scaler.unscale_(self.optimizer)
         limit = self.config.max_gradient_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
@@ -282,6 +283,11 @@ class _Run:
         self.best = state["best"]
         self.started = time.perf_counter() - state["seconds"]
         return state["step"]
+
+
+def _sent(ids: Tensor, device: torch.device) -> Tensor:
+    """On the device; to a GPU from pinned memory, so that nobody waits for the copy."""
+    return ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids.to(device)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Three ways through the experts, one answer: the sum that the routing describes, no token left out."""
+"""Two ways through the experts, one answer: the sum that the routing describes, no token left out."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip_moe.nn import ModelConfig, Routing
-from layerskip_moe.nn.experts import Experts, can_group, run_experts_grouped, run_experts_loop, run_experts_one_token
+from layerskip_moe.nn.experts import Experts, run_experts_one_token, run_experts_sorted
 
 
 def random_case(tokens, experts, top_k, width, hidden, dtype=torch.float32, seed=0, never=()):
@@ -33,7 +33,6 @@ def with_gradients(function, x, routing, gate_up, down):
     """The output and its gradients with respect to x, the weights of the choice and the experts' weights."""
     leaves = [t.clone().requires_grad_() for t in (x, routing.weights, gate_up, down)]
     out = function(leaves[0], routing._replace(weights=leaves[1]), *leaves[2:])
-    # grouped_mm wants gradients whose rows are laid out; a random one also tells elements apart.
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(99)).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
@@ -50,7 +49,7 @@ def with_gradients(function, x, routing, gate_up, down):
 def test_all_ways_agree_in_values_and_gradients(tokens, experts, choice, width, hidden, seed):
     case = random_case(tokens, experts, min(choice, experts), width, hidden, seed=seed)
     expected = with_gradients(by_definition, *case)
-    ways = [run_experts_loop, run_experts_grouped] + [run_experts_one_token] * (tokens == 1)
+    ways = [run_experts_sorted] + [run_experts_one_token] * (tokens == 1)
     for way in ways:
         torch.testing.assert_close(with_gradients(way, *case), expected, atol=2e-5, rtol=2e-5)
 
@@ -58,10 +57,9 @@ def test_all_ways_agree_in_values_and_gradients(tokens, experts, choice, width, 
 def test_an_expert_without_tokens_gets_no_gradient_and_disturbs_nobody():
     case = random_case(9, 4, 2, 8, 8, never=(0, 2))
     expected = with_gradients(by_definition, *case)
-    for way in (run_experts_loop, run_experts_grouped):
-        got = with_gradients(way, *case)
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-        assert not got[3][[0, 2]].any() and got[3][[1, 3]].abs().amax((1, 2)).min() > 0
+    got = with_gradients(run_experts_sorted, *case)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert not got[3][[0, 2]].any() and got[3][[1, 3]].abs().amax((1, 2)).min() > 0
 
 
 def experts_module(gate_up, down, dtype):
@@ -92,23 +90,6 @@ def test_any_shape_and_type_gives_the_definition_s_sum(tokens, dtype, width, hid
     out = experts_module(gate_up, down, dtype)(x.to(dtype), routing)
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), by_definition(x, routing, gate_up, down), atol=tolerance, rtol=tolerance)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "width", "hidden", "grouped"),
-    [
-        (torch.float32, 4, 8, True),
-        (torch.float32, 6, 8, False),
-        (torch.float32, 4, 6, False),
-        (torch.bfloat16, 8, 16, True),
-        (torch.bfloat16, 4, 16, False),
-        (torch.bfloat16, 8, 12, False),
-        (torch.float16, 8, 8, True),
-        (torch.float64, 8, 8, False),
-    ],
-)
-def test_grouping_is_for_rows_of_whole_16_byte_units(dtype, width, hidden, grouped):
-    assert can_group(torch.zeros(2, width, dtype=dtype), torch.zeros(3, 2 * hidden, width, dtype=dtype)) is grouped
 
 
 @pytest.mark.parametrize("tokens", [1, 8])

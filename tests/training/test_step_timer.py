@@ -27,11 +27,19 @@ def clock(monkeypatch):
     return clock
 
 
+@pytest.fixture
+def nothing_ahead(monkeypatch):
+    """Batches are fetched when a step asks for them, not before by another thread."""
+    monkeypatch.setattr(loop, "ahead", lambda text: text)
+
+
 def seconds_of(result):
     return [record["seconds"] for record in result.metrics if record["split"] == "train"]
 
 
-def test_what_slows_a_part_down_is_told_of_that_part(decoder, text, recipe, tmp_path, monkeypatch, clock):
+def test_what_slows_a_part_down_is_told_of_that_part(
+    decoder, text, recipe, tmp_path, monkeypatch, clock, nothing_ahead
+):
     def slower_and_slower(*arguments, **others):
         for index, batch in enumerate(batches(*arguments, **others)):
             clock.now += index  # 0 and 1 in the first step, 2 and 3 in the second, ...
@@ -61,7 +69,7 @@ def test_what_slows_a_part_down_is_told_of_that_part(decoder, text, recipe, tmp_
     ]
 
 
-def test_the_parts_are_the_whole_step(decoder, text, recipe, tmp_path, monkeypatch, clock):
+def test_the_parts_are_the_whole_step(decoder, text, recipe, tmp_path, monkeypatch, clock, nothing_ahead):
     class Ticking(TorchDispatchMode):
         """Every tensor operation takes a second."""
 

@@ -1,0 +1,138 @@
+"""Matrix products of many rows (training, prefill): with one weight, or with a weight for each group of rows.
+
+N rows, D inputs, O outputs, G groups.
+On a CPU without instructions for products of bfloat16 or float16, PyTorch's take seven times as long as float32's.
+There weights are turned into float32 on the way, one group's at a time, and so are quantised weights everywhere.
+
+Knows nothing of layers. Next: `attention.py`, `block.py` and `experts.py`, which multiply.
+"""
+
+import functools
+import platform
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@functools.cache
+def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """The type to multiply in: float32 for the 16-bit floats an x86 CPU has no products of, else the type itself."""
+    if device_type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
+        return dtype
+    if dtype == torch.bfloat16:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return dtype if native else torch.float32
+    if dtype == torch.float16:
+        return dtype if torch.ops.mkldnn._is_mkldnn_fp16_supported() else torch.float32
+    return dtype
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether this is a tensor of packed whole numbers (`pretrained/quantized_weights.py`)."""
+    return type(weight) not in (Tensor, nn.Parameter)
+
+
+def as_floats(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight, quantised or not, as plain floats of the type."""
+    return weight.dequantize(dtype) if is_quantized(weight) else weight.to(dtype)  # type: ignore[call-arg]
+
+
+def many_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear for many rows: x [..., D], weight [O, D], which may be quantised, bias [O] -> [..., O] in x's type.
+
+    Under autocast it is F.linear's own, in autocast's type.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    dtype = product_dtype(x.dtype, x.device.type)
+    if x.dtype == weight.dtype == dtype and not is_quantized(weight):
+        return F.linear(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        out = F.linear(x.to(dtype), as_floats(weight, dtype), None if bias is None else bias.to(dtype))
+    return out.to(x.dtype)
+
+
+@torch.library.custom_op("layerskip_moe::grouped_product", mutates_args=())
+def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x [N, D], group after group, times its group's weight of weight [G, O, D] -> [N, O].
+
+    ends: [G] int32, where in N each group ends; the last is N. A group may be empty.
+    One operation to the compiler, which cannot know the groups' sizes, and traces F.grouped_mm in bfloat16 only.
+    """
+    if can_group(x, weight):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    out = x.new_empty(len(x), weight.shape[1])
+    start = 0
+    for group, end in enumerate(ends.tolist()):  # (a GPU is waited for)
+        _multiply(x[start:end], weight[group].t(), out[start:end])
+        start = end
+    assert start == len(x)
+    return out
+
+
+def quantized_grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """The same for quantised weights, which are unpacked one group at a time; the compiler cannot trace it."""
+    starts = ends.tolist()[:-1]
+    groups = enumerate(x.tensor_split(starts))
+    return torch.cat([many_row_linear(rows, weight[group]) for group, rows in groups if len(rows)])
+
+
+@torch.library.custom_op("layerskip_moe::grouped_outer", mutates_args=())
+def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """left [N, O] and right [N, D], group after group -> left^T right of each [G, O, D]: the weights' gradient."""
+    if can_group(left, right):
+        return F.grouped_mm(left.t(), right, offs=ends)
+    out = left.new_empty(len(ends), left.shape[1], right.shape[1])
+    start = 0
+    for group, end in enumerate(ends.tolist()):
+        _multiply(left[start:end].t(), right[start:end], out[group])
+        start = end
+    return out
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out = left right, in product_dtype."""
+    dtype = product_dtype(out.dtype, out.device.type)
+    if dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(left.to(dtype) @ right.to(dtype))
+
+
+def can_group(left: Tensor, right: Tensor) -> bool:
+    """Whether F.grouped_mm has a kernel for these, not a loop: bfloat16, CUDA SM80 and up, rows of whole 16 bytes."""
+    if left.device.type != "cuda" or not left.dtype == right.dtype == torch.bfloat16:
+        return False
+    widths = left.shape[1], *right.shape[1:]
+    return all(width % 8 == 0 for width in widths) and torch.cuda.get_device_capability(left.device) >= (8, 0)
+
+
+# (`len` would fix the number of rows in the graph: a new one for every count.)
+@grouped_product.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@grouped_outer.register_fake
+def _(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    return left.new_empty(ends.shape[0], left.shape[1], right.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, weight, ends = ctx.saved_tensors
+    for_x, for_weight, _ = ctx.needs_input_grad
+    grad = grad.contiguous()
+    return (
+        grouped_product(grad, weight.transpose(1, 2), ends) if for_x else None,
+        grouped_outer(grad, x, ends) if for_weight else None,
+        None,
+    )
+
+
+grouped_product.register_autograd(_gradients, setup_context=_save)
