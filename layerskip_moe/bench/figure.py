@@ -25,13 +25,11 @@ def benchmark_figure(result: dict[str, Any]) -> "Figure":
             spread = [[value["median"] - low], [high - value["median"]]]
             axes.barh(place, value["median"], color=colour, xerr=spread, ecolor=GREY)
         axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
-        axes.set_xlabel(result["unit"])
         axes.set_title(name, fontsize=10)
         line = group["floor"]["tokens_per_second"] if "floor" in group else group.get("needed", 0) / 1e6
+        meaning = ""
         if line:
             axes.axvline(line, color=GREY, linestyle="--")
-            said = "all that memory allows" if "floor" in group else "needed"
-            axes.annotate(
-                said, (line, 1.0), xycoords=("data", "axes fraction"), ha="right", va="top", fontsize=8, rotation=90
-            )
+            meaning = " (dashed: all that reading allows)" if "floor" in group else " (dashed: needed)"
+        axes.set_xlabel(result["unit"] + meaning)
     return figure

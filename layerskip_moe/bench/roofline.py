@@ -4,6 +4,7 @@ Knows nothing of networks. Next: `decode.py`, which states speeds as shares of i
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from layerskip_moe.bench.interleave import seconds_of, summary
 
 _READ_BYTES = 256 * 2**20  # beyond the last cache of most machines
 _WIDTH = 2048  # of the square matrices: large enough that reading them costs nothing beside multiplying
+_PATIENCE = 0.5  # seconds of a product: a processor that emulates bfloat16 would take minutes for that width
 READ = "read bandwidth"
 
 
@@ -23,9 +25,20 @@ def roofline_runs(
     buffer = torch.zeros(read_bytes // 4, device=device)
     runs: dict[str, Callable[[], float]] = {READ: lambda: _read_bandwidth(buffer)}
     if dtype is not None:
-        matrix = torch.randn(width, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-        runs["matrix peak"] = lambda: 2 * width**3 / seconds_of(lambda: matrix @ matrix, device)
+        matrix = _matrix(width, dtype, device)
+        runs["matrix peak"] = lambda: 2 * len(matrix) ** 3 / seconds_of(partial(torch.mm, matrix, matrix), device)
     return runs
+
+
+def _matrix(width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A square matrix of at most that width, the largest whose product with itself should be within _PATIENCE."""
+    size = min(width, 128)
+    while True:
+        matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        seconds = min(seconds_of(partial(torch.mm, matrix, matrix), device) for _ in range(2))
+        if size == width or 8 * seconds > _PATIENCE:  # twice the width, eight times the work
+            return matrix
+        size = min(2 * size, width)
 
 
 def describe_roofline(results: dict[str, list[float]]) -> dict[str, Any]:
