@@ -1,5 +1,5 @@
-"""Writing a file so that a reader finds the old one or the new one, never half of either; digests; values as JSON has
-them.
+"""Writing a file so that a reader finds the old one or the new one, never half of either; the cache folder; digests;
+values as JSON has them.
 
 Knows nothing of what is written. Used by every room that writes.
 """
@@ -12,6 +12,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
+
+
+def cache_folder(chosen: str | Path | None = None) -> Path:
+    """Where what can be made again is kept: the argument, else $LAYERSKIP_MOE_CACHE, else the user's cache folder."""
+    import platformdirs
+
+    chosen = chosen or os.environ.get("LAYERSKIP_MOE_CACHE")
+    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("layerskip_moe")
 
 
 @contextmanager

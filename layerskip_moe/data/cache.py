@@ -25,19 +25,10 @@ from layerskip_moe.files import sha256
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-ENVIRONMENT_VARIABLE = "LAYERSKIP_MOE_CACHE"
 TOKENIZER = "tokenizer.json"
 TOKENS: dict[Split, str] = {"train": "train.bin", "validation": "validation.bin"}
 _CHECKSUMS = "checksums.json"
 _FORMAT = 1  # raise it when the same documents and settings come to give other files
-
-
-def cache_root(cache_dir: str | Path | None) -> Path:
-    """The folder of all entries: the argument, else $LAYERSKIP_MOE_CACHE, else the user's cache folder."""
-    import platformdirs
-
-    chosen = cache_dir or os.environ.get(ENVIRONMENT_VARIABLE)
-    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("layerskip_moe")
 
 
 def entry_path(root: Path, content: str, tokenizer_identity: str) -> Path:
@@ -61,7 +52,7 @@ def ensure_entry(
     except (OSError, NotImplementedError) as error:  # the second where a file system has no locks
         raise ValueError(
             f"The cache folder {entry.parent} cannot be written ({error}): set "
-            f"{ENVIRONMENT_VARIABLE} or pass cache_dir to choose another."
+            "LAYERSKIP_MOE_CACHE or pass cache_dir to choose another."
         ) from None
     try:
         damage = _damage(entry)

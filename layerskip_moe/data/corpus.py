@@ -22,6 +22,7 @@ from layerskip_moe.data.hub import SHORT_NAMES, hub_source
 from layerskip_moe.data.local import SUFFIXES, path_source, stdlib_source
 from layerskip_moe.data.source import Source
 from layerskip_moe.data.tokenizer import end_of_text_id, id_count, tokenizer_identity
+from layerskip_moe.files import cache_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -114,7 +115,7 @@ def load_corpus(
     if not 0 < sample_fraction <= 1:
         raise ValueError(f"sample_fraction={sample_fraction} must be above 0 and at most 1, which is all the text.")
     identity = tokenizer_identity(tokenizer, vocab_size)
-    root = cache.cache_root(cache_dir)
+    root = cache_folder(cache_dir)
     source = _find_source(dataset, config, sample_fraction, seed, root)
     entry = cache.entry_path(root, source.content, identity)
     cache.ensure_entry(entry, source, tokenizer, vocab_size, progress)

@@ -12,53 +12,67 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerskip_moe.nn import few_rows
 from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.config import ModelConfig
+from layerskip_moe.nn.linear import Linear, linear
 from layerskip_moe.nn.rotary import rotary_table
 
 
 class Places(NamedTuple):
     """Where the B x T states of one run stand: made once, used by every layer of the run.
 
-    cos, sin: [B, 1, T, head_dim] float32, the rotary angles
-    slots:    [B * T] int64, the cache slots they are written to; None without a cache
-    length:   S, how many slots of each row are read; 0 without a cache
-    mask:     [B, 1, (H / G) * T, S] bool, which of them each query may read; None where it may read all, and
-              without a cache, where it may read all up to itself
-    windowed: the same for layers with a sliding window; without a cache [1, 1, T, T], None where no query sees
-              as far back as the window's end
+    cos, sin:  [B, T, 1, head_dim] float32, the rotary angles
+    rows:      [B * T] int64, the row of the cache that each state belongs to; None without a cache
+    positions: [B * T] int64, its slot there; None without a cache
+    length:    S, how many slots of each row are read by many states at once
+    mask:      [B, 1, (H / G) * T, S] bool, which of them each query may read; None where it may read all up to
+               itself, or where each reads by itself (few states, see `few_rows.py`)
+    windowed:  the same for layers with a sliding window; without a cache [1, 1, T, T], None where no query sees
+               as far back as the window's end
+    few:       whether the states are few; they then stand as [1, N, ...], whatever rows they belong to
+    fresh:     whether the states are their rows' first, so that nothing but themselves is read
     """
 
     cos: Tensor
     sin: Tensor
-    slots: Tensor | None = None
+    rows: Tensor | None = None
+    positions: Tensor | None = None
     length: int = 0
     mask: Tensor | None = None
     windowed: Tensor | None = None
+    few: bool = False
+    fresh: bool = True
 
 
-def locate(positions: Tensor, config: ModelConfig, cache: KVCache | None = None, length: int = 0) -> Places:
-    """Places of positions [B, T], each below max_seq_len; with a cache, each below `length` too."""
+def locate(
+    positions: Tensor, config: ModelConfig, cache: KVCache | None = None, *, length: int = 0, few: bool = False
+) -> Places:
+    """Places of positions [B, T], each below max_seq_len; with a cache, each below `length` too. few: see `Places`."""
     table = rotary_table(
         config.head_width, config.rope_theta, config.rope_scaling, config.max_seq_len, positions.device
     )
-    cos, sin = (angles[positions][:, None] for angles in table)
-    window = config.sliding_window
+    cos, sin = (angles[positions][:, :, None] for angles in table)
+    window, here = config.sliding_window, positions.shape[1]
+    cut = window is not None and window < here
     if cache is None:
-        here = positions.shape[1]
-        cut = window is not None and window < here
         return Places(cos, sin, windowed=_may_read(positions[:1], here, window)[:, None] if cut else None)
-    slots, groups = cache.slots(positions), config.n_heads // config.kv_heads
+    rows = cache.rows[:, None].expand(positions.shape).flatten().contiguous()
+    if few:
+        cos, sin = cos.view(1, -1, *cos.shape[2:]), sin.view(1, -1, *sin.shape[2:])
+        return Places(cos, sin, rows, positions.flatten().contiguous(), few=True)
+    where = Places(cos, sin, rows, positions.reshape(-1), length)
+    if length == here and bool((positions == torch.arange(here, device=positions.device)).all()):
+        return where._replace(windowed=_may_read(positions[:1], here, window)[:, None] if cut else None)
+    groups = config.n_heads // config.kv_heads
 
     def over_groups(mask: Tensor) -> Tensor:
         return mask.repeat(1, groups, 1)[:, None]
 
-    # Plain decoding and drafting have one query, which reads all there is.
-    mask = None if positions.numel() == 1 else over_groups(_may_read(positions, length))
-    windowed = mask
-    if window is not None and window < length:
-        windowed = over_groups(_may_read(positions, length, window))
-    return Places(cos, sin, slots, length, mask, windowed)
+    mask = over_groups(_may_read(positions, length))
+    cut = window is not None and window < length
+    windowed = over_groups(_may_read(positions, length, window)) if cut else mask
+    return where._replace(mask=mask, windowed=windowed, fresh=False)
 
 
 def _may_read(positions: Tensor, length: int, window: int | None = None) -> Tensor:
@@ -70,7 +84,7 @@ def _may_read(positions: Tensor, length: int, window: int | None = None) -> Tens
 
 
 def rotate(x: Tensor, places: Places) -> Tensor:
-    """Turn x [B, heads, T, head_dim] by its positions' angles."""
+    """Turn x [B, T, heads, head_dim] by its positions' angles."""
     first, second = x.chunk(2, dim=-1)
     return x * places.cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * places.sin.to(x.dtype)
 
@@ -90,33 +104,34 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, *, windowed: bool = False) -> None:
         super().__init__()
-        self.windowed, self.clip = windowed, config.clip_qkv
+        self.window = config.sliding_window or 0 if windowed else 0
+        self.clip = config.clip_qkv
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.kv_heads, config.head_width
         self.qk_norm = config.qk_norm
         width = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
-        self.qkv = nn.Linear(config.d_model, width, bias=config.qkv_bias)
-        self.output = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=config.output_bias)
+        self.qkv = Linear(config.d_model, width, bias=config.qkv_bias)
+        self.output = Linear(self.n_heads * self.head_dim, config.d_model, bias=config.output_bias)
         if config.qk_norm is not None:
             heads = (self.n_heads, self.n_kv_heads) if config.qk_norm == "full" else (1, 1)
             self.query_norm = nn.RMSNorm(heads[0] * self.head_dim, eps=config.norm_eps)
             self.key_norm = nn.RMSNorm(heads[1] * self.head_dim, eps=config.norm_eps)
 
     def _split_heads(self, x: Tensor, heads: int) -> Tensor:
-        return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+        return x.unflatten(-1, (heads, self.head_dim))
 
     def _clipped(self, x: Tensor) -> Tensor:
         return x if self.clip is None else x.clamp(-self.clip, self.clip)
 
     def _values(self, v: Tensor) -> Tensor:
-        """Projected values [B, T, G * head_dim] -> [B, G, T, head_dim]."""
+        """Projected values [B, T, G * head_dim] -> [B, T, G, head_dim]."""
         return self._split_heads(self._clipped(v), self.n_kv_heads)
 
     def _queries(self, q: Tensor, places: Places) -> Tensor:
-        """Projected queries [B, T, H * head_dim] -> normed and rotated [B, H, T, head_dim]."""
+        """Projected queries [B, T, H * head_dim] -> normed and rotated [B, T, H, head_dim]."""
         return self._norm_and_rotate(q, self.n_heads, self.query_norm if self.qk_norm else None, places)
 
     def _keys(self, k: Tensor, places: Places) -> Tensor:
-        """Projected keys [B, T, G * head_dim] -> normed and rotated [B, G, T, head_dim]."""
+        """Projected keys [B, T, G * head_dim] -> normed and rotated [B, T, G, head_dim]."""
         return self._norm_and_rotate(k, self.n_kv_heads, self.key_norm if self.qk_norm else None, places)
 
     def _norm_and_rotate(self, x: Tensor, heads: int, norm: nn.RMSNorm | None, places: Places) -> Tensor:
@@ -127,43 +142,64 @@ class Attention(nn.Module):
             x = _norm(norm, x)
         return rotate(x, places)
 
-    def forward(self, x: Tensor, places: Places, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor, places: Places, memory: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x [B, T, D] -> [B, T, D].
 
-        Without a cache the T positions attend causally among themselves. With one they are written to
-        `layer`'s slots first, then attend to every slot up to their own position, or to the window's.
+        memory: the cache's keys and values of this layer, [rows, capacity, G, head_dim] each. Without one the T
+        positions attend causally among themselves. With one they are written to it first, then attend to every slot
+        up to their own position, or to the window's.
         """
         queries, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         q, k, v = self.qkv(x).split([queries, keys, keys], dim=-1)
         q, k, v = self._queries(q, places), self._keys(k, places), self._values(v)
-        mask = places.windowed if self.windowed else places.mask
-        if cache is None:
+        if memory is not None and places.few:
+            assert places.rows is not None and places.positions is not None
+            mixed = few_rows.attend(
+                q[0], k[0], v[0], *memory, rows=places.rows, positions=places.positions, window=self.window
+            )
+            return self.output(mixed[None])
+        if memory is not None:
+            write(memory, places, k, v)
+        if places.fresh:
             # The norms of queries and keys run in float32 under autocast; attention wants one type.
-            q, k = q.to(v.dtype), k.to(v.dtype)
-            grouped = self.n_heads != self.n_kv_heads
+            q, k, v = (part.transpose(1, 2) for part in (q.to(v.dtype), k.to(v.dtype), v))
+            mask, grouped = places.windowed if self.window else None, self.n_heads != self.n_kv_heads
             causal = mask is None
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
         else:
-            assert places.slots is not None
-            cache.write(layer, places.slots, k, v)
-            mixed = self._attend_to_cache(q, *cache.read(layer, places.length), mask)
+            assert memory is not None
+            mixed = self._attend_to_cache(q.transpose(1, 2), *read(memory, places), places)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
-    def _attend_to_cache(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """Few queries over many slots: [B, H, T, .] x [B, G, S, .] -> [B, H, T, .].
+    def _attend_to_cache(self, q: Tensor, keys: Tensor, values: Tensor, places: Places) -> Tensor:
+        """Queries over more slots than their own: [B, H, T, .] x [B, G, S, .] -> [B, H, T, .].
 
         The queries that share a key-value head are laid along T, so that the cache is read as it lies
         instead of being repeated H / G times.
         """
         stacked = q.reshape(q.shape[0], self.n_kv_heads, -1, self.head_dim).to(keys.dtype)
-        scale = 1.0 / math.sqrt(self.head_dim)
+        mask, scale = places.windowed if self.window else places.mask, 1.0 / math.sqrt(self.head_dim)
         mixed = F.scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=scale)
-        return mixed.reshape(q.shape)
+        return mixed.reshape(q.shape).to(q.dtype)
 
-    def fill(self, x: Tensor, places: Places, cache: KVCache, layer: int) -> None:
+    def fill(self, x: Tensor, places: Places, memory: tuple[Tensor, Tensor]) -> None:
         """Only write the keys and values of x [B, T, D]; no query is computed."""
-        assert places.slots is not None
         queries = self.n_heads * self.head_dim
         bias = None if self.qkv.bias is None else self.qkv.bias[queries:]
-        k, v = F.linear(x, self.qkv.weight[queries:], bias).chunk(2, dim=-1)
-        cache.write(layer, places.slots, self._keys(k, places), self._values(v))
+        k, v = linear(x, self.qkv.weight[queries:], bias).chunk(2, dim=-1)
+        write(memory, places, self._keys(k, places), self._values(v))
+
+
+def write(memory: tuple[Tensor, Tensor], places: Places, keys: Tensor, values: Tensor) -> None:
+    """Store keys and values [B, T, G, head_dim] where the places say."""
+    assert places.rows is not None and places.positions is not None
+    for buffer, new in zip(memory, (keys, values), strict=True):
+        buffer[places.rows, places.positions] = new.flatten(0, 1).to(buffer.dtype)
+
+
+def read(memory: tuple[Tensor, Tensor], places: Places) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, G, S, head_dim] of the rows that the places are in."""
+    assert places.rows is not None
+    rows = places.rows.view(places.cos.shape[:2])[:, 0]
+    keys, values = (buffer[rows, : places.length].transpose(1, 2) for buffer in memory)
+    return keys, values

@@ -7,9 +7,9 @@ B batch, T positions, D width, F hidden width. Knows nothing of other layers. Ne
 from torch import Tensor, nn
 
 from layerskip_moe.nn.attention import Attention, Places
-from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.config import ModelConfig
 from layerskip_moe.nn.experts import Experts, swiglu
+from layerskip_moe.nn.linear import Linear
 from layerskip_moe.nn.router import Router, Routing
 
 
@@ -18,8 +18,8 @@ class DenseMLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, *, bias: bool = False) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=bias)
-        self.down = nn.Linear(hidden, width, bias=bias)
+        self.gate_up = Linear(width, 2 * hidden, bias=bias)
+        self.down = Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
@@ -34,7 +34,7 @@ class MoEMLP(nn.Module):
         self.router = Router(config)
         self.experts = Experts(config)
         self.shared = DenseMLP(config.d_model, config.shared_expert_d_ff) if config.shared_expert_d_ff else None
-        self.shared_gate = nn.Linear(config.d_model, 1, bias=False) if config.shared_expert_gate else None
+        self.shared_gate = Linear(config.d_model, 1, bias=False) if config.shared_expert_gate else None
 
     def forward(self, x: Tensor, expert_mask: Tensor | None, top_k: int | None) -> tuple[Tensor, Routing]:
         """x [B, T, D] -> [B, T, D] and the routing of its B * T tokens."""
@@ -68,17 +68,17 @@ class Block(nn.Module):
         x: Tensor,
         places: Places,
         *,
-        cache: KVCache | None = None,
-        layer: int = 0,
+        memory: tuple[Tensor, Tensor] | None = None,
         expert_rows: Tensor | None = None,
         expert_mask: Tensor | None = None,
         top_k: int | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """x [B, T, D] -> its output [B, T, D], and the routing where there was any.
 
+        memory: the cache's keys and values of this layer, see `Attention`; None: no cache.
         expert_rows: the samples the second sublayer runs for (None: all); the others pass it by.
         """
-        x = x + self.dropout(self.attention(self.attention_norm(x), places, cache, layer))
+        x = x + self.dropout(self.attention(self.attention_norm(x), places, memory))
         if expert_rows is None:
             return self._transform(x, expert_mask, top_k)
         if len(expert_rows) == 0:

@@ -40,37 +40,22 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self._rows: Tensor | None = None  # of a subset: which of the buffers' rows its rows are
+        self.rows = torch.arange(batch_size, device=device)
 
     @property
     def capacity(self) -> int:
         """Positions each row has room for."""
         return self.keys.shape[2]
 
-    def slots(self, positions: Tensor) -> Tensor:
-        """Where positions [B, T] lie when rows and slots are counted through: [B * T]."""
-        rows = torch.arange(positions.shape[0], device=positions.device) if self._rows is None else self._rows
-        return (rows[:, None] * self.capacity + positions).flatten()
-
-    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store keys and values [B, G, T, head_dim] of one layer in slots [B * T], as `slots` counts them."""
-        for buffer, new in ((self.keys, keys), (self.values, values)):
-            buffer[layer].flatten(0, 1).index_copy_(0, slots, new.transpose(1, 2).flatten(0, 1).to(buffer.dtype))
-
-    def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, G, length, head_dim] of one layer's first `length` positions: views, but copies of a
-        subset's."""
-        keys, values = self.keys[layer, :, :length], self.values[layer, :, :length]
-        if self._rows is not None:
-            keys, values = keys[self._rows], values[self._rows]
-        return keys.transpose(1, 2), values.transpose(1, 2)
+    def memory(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, capacity, G, head_dim] of one layer: what `Attention` writes and reads, at `rows`."""
+        return self.keys[layer], self.values[layer]
 
     def subset(self, rows: Tensor) -> "KVCache":
         """Some rows (int64 indices) of this cache as a cache of its own, over the same buffers: what is written to
         it is written here. For rows that go deeper than the others of their batch."""
         part = copy.copy(self)
-        part.lengths = self.lengths[rows]
-        part._rows = rows if self._rows is None else self._rows[rows]
+        part.lengths, part.rows = self.lengths[rows], self.rows[rows]
         return part
 
     def extend(self, counts: Tensor) -> None:
@@ -84,7 +69,7 @@ class KVCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep only the given rows (int64 indices), in that order."""
-        assert self._rows is None, "a subset cannot drop rows: it does not own them"
+        assert len(self.rows) == self.keys.shape[1], "a subset cannot drop rows: it does not own them"
         self.keys = self.keys[:, rows]
         self.values = self.values[:, rows]
-        self.lengths = self.lengths[rows]
+        self.lengths, self.rows = self.lengths[rows], self.rows[: len(rows)]

@@ -9,14 +9,16 @@ Knows nothing of what a block computes. Next: `block.py`; `decoder.py`, which ca
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+
+if TYPE_CHECKING:
+    from layerskip_moe.nn.decoder import MoEDecoder
 
 
 @contextmanager
-def compiling(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+def compiling(model: "MoEDecoder", enabled: bool = True) -> Iterator[None]:
     """Let `model.run` use compiled blocks for a while, or not; the model's own setting is back afterwards."""
     own = model.compiled
     try:

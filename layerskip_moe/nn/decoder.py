@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerskip_moe.nn import few_rows
 from layerskip_moe.nn.attention import Places, locate
 from layerskip_moe.nn.block import Block
 from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.compiling import compiled
 from layerskip_moe.nn.config import ModelConfig
 from layerskip_moe.nn.experts import Experts
+from layerskip_moe.nn.linear import Linear, linear
 from layerskip_moe.nn.router import Routing
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class MoEDecoder(nn.Module):
         self.embedding = nn.Embedding.from_pretrained(weight, freeze=False)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
         self.initialize(seed)
 
     @torch.no_grad()
@@ -109,7 +110,7 @@ class MoEDecoder(nn.Module):
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] after any layer -> logits [..., V], through the one norm and head."""
-        return F.linear(self.norm(hidden), self.head_weight)
+        return linear(self.norm(hidden), self.head_weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids [B, T] -> logits [B, T, V] of the whole model, without a cache."""
@@ -150,8 +151,10 @@ class MoEDecoder(nn.Module):
         layers = list(layers)
         length = self._check_positions(positions, cache)
         self._check_run(layers, hidden.shape[0], cache, keep, keep_experts, expert_mask, top_k, collect)
-        places = locate(positions, self.config, cache, length)
-        output = RunOutput(hidden)
+        few = cache is not None and keep_experts is None and few_rows.are_few(hidden)
+        places = locate(positions, self.config, cache, length=length, few=few)
+        shape = hidden.shape
+        output = RunOutput(hidden.reshape(1, -1, shape[-1]) if few else hidden)
         for index, layer in enumerate(layers):
             rows = _rows(keep, index, hidden.device)  # the samples that stay; None: all of them
             if rows is None or len(rows):
@@ -160,7 +163,7 @@ class MoEDecoder(nn.Module):
                     output.hidden,
                     places,
                     rows=rows,
-                    cache=cache,
+                    memory=None if cache is None else cache.memory(layer),
                     expert_rows=_rows(keep_experts, index, hidden.device, among=rows),
                     expert_mask=expert_mask if expert_mask is None or expert_mask.dim() == 1 else expert_mask[index],
                     top_k=top_k,
@@ -168,29 +171,36 @@ class MoEDecoder(nn.Module):
                 if routing is not None:
                     output.routing[layer] = routing
             if layer in collect:
-                output.collected[layer] = output.hidden
+                output.collected[layer] = output.hidden.view(shape)
+        output.hidden = output.hidden.view(shape)
         return output
 
     def _run_block(
         self, layer: int, hidden: Tensor, places: Places, *, rows: Tensor | None, **how: Any
     ) -> tuple[Tensor, Routing | None]:
-        block = self.blocks[layer]
+        block = self._block(layer)
         forward = compiled(Block.forward) if self.compiled else Block.forward
         if rows is None:
-            return forward(block, hidden, places, layer=layer, **how)
+            return forward(block, hidden, places, **how)
         # There is no cache where samples are dropped, and the window's mask is the same for all rows.
         part = places._replace(cos=places.cos[rows], sin=places.sin[rows])
-        ran, routing = forward(block, hidden[rows], part, layer=layer, **how)
+        ran, routing = forward(block, hidden[rows], part, **how)
         return hidden.index_copy(0, rows, ran), routing
 
     def fill(self, hidden: Tensor, layers: Sequence[int], *, positions: Tensor, cache: KVCache) -> None:
         """Write only the keys and values of skipped layers, all from the same exit state hidden [B, T, D]
         (CALM's state propagation, arXiv 2207.07061). Raises ValueError for positions past the end, as `run`."""
-        places = locate(positions, self.config, cache, self._check_positions(positions, cache))
+        length, few = self._check_positions(positions, cache), few_rows.are_few(hidden)
+        places = locate(positions, self.config, cache, length=length, few=few)
+        hidden = hidden.reshape(1, -1, hidden.shape[-1]) if few else hidden
         for layer in layers:
-            block = self.blocks[layer]
-            assert isinstance(block, Block)
-            block.attention.fill(block.attention_norm(hidden), places, cache, layer)
+            block = self._block(layer)
+            block.attention.fill(block.attention_norm(hidden), places, cache.memory(layer))
+
+    def _block(self, layer: int) -> Block:
+        block = self.blocks[layer]
+        assert isinstance(block, Block)
+        return block
 
     def _check_positions(self, positions: Tensor, cache: KVCache | None) -> int:
         """How many positions of a row are in play: one past the last. With a GPU's cache this waits for it, once."""

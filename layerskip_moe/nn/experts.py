@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerskip_moe.nn import few_rows
 from layerskip_moe.nn.config import ModelConfig
 from layerskip_moe.nn.router import Routing
 
@@ -83,6 +84,8 @@ class Experts(nn.Module):
         """x [N, D] and its routing -> the chosen experts' weighted sum [N, D]."""
         gate_up: Tensor = self.gate_up
         down: Tensor = self.down
+        if few_rows.are_few(x):
+            return few_rows.experts(x, routing.chosen, routing.weights, gate_up, down)
         if torch.is_autocast_enabled(x.device.type):  # grouped_mm is not on autocast's list
             dtype = torch.get_autocast_dtype(x.device.type)
             x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)

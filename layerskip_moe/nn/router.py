@@ -8,10 +8,10 @@ Knows nothing of the experts' arithmetic. Next: `experts.py` (what the chosen ex
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerskip_moe.nn.config import ModelConfig
+from layerskip_moe.nn.linear import linear
 
 
 class Routing(NamedTuple):
@@ -50,7 +50,7 @@ class Router(nn.Module):
         """x [N, D] -> Routing. expert_mask [E]: True for active; the others are masked before the softmax,
         so the gate redistributes over the active ones. top_k: choose fewer than the model was built with."""
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.weight.float())
+            logits = linear(x.float(), self.weight.float())
         if expert_mask is not None:
             logits = logits.masked_fill(~expert_mask, float("-inf"))
         probabilities = logits.softmax(dim=-1)

@@ -1,0 +1,115 @@
+"""Products of few rows with many weights, as decoding, drafting and verification need them.
+
+A row's result is bit for bit the same, however many rows are computed beside it: drafts, verification and plain
+decoding agree because they compute the same numbers. On a CPU the work is `few_rows.cpp`'s, which reads every weight
+once for all rows, at the speed of memory. Where that cannot be compiled, rows are computed one at a time by PyTorch's
+own operations, which gives equally fixed results, slowly.
+
+N rows, K inputs, O outputs, D width, E experts, F expert hidden size, H query heads, G key-value heads, C cache slots.
+Knows nothing of the network. Next: `few_rows.cpp`, `kernels.py`; `linear.py`, `experts.py`, `attention.py` call this.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from layerskip_moe.nn.kernels import has_kernels
+
+MOST_ROWS = 64  # beyond, matrix products that read weights more than once are faster
+
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def are_few(x: Tensor) -> bool:
+    """Whether the rows of x [..., K] are computed by this file's functions: at most MOST_ROWS, on a CPU, with neither
+    gradients nor autocast."""
+    return (
+        x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and x.dtype in _TYPES
+        and x.numel() <= MOST_ROWS * x.shape[-1]
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [N, K] times weight [O, K] transposed, plus bias [O] -> [N, O] of x's type; sums are float32. The weight may
+    be int8 with a scale for each output row; one that is quantised in another way is dequantised first."""
+    values, scale = _parts(weight)
+    if has_kernels():
+        return torch.ops.layerskip_moe.linear.default(x.contiguous(), values.contiguous(), scale, bias)
+    weight = values if scale is None else values.to(x.dtype) * scale.to(x.dtype)
+    return torch.cat([F.linear(row, weight, bias) for row in x.split(1)])
+
+
+def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """For x [N, D] the sum of its chosen [N, K] experts' outputs, times their weights [N, K] -> [N, D]; gate_up
+    [E, 2F, D], down [E, D, F]. An expert is read once, whatever the number of rows that chose it."""
+    if has_kernels() and _is_read(gate_up) and _is_read(down):
+        (gate_up, gate_up_scale), (down, down_scale) = _parts(gate_up), _parts(down)
+        return torch.ops.layerskip_moe.experts.default(
+            x.contiguous(),
+            chosen.contiguous(),
+            weights.float().contiguous(),
+            gate_up.contiguous(),
+            down.contiguous(),
+            gate_up_scale,
+            down_scale,
+        )
+    outputs = x.new_empty(*chosen.shape, x.shape[-1])
+    for expert in chosen.unique().tolist():
+        rows, places = (chosen == expert).nonzero(as_tuple=True)
+        gate, up = linear(x[rows], gate_up[expert]).chunk(2, dim=-1)
+        outputs[rows, places] = linear(F.silu(gate) * up, down[expert])
+    return (outputs * weights[..., None].to(x.dtype)).sum(dim=1)
+
+
+def attend(
+    queries: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    rows: Tensor,
+    positions: Tensor,
+    window: int = 0,
+) -> Tensor:
+    """Write N positions' keys and values into a cache, then let each of them attend to its row up to itself.
+
+    queries [N, H, head_dim], new_keys and new_values [N, G, head_dim]; the cache's keys and values [B, C, G, head_dim];
+    rows and positions [N] int64: the cache slot of each; window: how many slots a query reads at most, 0 for all.
+    -> [N, H * head_dim]. What is read is what stands up to a query's own position, however large the cache.
+    """
+    scale = 1.0 / math.sqrt(queries.shape[-1])
+    new_keys, new_values = new_keys.to(keys.dtype), new_values.to(values.dtype)
+    if has_kernels() and keys.dtype in _TYPES:
+        return torch.ops.layerskip_moe.attend.default(
+            queries.contiguous(), new_keys.contiguous(), new_values.contiguous(), keys, values, rows, positions,
+            window, scale,
+        )  # fmt: skip
+    keys[rows, positions], values[rows, positions] = new_keys, new_values
+    mixed = []
+    for query, row, position in zip(queries, rows.tolist(), positions.tolist(), strict=True):
+        first = max(0, position + 1 - window) if window else 0
+        k, v = (cached[row, first : position + 1].transpose(0, 1).to(query.dtype) for cached in (keys, values))
+        stacked = query.view(k.shape[0], -1, query.shape[-1])
+        mixed.append(F.scaled_dot_product_attention(stacked, k, v, scale=scale).flatten())
+    return torch.stack(mixed)
+
+
+def _is_read(weight: Tensor) -> bool:
+    """Whether the kernels read this weight as it is: plain, or torchao's int8."""
+    values = getattr(weight, "qdata", None)
+    return type(weight) in (Tensor, torch.nn.Parameter) or (values is not None and values.dtype == torch.int8)
+
+
+def _parts(weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A weight as numbers and, of int8 ones, the scales of its output rows."""
+    quantized: Any = weight
+    if type(weight) in (Tensor, torch.nn.Parameter):
+        return weight, None
+    return (quantized.qdata, quantized.scale) if _is_read(weight) else (quantized.dequantize(), None)
