@@ -1,5 +1,6 @@
-"""The same work timed side by side. Start at `decoding.py`; `sweep.py` tries many settings; `machine.py` says what it
-ran on."""
+"""The same work timed side by side. Strategies on one model: start at `decoding.py`; `sweep.py` tries many settings.
+This library beside transformers and llama.cpp (`layerskip-moe bench`): start at `decode.py`. `machine.py` says what it
+all ran on."""
 
 from layerskip_moe.bench.decoding import DecodingComparison, StrategyResult, compare_decoding
 from layerskip_moe.bench.machine import describe_machine
