@@ -84,7 +84,7 @@ def _generate(
     model: MoEDecoder, prompt: Sequence[int], new_tokens: int, strategy: Strategy, compile: bool
 ) -> Generation:
     """The one place that calls `generate`."""
-    return generate(model, [prompt], strategy, max_new_tokens=new_tokens)
+    return generate(model, [prompt], strategy, max_new_tokens=new_tokens, compile=compile)
 
 
 def training_step(
