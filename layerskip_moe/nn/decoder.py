@@ -237,7 +237,9 @@ class MoEDecoder(nn.Module):
         self, layer: int, hidden: Tensor, places: Places, *, rows: Tensor | None, **how: Any
     ) -> tuple[Tensor, Routing | None]:
         block = self._block(layer)
-        forward = compiled(Block.forward) if self.compiled and not places.few else Block.forward
+        forward = (
+            compiled(Block.forward) if self.compiled and (how["memory"] is None or hidden.is_cuda) else Block.forward
+        )
         if rows is None:
             return forward(block, hidden, places, **how)
         # There is no cache where samples are dropped, and the window's mask is the same for all rows.

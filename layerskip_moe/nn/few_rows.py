@@ -1,12 +1,13 @@
 """Products of few rows with many weights, as decoding, drafting and verification need them.
 
 A row's result is bit for bit the same, however many rows are computed beside it: drafts, verification and plain
-decoding agree because they compute the same numbers. On a CPU the work is `few_rows.cpp`'s, which reads every weight
-once for all rows, at the speed of memory. Where that cannot be compiled, rows are computed one at a time by PyTorch's
-own operations, which gives equally fixed results, slowly.
+decoding agree because they compute the same numbers. On a CPU the work is that of `cpp/`, which reads every weight once
+for all rows, at the speed of memory. Where that cannot be compiled, rows are computed one at a time by PyTorch's own
+operations, which gives equally fixed results, slowly.
 
 N rows, K inputs, O outputs, D width, E experts, F expert hidden size, H query heads, G key-value heads, C cache slots.
-Knows nothing of the network. Next: `few_rows.cpp`, `kernels.py`; `linear.py`, `experts.py`, `attention.py` call this.
+Knows nothing of the network. Next: `kernels.py`, `cpp/few_rows.cpp`; `linear.py`, `experts.py` and `attention.py` call
+this.
 """
 
 import math
@@ -40,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wide: bool 
     float32. The weight may be int8 with a scale for each output row; one quantised in another way is dequantised."""
     values, scale = _parts(weight)
     if has_kernels():
-        return torch.ops.layerskip_moe.linear.default(x, values.contiguous(), scale, bias, wide)
+        return torch.ops.layerskip_moe_few_rows.linear.default(x, values.contiguous(), scale, bias, wide)
     weight = values if scale is None else values.to(x.dtype) * scale.to(x.dtype)
     if wide:
         x, weight = x.float(), weight.float()
@@ -52,7 +53,7 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: T
     [E, 2F, D], down [E, D, F]. An expert is read once, whatever the number of rows that chose it."""
     if has_kernels() and _is_read(gate_up) and _is_read(down):
         (gate_up, gate_up_scale), (down, down_scale) = _parts(gate_up), _parts(down)
-        return torch.ops.layerskip_moe.experts.default(
+        return torch.ops.layerskip_moe_few_rows.experts.default(
             x,
             chosen.contiguous(),
             weights.float().contiguous(),
@@ -71,32 +72,32 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: T
 def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """RMSNorm (arXiv 1910.07467) by weight [D] of x [N, ..., D], over its last dimension; sums are float32."""
     if has_kernels():
-        return torch.ops.layerskip_moe.norm.default(x, weight, epsilon)
+        return torch.ops.layerskip_moe_few_rows.norm.default(x, weight, epsilon)
     return F.rms_norm(x, weight.shape, weight, epsilon)  # each vector by itself
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
     """x + y, both [N, D]."""
-    return torch.ops.layerskip_moe.add.default(x, y) if has_kernels() else x + y
+    return torch.ops.layerskip_moe_few_rows.add.default(x, y) if has_kernels() else x + y
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of gate_up [N, 2F], the gate first -> [N, F]."""
     if has_kernels():
-        return torch.ops.layerskip_moe.swiglu.default(gate_up)
+        return torch.ops.layerskip_moe_few_rows.swiglu.default(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def gate(x: Tensor, logits: Tensor) -> Tensor:
     """x [N, D] times the sigmoid of logits [N, 1]."""
-    return torch.ops.layerskip_moe.gate.default(x, logits) if has_kernels() else logits.sigmoid() * x
+    return torch.ops.layerskip_moe_few_rows.gate.default(x, logits) if has_kernels() else logits.sigmoid() * x
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
     """x [N, heads, head_dim] turned by the angles of positions [N] in the tables cos and sin [., head_dim]."""
     if has_kernels():
-        return torch.ops.layerskip_moe.rotate.default(x, cos, sin, positions)
+        return torch.ops.layerskip_moe_few_rows.rotate.default(x, cos, sin, positions)
     cos, sin = cos[positions][:, None], sin[positions][:, None]
     first, second = x.float().chunk(2, dim=-1)
     return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
@@ -104,7 +105,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
 
 def route(logits: Tensor, bias: Tensor | None, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
     """What `Router` does with logits [N, E]: chosen and weights [N, K]. Needs the kernels."""
-    return torch.ops.layerskip_moe.route.default(logits, bias, top_k, normalize)
+    return torch.ops.layerskip_moe_few_rows.route.default(logits, bias, top_k, normalize)
 
 
 def attend(
@@ -126,7 +127,7 @@ def attend(
     """
     scale = 1.0 / math.sqrt(queries.shape[-1])
     if has_kernels():
-        return torch.ops.layerskip_moe.attend.default(
+        return torch.ops.layerskip_moe_few_rows.attend.default(
             queries, new_keys, new_values, keys, values, rows, positions, window, scale
         )
     keys[rows, positions], values[rows, positions] = new_keys.to(keys.dtype), new_values.to(values.dtype)

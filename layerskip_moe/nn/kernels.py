@@ -1,4 +1,5 @@
-"""`few_rows.cpp`, compiled for this machine when it is first needed, kept, and loaded as `torch.ops.layerskip_moe`.
+"""The C++ in `cpp/`, compiled for this machine when first needed, kept, and loaded as
+`torch.ops.layerskip_moe_few_rows`.
 
 It is written against PyTorch's stable interface, so compiling takes seconds and is redone only for another source,
 processor or PyTorch. Knows nothing of what the operators compute. Next: `few_rows.py`, which calls them.
@@ -20,11 +21,12 @@ import torch
 
 from layerskip_moe.files import cache_folder, replacing
 
-_SOURCE = Path(__file__).with_name("few_rows.cpp")
+_SOURCES = Path(__file__).with_name("cpp")
 _STABLE_SINCE = "0x020a000000000000"  # PyTorch 2.10
 _FLAGS = (
-    "-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-Wno-psabi", f"-DTORCH_TARGET_VERSION={_STABLE_SINCE}"
-)  # fmt: skip
+    *("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-Wno-psabi", "-Wno-attributes"),
+    f"-DTORCH_TARGET_VERSION={_STABLE_SINCE}",
+)
 
 _loaded: bool | None = None  # None: not tried yet
 _wanted: ContextVar[bool] = ContextVar("kernels_wanted", default=True)
@@ -69,7 +71,9 @@ def _library() -> Path:
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("no C++ compiler was found")
-    key = "\n".join([_SOURCE.read_text(), *_FLAGS, compiler, torch.__version__, _processor()])
+    key = "\n".join(
+        [*(path.read_text() for path in sorted(_SOURCES.iterdir())), *_FLAGS, compiler, torch.__version__, _processor()]
+    )
     library = cache_folder() / "kernels" / f"few_rows.{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
     if library.is_file():
         return library
@@ -85,7 +89,7 @@ def _library() -> Path:
 def _compile(compiler: str, target: Path) -> None:
     torch_folder = Path(torch.__file__).parent
     include, libraries = torch_folder / "include", torch_folder / "lib"
-    command = [compiler, *_FLAGS, f"-I{include}", str(_SOURCE), "-o", str(target), f"-L{libraries}"]
+    command = [compiler, *_FLAGS, f"-I{include}", str(_SOURCES / "few_rows.cpp"), "-o", str(target), f"-L{libraries}"]
     command += ["-ltorch_cpu", "-lc10"]
     subprocess.run(command, check=True, capture_output=True, text=True)
 

@@ -1,14 +1,14 @@
 """A run of few rows recorded once, and repeated without Python: what CUDA graphs are to a GPU.
 
-A token passes some ten operators per layer, and calling these from Python takes as long as computing them. The first run
-of some layers over N rows of a cache is made as always, its operators noting what they do to which memory; later ones
-do that again, on new states at new positions. Nothing is compiled for it and no number differs: the text may grow, rows
-may come and go, and a new cache or another N is one more recording, which costs one run.
+A token passes some ten operators per layer, and calling these from Python takes as long as computing them. The first
+run of some layers over N rows of a cache is made as always, its operators noting what they do to which memory; later
+ones do that again, on new states at new positions. Nothing is compiled for it and no number differs: the text may
+grow, rows may come and go, and a new cache or another N is one more recording, which costs one run.
 
 Only this library's few-row operators can be recorded. A run that needs another one, as a clamp or an expert mask is, is
 made as always every time.
 
-Knows nothing of layers. Next: `decoder.py`, which decides; `few_rows.cpp`, which notes and repeats.
+Knows nothing of layers. Next: `decoder.py`, which decides; `cpp/few_rows.cpp`, which notes and repeats.
 """
 
 import weakref
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_OURS = "layerskip_moe"
+_OURS = "layerskip_moe_few_rows"
 
 
 class Recording:
@@ -28,21 +28,21 @@ class Recording:
     def __init__(self, run: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor]) -> None:
         """run: from inputs to outputs, by few-row operators; the buffers it reads and writes besides must live on."""
         own = [tensor.clone() for tensor in inputs]
-        number = torch.ops.layerskip_moe.record(own)
+        number = torch.ops.layerskip_moe_few_rows.record(own)
         outputs: list[Tensor] = []
         try:
             with _OnlyOurs() as seen:
                 outputs = run(own)
         finally:
-            torch.ops.layerskip_moe.recorded([tensor.contiguous() for tensor in outputs])
+            torch.ops.layerskip_moe_few_rows.recorded([tensor.contiguous() for tensor in outputs])
             self._number = number
-            weakref.finalize(self, torch.ops.layerskip_moe.forget, number)
+            weakref.finalize(self, torch.ops.layerskip_moe_few_rows.forget, number)
         self.first = outputs
         self.complete = seen.others == set()
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
         """The outputs for other inputs of the same sizes."""
-        return torch.ops.layerskip_moe.replay.default(self._number, inputs)
+        return torch.ops.layerskip_moe_few_rows.replay.default(self._number, inputs)
 
 
 class _OnlyOurs(TorchDispatchMode):

@@ -1,0 +1,51 @@
+// Products of few rows with many weights, on a CPU: what decoding, drafting and verification spend their time on.
+//
+// One row at a time a product is as fast as its weights can be read, and that is what these files are written for: every
+// weight is read once, whatever the number of rows, and an expert once for all the rows that chose it. A row's result
+// has a fixed order of summation, so it is bit for bit the same beside any number of other rows.
+//
+// N rows, K inputs, O outputs, D width, F expert hidden size, E experts, H query heads, G key-value heads, C slots.
+// Weights and states may be float32, bfloat16 or float16, weights also int8 with a scale per output row; sums are
+// float32. Knows nothing of the network. Next: few_rows.py, which says what each
+// operator is; numbers.h, and what includes it.
+
+#include <torch/csrc/stable/library.h>
+
+#include "attention.h"
+
+STABLE_TORCH_LIBRARY(layerskip_moe_few_rows, library) {
+  library.def("linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, bool wide) -> Tensor");
+  library.def(
+      "experts(Tensor x, Tensor chosen, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_scale, "
+      "Tensor? down_scale) -> Tensor");
+  library.def("norm(Tensor x, Tensor weight, float epsilon) -> Tensor");
+  library.def("rotate(Tensor x, Tensor cos, Tensor sin, Tensor positions) -> Tensor");
+  library.def("add(Tensor x, Tensor y) -> Tensor");
+  library.def("swiglu(Tensor gate_up) -> Tensor");
+  library.def("gate(Tensor x, Tensor logits) -> Tensor");
+  library.def("route(Tensor logits, Tensor? bias, int top_k, bool normalize) -> (Tensor, Tensor)");
+  library.def(
+      "attend(Tensor queries, Tensor new_keys, Tensor new_values, Tensor(a!) keys, Tensor(b!) values, Tensor rows, "
+      "Tensor positions, int window, float scale) -> Tensor");
+  library.def("record(Tensor[] inputs) -> int");
+  library.def("recorded(Tensor[] outputs) -> int");
+  library.def("replay(int program, Tensor[] inputs) -> Tensor[]");
+  library.def("forget(int program) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(layerskip_moe_few_rows, CPU, library) {
+  library.impl("linear", TORCH_BOX(&few_rows::linear));
+  library.impl("experts", TORCH_BOX(&few_rows::experts));
+  library.impl("norm", TORCH_BOX(&few_rows::norm));
+  library.impl("rotate", TORCH_BOX(&few_rows::rotate));
+  library.impl("add", TORCH_BOX(&few_rows::add));
+  library.impl("swiglu", TORCH_BOX(&few_rows::swiglu));
+  library.impl("gate", TORCH_BOX(&few_rows::gate));
+  library.impl("route", TORCH_BOX(&few_rows::route));
+  library.impl("attend", TORCH_BOX(&few_rows::attend));
+  library.impl("record", TORCH_BOX(&few_rows::record));
+  library.impl("recorded", TORCH_BOX(&few_rows::recorded));
+  library.impl("replay", TORCH_BOX(&few_rows::replay));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(layerskip_moe_few_rows, CompositeExplicitAutograd, library) { library.impl("forget", TORCH_BOX(&few_rows::forget)); }

@@ -1,0 +1,149 @@
+// Numbers of several types as vectors of float32, and the product of rows that everything else is made of.
+//
+// Knows nothing of tensors. Next: tensors.h.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+namespace few_rows {
+
+// Numbers at a time: one register's worth, for what vectors wider than a register become is slow.
+#if defined(__AVX512F__)
+constexpr int64_t WIDTH = 16;
+#elif defined(__AVX__)
+constexpr int64_t WIDTH = 8;
+#else
+constexpr int64_t WIDTH = 4;
+#endif
+using Floats = float __attribute__((vector_size(4 * WIDTH)));
+using Words = uint32_t __attribute__((vector_size(4 * WIDTH)));
+using Integers = int32_t __attribute__((vector_size(4 * WIDTH)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class Value, class Number>
+Value copy_from(const Number* from) {
+  Value value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+// Written as loops, which compilers turn into the one instruction that widens; __builtin_convertvector is taken apart.
+template <class Vector, class Number>
+Vector widen(const Number* from) {
+  Vector wide;
+  for (int64_t i = 0; i < WIDTH; ++i) wide[i] = from[i];
+  return wide;
+}
+
+inline Floats load(const float* from) { return copy_from<Floats>(from); }
+inline Floats load(const _Float16* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(copy_from<__m256i>(from));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(copy_from<__m128i>(from));
+#else
+  return widen<Floats>(from);
+#endif
+}
+inline Floats load(const int8_t* from) { return __builtin_convertvector(widen<Integers>(from), Floats); }
+inline Floats load(const BFloat16* from) {
+  const Words words = widen<Words>(reinterpret_cast<const uint16_t*>(from)) << 16;
+  return copy_from<Floats>(&words);
+}
+
+inline float number(float value) { return value; }
+inline float number(_Float16 value) { return static_cast<float>(value); }
+inline float number(int8_t value) { return static_cast<float>(value); }
+inline float number(BFloat16 value) {
+  const uint32_t word = static_cast<uint32_t>(value.bits) << 16;
+  return copy_from<float>(&word);
+}
+
+inline void store(float value, float* to) { *to = value; }
+inline void store(float value, _Float16* to) { *to = static_cast<_Float16>(value); }
+inline void store(float value, BFloat16* to) {
+  const uint32_t word = copy_from<uint32_t>(&value);  // to the nearest, ties to even, as torch rounds
+  to->bits = std::isnan(value) ? 0x7fc0 : static_cast<uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+}
+
+inline float sum(Floats values) {
+  float parts[WIDTH];
+  std::memcpy(parts, &values, sizeof parts);
+  for (int64_t half = WIDTH / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) parts[i] += parts[i + half];
+  return parts[0];
+}
+
+// e^x, to within two units in the last place, for all of -87 to 88; what lies beyond is taken for the nearest of these.
+inline Floats exp(Floats x) {
+  constexpr float SHIFT = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits
+  x = x > 88.0f ? Floats{} + 88.0f : x;
+  x = x < -87.0f ? Floats{} - 87.0f : x;
+  const Floats shifted = x * 1.44269504f + SHIFT, whole = shifted - SHIFT;
+  const Floats rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts
+  Floats series = rest * 1.9875691500e-4f + 1.3981999507e-3f;  // Cephes' expf
+  series = series * rest + 8.3334519073e-3f;
+  series = series * rest + 4.1665795894e-2f;
+  series = series * rest + 1.6666665459e-1f;
+  series = series * rest + 5.0000001201e-1f;
+  series = series * rest * rest + rest + 1.0f;
+  const Integers power = ((copy_from<Integers>(&shifted) - 0x4B400000) + 127) << 23;
+  return series * copy_from<Floats>(&power);
+}
+
+// values[i] = function(values[i], others[i]), the last few like all others: a value's place changes nothing.
+template <class Function>
+void for_each(float* values, const float* others, int64_t count, const Function& function) {
+  for (int64_t i = 0; i < count; i += WIDTH) {
+    const size_t bytes = sizeof(float) * std::min(WIDTH, count - i);
+    Floats value = {}, other = {};
+    std::memcpy(&value, values + i, bytes);
+    std::memcpy(&other, others + i, bytes);
+    value = function(value, other);
+    std::memcpy(values + i, &value, bytes);
+  }
+}
+
+constexpr int CHAINS = 4;        // sums that do not wait for one another
+constexpr int ROWS_AT_ONCE = 2;  // of AVX2's 16 registers, 8 hold their sums
+
+// out[n] = w . x[n] for ROWS rows of x: the order of summation within a row does not depend on ROWS.
+template <int ROWS, class Weight>
+inline void dot(const Weight* w, const float* const* x, int64_t inputs, float* out) {
+  Floats sums[ROWS][CHAINS] = {};
+  int64_t k = 0;
+  for (; k + CHAINS * WIDTH <= inputs; k += CHAINS * WIDTH)
+    for (int c = 0; c < CHAINS; ++c) {
+      const Floats weights = load(w + k + c * WIDTH);
+      for (int n = 0; n < ROWS; ++n) sums[n][c] += weights * load(x[n] + k + c * WIDTH);
+    }
+  for (int n = 0; n < ROWS; ++n) {
+    for (int c = 1; c < CHAINS; ++c) sums[n][0] += sums[n][c];
+    float total = sum(sums[n][0]);
+    for (int64_t rest = k; rest < inputs; ++rest) total += number(w[rest]) * x[n][rest];
+    out[n] = total;
+  }
+}
+
+
+template <class Weight>
+inline void dots(const Weight* w, const std::vector<const float*>& x, int64_t inputs, float* out) {
+  const int64_t rows = static_cast<int64_t>(x.size());
+  int64_t n = 0;
+  for (; n + ROWS_AT_ONCE <= rows; n += ROWS_AT_ONCE) dot<ROWS_AT_ONCE>(w, &x[n], inputs, out + n);
+  for (; n < rows; ++n) dot<1>(w, &x[n], inputs, out + n);
+}
+
+}  // namespace few_rows

@@ -1,0 +1,122 @@
+// What happens to states between the products: norms, rotation, sums, gates and the choice of experts. Small work, which
+// stays on one thread.
+//
+// Knows nothing of the network. Next: attention.h.
+
+#pragma once
+
+#include <tuple>
+
+#include "products.h"
+
+namespace few_rows {
+
+inline Tensor norm(const Tensor& x, const Tensor& weight, double epsilon) {
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  perform([=] {
+    const int64_t width = weight.numel();
+    const std::vector<float> weights = as_floats(weight);
+    std::vector<float> floats = as_floats(x);
+    for (float* part = floats.data(); part < floats.data() + floats.size(); part += width) {
+      const float* values = part;
+      float squares;
+      dot<1>(values, &values, width, &squares);
+      const float scale = 1.0f / std::sqrt(squares / static_cast<float>(width) + static_cast<float>(epsilon));
+      for (int64_t d = 0; d < width; ++d) part[d] *= scale * weights[d];
+    }
+    give(floats, y);
+  });
+  return y;
+}
+
+inline Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& positions) {
+  check_dense(cos), check_dense(sin), check_dense(positions);
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  perform([=] {
+    const int64_t rows = x.size(0), heads = x.size(1), head_dim = x.size(2), half = head_dim / 2;
+    const int64_t* position = static_cast<const int64_t*>(positions.data_ptr());
+    std::vector<float> floats = as_floats(x);
+    for (int64_t n = 0; n < rows; ++n) {
+      STD_TORCH_CHECK(0 <= position[n] && position[n] < cos.size(0), "a position has no angle");
+      const float* c = static_cast<const float*>(cos.data_ptr()) + position[n] * head_dim;
+      const float* s = static_cast<const float*>(sin.data_ptr()) + position[n] * head_dim;
+      for (float* head = floats.data() + n * heads * head_dim; head < floats.data() + (n + 1) * heads * head_dim; head += head_dim)
+        for (int64_t d = 0; d < half; ++d) {
+          const float first = head[d], second = head[d + half];
+          head[d] = first * c[d] - second * s[d];
+          head[d + half] = second * c[d + half] + first * s[d + half];
+        }
+    }
+    give(floats, y);
+  });
+  return y;
+}
+
+inline Tensor add(const Tensor& x, const Tensor& y) {
+  Tensor total = torch::stable::new_empty(x, x.sizes());
+  perform([=] {
+    std::vector<float> floats = as_floats(x);
+    const std::vector<float> others = as_floats(y);
+    for (size_t i = 0; i < floats.size(); ++i) floats[i] += others[i];
+    give(floats, total);
+  });
+  return total;
+}
+
+inline Tensor swiglu(const Tensor& gate_up) {
+  Tensor y = torch::stable::new_empty(gate_up, {gate_up.size(0), gate_up.size(1) / 2});
+  perform([=] {
+    const int64_t rows = gate_up.size(0), hidden = gate_up.size(1) / 2;
+    const std::vector<float> floats = as_floats(gate_up);
+    std::vector<float> activation(rows * hidden);
+    for (int64_t n = 0; n < rows; ++n) activate(floats.data() + 2 * n * hidden, hidden, activation.data() + n * hidden);
+    give(activation, y);
+  });
+  return y;
+}
+
+inline Tensor gate(const Tensor& x, const Tensor& logits) {
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  perform([=] {
+    std::vector<float> floats = as_floats(x);
+    const std::vector<float> gates = as_floats(logits);
+    for (size_t i = 0; i < floats.size(); ++i) floats[i] /= 1.0f + std::exp(-gates[i / (floats.size() / gates.size())]);
+    give(floats, y);
+  });
+  return y;
+}
+
+inline std::tuple<Tensor, Tensor> route(const Tensor& logits, const std::optional<Tensor>& bias, int64_t top_k, bool normalize) {
+  check_dense(logits);
+  STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float, "routers have float32 logits");
+  Tensor chosen = torch::stable::new_empty(logits, {logits.size(0), top_k}, ScalarType::Long);
+  Tensor weights = torch::stable::new_empty(logits, {logits.size(0), top_k});
+  perform([=] {
+    const int64_t rows = logits.size(0), n_experts = logits.size(1);
+    const Column biases(bias, 0.0f);
+    std::vector<float> probabilities(n_experts), scores(n_experts);
+    for (int64_t n = 0; n < rows; ++n) {
+      const float* logit = static_cast<const float*>(logits.data_ptr()) + n * n_experts;
+      int64_t* choice = static_cast<int64_t*>(chosen.data_ptr()) + n * top_k;
+      float* weight = static_cast<float*>(weights.data_ptr()) + n * top_k;
+      const float largest = *std::max_element(logit, logit + n_experts);
+      float total = 0;
+      for (int64_t e = 0; e < n_experts; ++e) total += probabilities[e] = std::exp(logit[e] - largest);
+      for (int64_t e = 0; e < n_experts; ++e) {
+        probabilities[e] /= total;
+        // An inactive expert's probability is 0, and a bias must not bring it back.
+        scores[e] = std::isinf(logit[e]) ? -1e30f : probabilities[e] + biases[e];
+      }
+      total = 0;
+      for (int64_t k = 0; k < top_k; ++k) {
+        choice[k] = std::max_element(scores.begin(), scores.end()) - scores.begin();
+        scores[choice[k]] = -2e30f;
+        total += weight[k] = probabilities[choice[k]];
+      }
+      for (int64_t k = 0; normalize && k < top_k; ++k) weight[k] /= total;
+    }
+  });
+  return {chosen, weights};
+}
+
+}  // namespace few_rows

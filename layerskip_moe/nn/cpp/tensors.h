@@ -1,0 +1,83 @@
+// PyTorch's tensors as numbers of float32 and back, and how work on them is split among threads.
+//
+// Knows nothing of operators. Next: program.h.
+
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+
+#include "numbers.h"
+
+namespace few_rows {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class Function>
+void with_float_type(ScalarType type, const Function& function) {
+  if (type == ScalarType::Float) return function(static_cast<float*>(nullptr));
+  if (type == ScalarType::Half) return function(static_cast<_Float16*>(nullptr));
+  STD_TORCH_CHECK(type == ScalarType::BFloat16, "few-row products take float32, bfloat16 and float16");
+  function(static_cast<BFloat16*>(nullptr));
+}
+
+template <class Function>
+void with_weight_type(ScalarType type, const Function& function) {
+  if (type == ScalarType::Char) return function(static_cast<int8_t*>(nullptr));
+  with_float_type(type, function);
+}
+
+inline void check_dense(const Tensor& tensor) { STD_TORCH_CHECK(tensor.is_contiguous(), "few-row products take contiguous tensors"); }
+
+// x [rows, ...] in float32. Rows may lie apart, as those of a part of a projection do; what is within a row lies together.
+inline std::vector<float> as_floats(const Tensor& x) {
+  int64_t per_row = 1;
+  for (int64_t dim = x.dim() - 1; dim > 0; --dim) {
+    STD_TORCH_CHECK(x.size(dim) == 1 || x.stride(dim) == per_row, "few-row products take rows that lie together");
+    per_row *= x.size(dim);
+  }
+  const int64_t rows = x.size(0), apart = x.stride(0);
+  std::vector<float> floats(rows * per_row);
+  with_float_type(x.scalar_type(), [&](auto type) {
+    const auto* from = static_cast<decltype(type)>(x.data_ptr());
+    for (int64_t n = 0; n < rows; ++n)
+      for (int64_t i = 0; i < per_row; ++i) floats[n * per_row + i] = number(from[n * apart + i]);
+  });
+  return floats;
+}
+
+// Write numbers into a tensor of their count.
+inline void give(const std::vector<float>& floats, const Tensor& y) {
+  with_float_type(y.scalar_type(), [&](auto type) {
+    auto* to = static_cast<decltype(type)>(y.data_ptr());
+    for (size_t i = 0; i < floats.size(); ++i) store(floats[i], to + i);
+  });
+}
+
+// Scales or biases of output rows, one by one: there may be none.
+struct Column {
+  const void* data = nullptr;
+  ScalarType type = ScalarType::Float;
+  float missing = 0;
+
+  Column(const std::optional<Tensor>& tensor, float missing) : missing(missing) {
+    if (tensor) data = tensor->data_ptr(), type = tensor->scalar_type();
+  }
+  float operator[](int64_t i) const {
+    if (data == nullptr) return missing;
+    if (type == ScalarType::Float) return static_cast<const float*>(data)[i];
+    if (type == ScalarType::Half) return number(static_cast<const _Float16*>(data)[i]);
+    return number(static_cast<const BFloat16*>(data)[i]);
+  }
+};
+
+// Work is split among threads when each gets at least so many bytes: less is done sooner than another one wakes.
+constexpr int64_t BYTES_PER_THREAD = 1 << 15;
+
+inline int64_t grain(int64_t bytes_per_unit) { return std::max<int64_t>(1, BYTES_PER_THREAD / std::max<int64_t>(1, bytes_per_unit)); }
+
+}  // namespace few_rows
