@@ -37,8 +37,7 @@ def text(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def surroundings(tmp_path, monkeypatch):
-    monkeypatch.setenv("LAYERSKIP_MOE_CACHE", str(tmp_path / "cache"))
+def surroundings(tmp_path, monkeypatch, cache_with_kernels):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # main.py replaces it
     monkeypatch.chdir(tmp_path)
 

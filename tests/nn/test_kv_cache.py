@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip_moe.nn import KVCache, ModelConfig
+from layerskip_moe.nn.attention import locate, read, write
 
 # In float64 a dense network agrees to the last digits. The router computes in float32 always, so with experts
 # the rounding of another number of rows shows.
@@ -187,17 +188,19 @@ def test_fill_writes_what_run_would_write_from_the_same_state(tiny_model, qk_nor
 
 
 def test_write_then_read():
-    cache = KVCache(ModelConfig(vocab_size=5, n_layers=2, d_model=8, n_heads=2, n_kv_heads=1), 3, 6)
+    config = ModelConfig(vocab_size=5, n_layers=2, d_model=8, n_heads=2, n_kv_heads=1)
+    cache = KVCache(config, 3, 6)
     assert cache.keys.shape == cache.values.shape == (2, 3, 6, 1, 4) and cache.capacity == 6
     positions = torch.tensor([[0, 1], [3, 4], [4, 5]])
-    keys, values = torch.randn(2, 3, 1, 2, 4)
-    cache.write(1, cache.slots(positions), keys, values)
-    read_keys, read_values = cache.read(1, 6)
+    keys, values = torch.randn(2, 3, 2, 1, 4)
+    places = locate(positions, config, cache, length=6)
+    write(cache.memory(1), places, keys, values)
+    read_keys, read_values = read(cache.memory(1), places)
     assert read_keys.shape == read_values.shape == (3, 1, 6, 4)
-    assert cache.read(1, 4)[0].shape == (3, 1, 4, 4)
+    assert read(cache.memory(1), locate(positions, config, cache, length=4))[0].shape == (3, 1, 4, 4)
     for row in range(3):
-        assert torch.equal(read_keys[row][:, positions[row]], keys[row])
-        assert torch.equal(read_values[row][:, positions[row]], values[row])
+        assert torch.equal(read_keys[row, 0, positions[row]], keys[row, :, 0])
+        assert torch.equal(read_values[row, 0, positions[row]], values[row, :, 0])
     assert read_keys.count_nonzero() == keys.numel() and not cache.keys[0].any()
 
 
@@ -205,8 +208,16 @@ def test_write_converts_to_the_cache_s_type():
     config = ModelConfig(vocab_size=5, n_layers=1, d_model=8, n_heads=2)
     cache = KVCache(config, 1, 2, dtype=torch.bfloat16)
     keys = torch.randn(1, 2, 2, 4)
-    cache.write(0, cache.slots(torch.tensor([[0, 1]])), keys, keys)
-    assert torch.equal(cache.read(0, 2)[0], keys.bfloat16())
+    places = locate(torch.tensor([[0, 1]]), config, cache, length=2)
+    write(cache.memory(0), places, keys, keys)
+    assert torch.equal(read(cache.memory(0), places)[0], keys.bfloat16().transpose(1, 2))
+
+
+def test_a_subset_s_rows_are_those_of_the_whole():
+    cache = KVCache(ModelConfig(vocab_size=5, n_layers=1, d_model=8, n_heads=2), 4, 6)
+    positions = torch.tensor([[0, 1, 2], [3, 4, 5]])
+    assert cache.subset(torch.tensor([3, 1])).rows_of(positions).tolist() == [3, 3, 3, 1, 1, 1]
+    assert cache.subset(torch.tensor([3, 1])).subset(torch.tensor([1])).rows_of(positions[:1]).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("method", ["run", "fill"])

@@ -56,14 +56,13 @@ def repository():
 
 
 class TestExecuted:
-    def test_every_cell_runs_and_every_picture_appears(self, notebook, tmp_path, monkeypatch):
+    def test_every_cell_runs_and_every_picture_appears(self, notebook, tmp_path, monkeypatch, cache_with_kernels):
         from matplotlib.image import imread
         from nbclient import NotebookClient
 
         (tmp_path / "text").mkdir()
         for index in range(4):
             (tmp_path / "text" / f"{index}.txt").write_text(f"The {index} brown foxes jump over lazy dogs.\n" * 60)
-        monkeypatch.setenv("LAYERSKIP_MOE_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
         monkeypatch.setenv("PYTHONPATH", str(ROOT))
         for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):  # no settings or kernels of the user's
