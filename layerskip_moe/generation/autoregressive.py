@@ -33,8 +33,8 @@ class Autoregressive:
     def step(self, session: Session) -> None:
         """One round: the layers over the newest token of each row, then one new token."""
         layers = self._layers(session)
-        hidden = session.run(session.model.embed(session.newest), layers, session.positions(1))
-        tokens = session.choose(session.scores(session.model.unembed(hidden)), session.noise(1))
+        _, logits = session.decode(session.newest, layers, session.positions(1))
+        tokens = session.choose(session.scores(logits), session.noise(1))
         session.append(tokens, layers_run=[len(layers)] * len(tokens))
 
     def _layers(self, session: Session) -> range:

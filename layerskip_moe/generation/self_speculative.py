@@ -72,12 +72,13 @@ class SelfSpeculative:
         positions = session.positions(round_.length + 1)
         early, late = range(self.exit_layer), range(self.exit_layer, model.config.n_layers)
         token, states = session.newest, []
-        for place in range(round_.length + 1):
-            states.append(session.run(model.embed(token), early, positions[:, place : place + 1]))
-            if place < round_.length:
-                token = round_.draft(draft.unembed(states[-1]))
-        hidden = session.run(torch.cat(states, dim=1), late, positions)
-        round_.verify(model.unembed(hidden))
+        for place in range(round_.length):
+            state, logits = session.decode(token, early, positions[:, place : place + 1])
+            states.append(state)
+            token = round_.draft(logits)
+        states.append(session.run(model.embed(token), early, positions[:, -1:]))
+        _, logits = session.decode(torch.cat(states, dim=1), late, positions)
+        round_.verify(logits)
 
     def _speculative(self, draft: MoEDecoder) -> Speculative:
         return Speculative(draft, self.draft_length, self.coupling, self.exit_layer)

@@ -111,6 +111,10 @@ class Session:
         """Some layers over hidden [A, T, D] at positions [A, T], on this session's cache -> [A, T, D]."""
         return self.model.run(hidden, layers, positions=positions, cache=self.cache).hidden
 
+    def decode(self, start: Tensor, layers: Sequence[int], positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids [A, T] or hidden [A, T, D] through some layers and the head: states [A, T, D], logits [A, T, V]."""
+        return self.model.decode(start, layers, positions=positions, cache=self.cache)
+
     def noise(self, count: int, *, stream: int = 0) -> Tensor | None:
         """Noise [A, count, V] for choosing the next `count` tokens of each row; None when greedy."""
         if self.sampling.greedy:

@@ -76,11 +76,11 @@ class Speculative:
         first = torch.cat([(positions[:, :1] - 1).clamp(min=0), positions[:, :1]], dim=1)
         tokens, places = session.tokens.gather(1, first), first
         for place in range(round_.length):
-            hidden = draft.run(draft.embed(tokens), self._layers, positions=places, cache=cache).hidden
-            tokens, places = round_.draft(draft.unembed(hidden[:, -1:])), positions[:, place + 1 : place + 2]
+            _, logits = draft.decode(tokens, self._layers, positions=places, cache=cache)
+            tokens, places = round_.draft(logits[:, -1:]), positions[:, place + 1 : place + 2]
         text = torch.cat([session.newest, *round_.drafts], dim=1)
-        hidden = session.run(model.embed(text), range(model.config.n_layers), positions)
-        round_.verify(model.unembed(hidden))
+        _, logits = session.decode(text, range(model.config.n_layers), positions)
+        round_.verify(logits)
 
     @property
     def _layers(self) -> range:

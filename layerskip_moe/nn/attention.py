@@ -56,7 +56,7 @@ def locate(
     if few:
         assert cache is not None
         return Places(*table, cache.rows_of(positions), positions.flatten().contiguous(), few=True)
-    cos, sin = (angles[positions][:, :, None] for angles in table)
+    cos, sin = (angles[positions[:, :, None]] for angles in table)  # (a view of a result would be one more graph)
     window, here = config.sliding_window, positions.shape[1]
     cut = window is not None and window < here
     if cache is None:

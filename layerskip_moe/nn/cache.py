@@ -56,6 +56,8 @@ class KVCache:
 
     def rows_of(self, positions: Tensor) -> Tensor:
         """The buffers' row of each of positions [B, T], flat: [B * T]."""
+        if positions.shape[1] == 1:
+            return self.rows
         return self.rows[:, None].expand(positions.shape).flatten().contiguous()
 
     def subset(self, rows: Tensor) -> "KVCache":

@@ -6,7 +6,7 @@ layers.
 Knows nothing of losses, sampling, or files. Next: `training/loop.py`, `generation/session.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,6 +163,31 @@ class MoEDecoder(nn.Module):
         places = locate(positions, self.config, cache, length=length)
         return self._run_blocks(hidden, layers, places, cache, keep, keep_experts, expert_mask, top_k, collect)
 
+    def decode(
+        self, start: Tensor, layers: Sequence[int], *, positions: Tensor, cache: KVCache
+    ) -> tuple[Tensor, Tensor]:
+        """A step of decoding: `embed` where start holds token ids, `run`, `unembed`; of few rows, compiled, one call.
+
+        start: token ids [B, T] int64, or hidden states [B, T, D]; layers, positions, cache: as in `run`
+        -> hidden states [B, T, D] after the last of the layers, and their logits [B, T, V]
+        """
+        shape = positions.shape
+        few = start.is_cpu and shape.numel() <= few_rows.MOST_ROWS and few_rows.are_computed(self.dtype)
+        if not (few and self.compiled and few_rows.has_kernels()):
+            hidden = start if start.is_floating_point() else self.embed(start)
+            hidden = self.run(hidden, layers, positions=positions, cache=cache).hidden
+            return hidden, self.unembed(hidden)
+        embeds, layers = not start.is_floating_point(), list(layers)
+
+        def step(inputs: list[Tensor]) -> list[Tensor]:
+            states = few_rows.embed(inputs[0].flatten(), self.embedding.weight) if embeds else inputs[0].flatten(0, 1)
+            hidden = self._run_flat(states[None], layers, inputs[1], inputs[2], cache).hidden
+            return [hidden, self.unembed(hidden)]
+
+        inputs = [start.contiguous(), cache.rows_of(positions), positions.flatten().contiguous()]
+        hidden, logits = self._repeat(step, inputs, cache, ("decode", embeds, tuple(layers)), layers, positions)
+        return hidden.view(*shape, -1), logits.view(*shape, -1)
+
     def _run_few(
         self,
         hidden: Tensor,
@@ -173,33 +198,59 @@ class MoEDecoder(nn.Module):
         collect: Sequence[int],
     ) -> RunOutput:
         """`run` for few rows, which stand one after the other as [1, N, D]; repeated from a recording if compiled."""
-        shape, table = hidden.shape, self._angles(hidden.device)
+        shape = hidden.shape
 
         def run(inputs: list[Tensor]) -> RunOutput:
             states, rows, places = inputs
-            where = Places(*table, rows, places, few=True)
-            return self._run_blocks(states, layers, where, cache, None, None, None, top_k, collect)
+            return self._run_flat(states, layers, rows, places, cache, top_k, collect)
 
-        def tensors(output: RunOutput) -> list[Tensor]:
+        def step(inputs: list[Tensor]) -> list[Tensor]:
+            output = run(inputs)
             return [output.hidden, *(output.collected[layer] for layer in collect)]
 
         inputs = [hidden.reshape(1, -1, shape[-1]), cache.rows_of(positions), positions.flatten().contiguous()]
         if not (self.compiled and few_rows.has_kernels()):
             output = run(inputs)
         else:
-            key = id(self), tuple(layers), len(inputs[1]), top_k, tuple(collect)
-            recording = cache.recordings.get(key)
-            if recording is None:
-                recording = cache.recordings[key] = Recording(lambda own: tensors(run(own)), inputs)
-                last, *others = [tensor.clone() for tensor in recording.first]
-            elif recording.complete:
-                last, *others = recording(inputs)
-            else:
-                last, *others = tensors(run(inputs))
+            key = "run", tuple(layers), top_k, tuple(collect)
+            last, *others = self._repeat(step, inputs, cache, key, layers, positions)
             output = RunOutput(last, dict(zip(collect, others, strict=True)))
         output.hidden = output.hidden.view(shape)
         output.collected = {layer: states.view(shape) for layer, states in output.collected.items()}
         return output
+
+    def _run_flat(
+        self,
+        states: Tensor,
+        layers: list[int],
+        rows: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        top_k: int | None = None,
+        collect: Sequence[int] = (),
+    ) -> RunOutput:
+        """Layers over few states [1, N, D] of rows [N] at positions [N]."""
+        places = Places(*self._angles(states.device), rows, positions, few=True)
+        return self._run_blocks(states, layers, places, cache, None, None, None, top_k, collect)
+
+    def _repeat(
+        self,
+        step: Callable[[list[Tensor]], list[Tensor]],
+        inputs: list[Tensor],
+        cache: KVCache,
+        key: tuple[Any, ...],
+        layers: list[int],
+        positions: Tensor,
+    ) -> list[Tensor]:
+        """step(inputs), from a recording where the same step was made on this cache before; see `replay.py`."""
+        key = id(self), len(inputs[1]), *key
+        recording = cache.recordings.get(key)
+        if recording is None:
+            self._check_positions(positions, cache)
+            self._check_run(layers, len(positions), cache, None, None, None, None, ())
+            recording = cache.recordings[key] = Recording(step, inputs)
+            return [tensor.clone() for tensor in recording.first]
+        return recording(inputs) if recording.complete else step(inputs)
 
     def _run_blocks(
         self,

@@ -27,13 +27,12 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 def are_few(x: Tensor) -> bool:
     """Whether the rows of x [..., K] are computed by this file's functions: at most MOST_ROWS, on a CPU, with neither
     gradients nor autocast."""
-    return (
-        x.is_cpu
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and x.dtype in _TYPES
-        and x.numel() <= MOST_ROWS * x.shape[-1]
-    )
+    return x.is_cpu and x.numel() <= MOST_ROWS * x.shape[-1] and are_computed(x.dtype)
+
+
+def are_computed(dtype: torch.dtype) -> bool:
+    """Whether few rows of this type on a CPU are computed here, as things stand: with neither gradients nor autocast."""
+    return dtype in _TYPES and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wide: bool = False) -> Tensor:
@@ -45,7 +44,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wide: bool 
     weight = values if scale is None else values.to(x.dtype) * scale.to(x.dtype)
     if wide:
         x, weight = x.float(), weight.float()
-    return torch.cat([F.linear(row, weight, bias) for row in x.split(1)])
+    # A copy starts where memory is aligned, as a row of x may not, and on that PyTorch's order of summation depends.
+    return torch.cat([F.linear(row.clone(), weight, bias) for row in x.split(1)])
 
 
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -67,6 +67,11 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: T
         rows, places = (chosen == expert).nonzero(as_tuple=True)
         outputs[rows, places] = linear(swiglu(linear(x[rows], gate_up[expert])), down[expert])
     return (outputs * weights[..., None].to(x.dtype)).sum(dim=1)
+
+
+def embed(tokens: Tensor, table: Tensor) -> Tensor:
+    """Rows tokens [N] of table [V, D] -> [N, D]."""
+    return torch.ops.layerskip_moe_few_rows.embed.default(tokens, table) if has_kernels() else table[tokens]
 
 
 def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

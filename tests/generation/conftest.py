@@ -90,7 +90,7 @@ class _TableModel:
     calls:       the (first layer, end layer, B, T) of each run, in order
     """
 
-    device, dtype, training = torch.device("cpu"), torch.float32, False
+    device, dtype, training, compiled = torch.device("cpu"), torch.float32, False, False
 
     def __init__(self, vocab_size, full, draft, n_layers=4):
         self.config = ModelConfig(vocab_size, n_layers=n_layers, d_model=2, n_heads=1, num_experts=0, max_seq_len=64)
@@ -114,6 +114,11 @@ class _TableModel:
             self.calls.append((layers[0], layers[-1] + 1, *positions.shape))
             depth = torch.full_like(depth, layers[-1] + 1)
         return RunOutput(torch.stack([token, positions, depth], dim=-1))
+
+    def decode(self, start, layers, *, positions, cache):
+        hidden = start if start.is_floating_point() or start.dim() == 3 else self.embed(start)
+        hidden = self.run(hidden, layers, positions=positions, cache=cache).hidden
+        return hidden, self.unembed(hidden)
 
     def unembed(self, hidden):
         token, position, depth = hidden.unbind(-1)

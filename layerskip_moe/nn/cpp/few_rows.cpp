@@ -18,6 +18,7 @@ STABLE_TORCH_LIBRARY(layerskip_moe_few_rows, library) {
   library.def(
       "experts(Tensor x, Tensor chosen, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_scale, "
       "Tensor? down_scale) -> Tensor");
+  library.def("embed(Tensor tokens, Tensor table) -> Tensor");
   library.def("norm(Tensor x, Tensor weight, float epsilon) -> Tensor");
   library.def("rotate(Tensor x, Tensor cos, Tensor sin, Tensor positions) -> Tensor");
   library.def("add(Tensor x, Tensor y) -> Tensor");
@@ -36,6 +37,7 @@ STABLE_TORCH_LIBRARY(layerskip_moe_few_rows, library) {
 STABLE_TORCH_LIBRARY_IMPL(layerskip_moe_few_rows, CPU, library) {
   library.impl("linear", TORCH_BOX(&few_rows::linear));
   library.impl("experts", TORCH_BOX(&few_rows::experts));
+  library.impl("embed", TORCH_BOX(&few_rows::embed));
   library.impl("norm", TORCH_BOX(&few_rows::norm));
   library.impl("rotate", TORCH_BOX(&few_rows::rotate));
   library.impl("add", TORCH_BOX(&few_rows::add));
@@ -43,9 +45,12 @@ STABLE_TORCH_LIBRARY_IMPL(layerskip_moe_few_rows, CPU, library) {
   library.impl("gate", TORCH_BOX(&few_rows::gate));
   library.impl("route", TORCH_BOX(&few_rows::route));
   library.impl("attend", TORCH_BOX(&few_rows::attend));
+}
+
+// For any device, and for no tensors at all.
+STABLE_TORCH_LIBRARY_IMPL(layerskip_moe_few_rows, CompositeExplicitAutograd, library) {
   library.impl("record", TORCH_BOX(&few_rows::record));
   library.impl("recorded", TORCH_BOX(&few_rows::recorded));
   library.impl("replay", TORCH_BOX(&few_rows::replay));
+  library.impl("forget", TORCH_BOX(&few_rows::forget));
 }
-
-STABLE_TORCH_LIBRARY_IMPL(layerskip_moe_few_rows, CompositeExplicitAutograd, library) { library.impl("forget", TORCH_BOX(&few_rows::forget)); }

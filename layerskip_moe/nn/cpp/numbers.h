@@ -78,13 +78,21 @@ inline void store(float value, BFloat16* to) {
   to->bits = std::isnan(value) ? 0x7fc0 : static_cast<uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
 }
 
-inline float sum(Floats values) {
-  float parts[WIDTH];
-  std::memcpy(parts, &values, sizeof parts);
-  for (int64_t half = WIDTH / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) parts[i] += parts[i + half];
-  return parts[0];
+#if defined(__AVX__)
+inline float sum(__m256 values) {
+  __m128 halves = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
+  halves = _mm_hadd_ps(halves, halves);
+  return _mm_cvtss_f32(_mm_hadd_ps(halves, halves));
 }
+#endif
+#if defined(__AVX512F__)
+inline float sum(__m512 values) {
+  const __m256d high = _mm512_extractf64x4_pd(_mm512_castps_pd(values), 1);
+  return sum(_mm256_add_ps(_mm512_castps512_ps256(values), _mm256_castpd_ps(high)));
+}
+#elif !defined(__AVX__)
+inline float sum(Floats values) { return (values[0] + values[1]) + (values[2] + values[3]); }
+#endif
 
 // e^x, to within two units in the last place, for all of -87 to 88; what lies beyond is taken for the nearest of these.
 inline Floats exp(Floats x) {
@@ -116,8 +124,7 @@ void for_each(float* values, const float* others, int64_t count, const Function&
   }
 }
 
-constexpr int CHAINS = 4;        // sums that do not wait for one another
-constexpr int ROWS_AT_ONCE = 2;  // of AVX2's 16 registers, 8 hold their sums
+constexpr int CHAINS = 4;  // sums that do not wait for one another
 
 // out[n] = w . x[n] for ROWS rows of x: the order of summation within a row does not depend on ROWS.
 template <int ROWS, class Weight>
@@ -142,8 +149,9 @@ template <class Weight>
 inline void dots(const Weight* w, const std::vector<const float*>& x, int64_t inputs, float* out) {
   const int64_t rows = static_cast<int64_t>(x.size());
   int64_t n = 0;
-  for (; n + ROWS_AT_ONCE <= rows; n += ROWS_AT_ONCE) dot<ROWS_AT_ONCE>(w, &x[n], inputs, out + n);
-  for (; n < rows; ++n) dot<1>(w, &x[n], inputs, out + n);
+  for (; n + 3 <= rows; n += 3) dot<3>(w, &x[n], inputs, out + n);  // of AVX2's 16 registers, 12 hold their sums
+  if (rows - n == 2) dot<2>(w, &x[n], inputs, out + n);
+  if (rows - n == 1) dot<1>(w, &x[n], inputs, out + n);
 }
 
 }  // namespace few_rows

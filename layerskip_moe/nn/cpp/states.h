@@ -11,6 +11,20 @@
 
 namespace few_rows {
 
+inline Tensor embed(const Tensor& tokens, const Tensor& table) {
+  check_dense(tokens), check_dense(table);
+  Tensor y = torch::stable::new_empty(table, {tokens.size(0), table.size(1)});
+  perform([=] {
+    const int64_t* token = static_cast<const int64_t*>(tokens.data_ptr());
+    const size_t bytes = table.size(1) * table.element_size();
+    for (int64_t n = 0; n < tokens.size(0); ++n) {
+      STD_TORCH_CHECK(0 <= token[n] && token[n] < table.size(0), "a token is outside the vocabulary");
+      std::memcpy(static_cast<char*>(y.data_ptr()) + n * bytes, static_cast<const char*>(table.data_ptr()) + token[n] * bytes, bytes);
+    }
+  });
+  return y;
+}
+
 inline Tensor norm(const Tensor& x, const Tensor& weight, double epsilon) {
   Tensor y = torch::stable::new_empty(x, x.sizes());
   perform([=] {

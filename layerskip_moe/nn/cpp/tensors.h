@@ -76,7 +76,7 @@ struct Column {
 };
 
 // Work is split among threads when each gets at least so many bytes: less is done sooner than another one wakes.
-constexpr int64_t BYTES_PER_THREAD = 1 << 15;
+constexpr int64_t BYTES_PER_THREAD = 1 << 16;
 
 inline int64_t grain(int64_t bytes_per_unit) { return std::max<int64_t>(1, BYTES_PER_THREAD / std::max<int64_t>(1, bytes_per_unit)); }
 
