@@ -148,7 +148,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, places: Places, memory: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x [B, T, D] -> [B, T, D].
 
-        memory: the cache's keys and values of this layer, [rows, capacity, G, head_dim] each. Without one the T
+        memory: the cache's keys and values of this layer, [rows, G, capacity, head_dim] each. Without one the T
         positions attend causally among themselves. With one they are written to it first, then attend to every slot
         up to their own position, or to the window's.
         """
@@ -197,12 +197,12 @@ def write(memory: tuple[Tensor, Tensor], places: Places, keys: Tensor, values: T
     """Store keys and values [B, T, G, head_dim] where the places say."""
     assert places.rows is not None and places.positions is not None
     for buffer, new in zip(memory, (keys, values), strict=True):
-        buffer[places.rows, places.positions] = new.flatten(0, 1).to(buffer.dtype)
+        buffer[places.rows, :, places.positions] = new.flatten(0, 1).to(buffer.dtype)
 
 
 def read(memory: tuple[Tensor, Tensor], places: Places) -> tuple[Tensor, Tensor]:
     """Keys and values [B, G, S, head_dim] of the rows that the places are in."""
     assert places.rows is not None
     rows = places.rows.view(places.cos.shape[:2])[:, 0]
-    keys, values = (buffer[rows, : places.length].transpose(1, 2) for buffer in memory)
+    keys, values = (buffer[rows, :, : places.length] for buffer in memory)
     return keys, values

@@ -21,7 +21,7 @@ from layerskip_moe.nn.replay import Recording
 class KVCache:
     """Keys and values of the first `n_layers` layers (default: all) for B rows of up to `capacity` positions.
 
-    keys, values: [n_layers, B, capacity, G, head_dim]
+    keys, values: [n_layers, B, G, capacity, head_dim]: what one head reads lies together
     lengths:      [B] int64, how many leading positions of each row are decided. `run` does not move them (a
                   draft fills early layers only); who decodes does, by `extend`, and may take some back by
                   `crop`.
@@ -37,7 +37,7 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (n_layers or config.n_layers, batch_size, capacity, config.kv_heads, config.head_width)
+        shape = (n_layers or config.n_layers, batch_size, config.kv_heads, capacity, config.head_width)
         # Zeros, not `empty`: a masked slot still enters a product with weight 0, and 0 * NaN is NaN.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -48,10 +48,10 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Positions each row has room for."""
-        return self.keys.shape[2]
+        return self.keys.shape[3]
 
     def memory(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, capacity, G, head_dim] of one layer: what `Attention` writes and reads, at `rows`."""
+        """Keys and values [B, G, capacity, head_dim] of one layer: what `Attention` writes and reads, at `rows`."""
         return self.keys[layer], self.values[layer]
 
     def rows_of(self, positions: Tensor) -> Tensor:

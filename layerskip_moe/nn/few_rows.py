@@ -96,7 +96,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 def gate(x: Tensor, logits: Tensor) -> Tensor:
     """x [N, D] times the sigmoid of logits [N, 1]."""
-    return torch.ops.layerskip_moe_few_rows.gate.default(x, logits) if has_kernels() else logits.sigmoid() * x
+    if has_kernels():
+        return torch.ops.layerskip_moe_few_rows.gate.default(x, logits)
+    return torch.cat([row.sigmoid() for row in logits.split(1)]) * x  # of many numbers, a vector's and the last differ
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
@@ -126,7 +128,7 @@ def attend(
 ) -> Tensor:
     """Write N positions' keys and values into a cache, then let each of them attend to its row up to itself.
 
-    queries [N, H, head_dim], new_keys and new_values [N, G, head_dim]; the cache's keys and values [B, C, G, head_dim];
+    queries [N, H, head_dim], new_keys and new_values [N, G, head_dim]; the cache's keys and values [B, G, C, head_dim];
     rows and positions [N] int64: the cache slot of each; window: how many slots a query reads at most, 0 for all.
     -> [N, H * head_dim]. What is read is what stands up to a query's own position, however large the cache.
     """
@@ -135,11 +137,11 @@ def attend(
         return torch.ops.layerskip_moe_few_rows.attend.default(
             queries, new_keys, new_values, keys, values, rows, positions, window, scale
         )
-    keys[rows, positions], values[rows, positions] = new_keys.to(keys.dtype), new_values.to(values.dtype)
+    keys[rows, :, positions], values[rows, :, positions] = new_keys.to(keys.dtype), new_values.to(values.dtype)
     mixed = []
     for query, row, position in zip(queries, rows.tolist(), positions.tolist(), strict=True):
         first = max(0, position + 1 - window) if window else 0
-        k, v = (cached[row, first : position + 1].transpose(0, 1).to(query.dtype) for cached in (keys, values))
+        k, v = (cached[row, :, first : position + 1].to(query.dtype) for cached in (keys, values))
         stacked = query.view(k.shape[0], -1, query.shape[-1])
         mixed.append(F.scaled_dot_product_attention(stacked, k, v, scale=scale).flatten())
     return torch.stack(mixed)

@@ -8,19 +8,19 @@
 
 namespace few_rows {
 
-// out[d] = sum over s of weight[s] * values[s][d]; values lie `apart` numbers from one another.
+// out[d] = sum over s of weight[s] * values[s][d].
 template <class Cached>
-void mix(const Cached* values, int64_t apart, const float* weight, int64_t length, int64_t head_dim, float* out) {
+void mix(const Cached* values, const float* weight, int64_t length, int64_t head_dim, float* out) {
   int64_t d = 0;
   for (; d + CHAINS * WIDTH <= head_dim; d += CHAINS * WIDTH) {
     Floats sums[CHAINS] = {};
     for (int64_t s = 0; s < length; ++s)
-      for (int c = 0; c < CHAINS; ++c) sums[c] += weight[s] * load(values + s * apart + d + c * WIDTH);
+      for (int c = 0; c < CHAINS; ++c) sums[c] += weight[s] * load(values + s * head_dim + d + c * WIDTH);
     std::memcpy(out + d, sums, sizeof sums);
   }
   for (; d < head_dim; ++d) {
     float total = 0;
-    for (int64_t s = 0; s < length; ++s) total += weight[s] * number(values[s * apart + d]);
+    for (int64_t s = 0; s < length; ++s) total += weight[s] * number(values[s * head_dim + d]);
     out[d] = total;
   }
 }
@@ -29,7 +29,7 @@ inline void attend_into(
     const Tensor& mixed_heads, const Tensor& queries, const Tensor& new_keys, const Tensor& new_values, const Tensor& keys, const Tensor& values,
     const Tensor& rows, const Tensor& positions, int64_t window, double scale) {
   const int64_t n_queries = queries.size(0), heads = queries.size(1), head_dim = queries.size(2);
-  const int64_t capacity = keys.size(1), groups = keys.size(2), per_group = heads / groups, slot = groups * head_dim;
+  const int64_t groups = keys.size(1), capacity = keys.size(2), per_group = heads / groups;
   const int64_t* row = static_cast<const int64_t*>(rows.data_ptr());
   const int64_t* position = static_cast<const int64_t*>(positions.data_ptr());
   int64_t longest = 0;
@@ -46,8 +46,9 @@ inline void attend_into(
     auto* all_values = static_cast<decltype(type)>(values.data_ptr());
     for (const auto& [cached, added] : {std::pair{all_keys, as_floats(new_keys)}, std::pair{all_values, as_floats(new_values)}})
       for (int64_t n = 0; n < n_queries; ++n)
-        for (int64_t i = 0; i < slot; ++i)
-          store(added[n * slot + i], cached + (row[n] * capacity + position[n]) * slot + i);
+        for (int64_t g = 0; g < groups; ++g)
+          for (int64_t d = 0; d < head_dim; ++d)
+            store(added[(n * groups + g) * head_dim + d], cached + ((row[n] * groups + g) * capacity + position[n]) * head_dim + d);
 
     const int64_t bytes = 2 * longest * head_dim * static_cast<int64_t>(sizeof *all_keys);
     torch::stable::parallel_for(0, n_queries * groups, grain(bytes), [&](int64_t begin, int64_t end) {
@@ -56,10 +57,10 @@ inline void attend_into(
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t n = unit / groups, head = unit * per_group;
         const int64_t last = position[n] + 1, first = window > 0 ? std::max<int64_t>(0, last - window) : 0;
-        const int64_t length = last - first, start = (row[n] * capacity + first) * slot + unit % groups * head_dim;
+        const int64_t length = last - first, start = ((row[n] * groups + unit % groups) * capacity + first) * head_dim;
         for (int64_t h = 0; h < per_group; ++h) query_rows[h] = query.data() + (head + h) * head_dim;
         for (int64_t s = 0; s < length; ++s) {
-          dots(all_keys + start + s * slot, query_rows, head_dim, products.data());
+          dots(all_keys + start + s * head_dim, query_rows, head_dim, products.data());
           for (int64_t h = 0; h < per_group; ++h) scores[h * length + s] = products[h] * static_cast<float>(scale);
         }
         for (int64_t h = 0; h < per_group; ++h) {
@@ -67,7 +68,7 @@ inline void attend_into(
           const float largest = *std::max_element(weight, weight + length);
           for_each(weight, weight, length, [&](Floats score, Floats) { return exp(score - largest); });
           for (int64_t s = 0; s < length; ++s) total += weight[s];
-          mix(all_values + start, slot, weight, length, head_dim, mixed);
+          mix(all_values + start, weight, length, head_dim, mixed);
           for (int64_t d = 0; d < head_dim; ++d) mixed[d] /= total;
         }
       }
