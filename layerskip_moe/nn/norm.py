@@ -13,7 +13,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        if few_rows.are_few(x):
+        if few_rows.are_few(x.flatten(2) if x.dim() == 4 else x):  # heads are not counted as rows
             assert self.eps is not None
             return few_rows.norm(x.flatten(0, 1), self.weight, self.eps).view(x.shape)
         return super().forward(x)
