@@ -243,11 +243,12 @@ class MoEDecoder(nn.Module):
         positions: Tensor,
     ) -> list[Tensor]:
         """step(inputs), from a recording where the same step was made on this cache before; see `replay.py`."""
-        key = id(self), len(inputs[1]), *key
+        key = id(self), self.dtype, len(inputs[1]), *key
         recording = cache.recordings.get(key)
         if recording is None:
             self._check_positions(positions, cache)
             self._check_run(layers, len(positions), cache, None, None, None, None, ())
+            self._angles(positions.device)  # made within, the table could not be recorded
             recording = cache.recordings[key] = Recording(step, inputs)
             return [tensor.clone() for tensor in recording.first]
         return recording(inputs) if recording.complete else step(inputs)

@@ -47,7 +47,9 @@ def run(model, tokens, pieces):
 def random_pieces(count, length, generator):
     """Rows in groups, each group's positions in runs of random lengths, the groups in turn."""
     pieces = []
-    for rows in torch.randperm(count, generator=generator).split(int(torch.randint(1, count + 1, (), generator=generator))):
+    for rows in torch.randperm(count, generator=generator).split(
+        int(torch.randint(1, count + 1, (), generator=generator))
+    ):
         first = 0
         while first < length:
             end = min(length, first + int(torch.randint(1, 10, (), generator=generator)))
@@ -70,7 +72,9 @@ def assert_any_pieces_give_the_same(model, seed, which=slice(None)):
         random_pieces(rows, length, generator),
     ]
     for number, way in list(enumerate(ways))[which]:
-        for name, one, other in zip(("states", "logits", "keys", "values"), run(model, tokens, way), whole, strict=True):
+        for name, one, other in zip(
+            ("states", "logits", "keys", "values"), run(model, tokens, way), whole, strict=True
+        ):
             assert torch.equal(one, other), f"way {number}: {int((one != other).sum())} of the {name} differ"
 
 
@@ -91,7 +95,9 @@ def test_one_by_one_or_together(tiny_model, family, kind, how):
         assert_any_pieces_give_the_same(model, seed=1, which=slice(0, 5, 3 if how == "twin" else 1))
 
 
-@given(seed=st.integers(0, 1000), family=st.sampled_from(sorted(FAMILIES)), kind=st.sampled_from([torch.float16, "int8"]))
+@given(
+    seed=st.integers(0, 1000), family=st.sampled_from(sorted(FAMILIES)), kind=st.sampled_from([torch.float16, "int8"])
+)
 @settings(max_examples=10, deadline=None, derandomize=True)
 @torch.no_grad()
 def test_any_text_and_any_pieces(tiny_model, seed, family, kind):

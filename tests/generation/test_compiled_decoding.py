@@ -1,0 +1,182 @@
+"""Every strategy, compiled and not: the same text as plain decoding, token for token, and nothing compiled on the way.
+
+Few rows are computed alike whatever their number, so that no tie can be broken otherwise. Next:
+`../nn/test_few_rows_models.py`, where that is tested; `test_losslessness.py`, which tries more settings.
+"""
+
+import warnings
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from layerskip_moe.generation import Autoregressive, EarlyExit, LayerSkipping, SelfSpeculative, Speculative, generate
+from layerskip_moe.nn import decoder, kernels
+from layerskip_moe.nn.kernels import has_kernels
+from layerskip_moe.pretrained.quantize import quantize
+
+PROMPTS = [[3, 9, 21], [5], [1, 2, 3, 4, 5, 6, 7, 8], [20, 11]]  # times a draft of 8 and one more: 36 rows at most
+SAMPLINGS = [dict(), dict(temperature=0.9, seed=3)]
+MODELS = {
+    "Mixtral": dict(qk_norm=None),
+    "OLMoE": dict(qk_norm="full", clip_qkv=5.0, normalize_top_k=False, n_kv_heads=4),
+    "Qwen2-MoE": dict(qk_norm=None, qkv_bias=True, shared_expert_d_ff=8, shared_expert_gate=True),
+    "sliding window": dict(sliding_window=4),
+    "dense": dict(num_experts=0),
+}
+# Whose text is plain decoding's. The draft model is of two layers; `int8` is the model itself, quantised.
+LOSSLESS = {
+    "one layer drafts one": lambda draft, int8: SelfSpeculative(1, 1),
+    "one layer drafts eight": lambda draft, int8: SelfSpeculative(1, 8),
+    "two layers draft three": lambda draft, int8: SelfSpeculative(2, 3),
+    "all layers draft": lambda draft, int8: SelfSpeculative(3, 4),
+    "int8 layers draft": lambda draft, int8: SelfSpeculative(2, 4, draft_model=int8),
+    "a draft model": lambda draft, int8: Speculative(draft, 4),
+    "a draft model's first layer": lambda draft, int8: Speculative(draft, 2, exit_layer=1),
+    "int8 drafts": lambda draft, int8: Speculative(int8, 3),
+    "exits never taken": lambda draft, int8: EarlyExit(1.0),
+    "exits never taken, exact": lambda draft, int8: EarlyExit(1.0, cache="exact"),
+}
+LOSSY = {
+    "first layers": lambda draft, int8: Autoregressive(2),
+    "early exit": lambda draft, int8: EarlyExit(0.3),
+    "early exit, exact": lambda draft, int8: EarlyExit(0.3, cache="exact"),
+    "layers left out": lambda draft, int8: LayerSkipping(layers=(1,)),
+    "layers left out at random": lambda draft, int8: LayerSkipping(random=1),
+    "rejection": lambda draft, int8: SelfSpeculative(2, 3, coupling="rejection"),
+}
+
+
+@pytest.fixture(scope="module")
+def helpers(trained_model):
+    """helpers(**ModelConfig fields) -> the draft model and the quantised model that strategies take."""
+
+    def make(**fields):
+        return trained_model(n_layers=2), quantize(trained_model(**fields), "int8")
+
+    return make
+
+
+@pytest.mark.parametrize("compile", [True, False], ids=["compiled", "not compiled"])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", MODELS)
+def test_lossless_strategies_give_plain_decoding_s_text(trained_model, helpers, name, sampling, compile):
+    model, others = trained_model(**MODELS[name]), helpers(**MODELS[name])
+    arguments = dict(max_new_tokens=12 if compile else 7, compile=compile, **sampling)  # what is slow, for shorter
+    plain = generate(model, PROMPTS, Autoregressive(), **arguments).tokens
+    assert [len(row) for row in plain] == [arguments["max_new_tokens"]] * 4 and len(set(plain[0])) > 3
+    for strategy in LOSSLESS:
+        assert generate(model, PROMPTS, LOSSLESS[strategy](*others), **arguments).tokens == plain, strategy
+    alone = [generate(model, [prompt], **arguments).tokens[0] for prompt in PROMPTS]
+    assert alone[0] == plain[0] if sampling else alone == plain  # the noise is that of the row
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
+def test_no_ties_in_half_precision_either(tiny_model, sampling, dtype):
+    model = tiny_model(seed=2).to(dtype)
+    others = tiny_model(seed=3, n_layers=2).to(dtype), quantize(model, "int8")
+    for compile in (True, False):
+        arguments = dict(max_new_tokens=12 if compile else 5, compile=compile, **sampling)
+        plain = generate(model, PROMPTS, **arguments).tokens
+        for strategy in LOSSLESS:
+            assert generate(model, PROMPTS, LOSSLESS[strategy](*others), **arguments).tokens == plain, strategy
+
+
+@pytest.mark.parametrize("strategy", [*LOSSLESS, *LOSSY])
+def test_recorded_or_not_is_the_same_text(trained_model, helpers, monkeypatch, strategy):
+    """With recordings, and with the same kernels called one by one."""
+    model, others = trained_model(), helpers()
+    made = (LOSSLESS | LOSSY)[strategy](*others)
+    for sampling in SAMPLINGS:
+        arguments = dict(max_new_tokens=12, **sampling)
+        recorded = generate(model, PROMPTS, made, **arguments)
+        with monkeypatch.context() as patch:
+            # What is never complete is made anew each time.
+            patch.setattr(decoder.Recording, "complete", property(lambda self: False, lambda self, value: None), False)
+            one_by_one = generate(model, PROMPTS, made, **arguments)
+        assert recorded.tokens == one_by_one.tokens and recorded.layers_run == one_by_one.layers_run
+
+
+@pytest.mark.skipif(not has_kernels(), reason="there is no C++ compiler")
+@pytest.mark.parametrize("strategy", ["plain", *LOSSLESS, *LOSSY])
+def test_nothing_is_recorded_as_the_text_grows(trained_model, monkeypatch, strategy):
+    given, made = [], []  # the new tokens; how many there were at each recording
+
+    class Counted(decoder.Recording):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            assert self.complete
+            made.append(len(given))
+
+    monkeypatch.setattr(decoder, "Recording", Counted)
+    model = trained_model(max_seq_len=70)
+    draft = trained_model(max_seq_len=70, n_layers=2)
+    one = (LOSSLESS | LOSSY).get(strategy, lambda draft, int8: None)(draft, quantize(model, "int8"))
+    generate(model, [[3, 9, 21]], one, max_new_tokens=60, on_token=lambda row, token: given.append(token))
+    if strategy.startswith("early exit") or strategy.endswith("random"):
+        assert 2 <= len(made) <= 30  # a depth, and how much is to be made up for, may be met late
+    else:
+        # The first round may be another than the rest, and the last ones draft what is left.
+        assert made and not [at for at in made if 12 <= at < 60 - 12]
+
+
+@pytest.mark.parametrize("strategy", ["plain", *LOSSLESS, *LOSSY])
+def test_pytorch_s_compiler_is_not_asked(trained_model, helpers, strategy):
+    one = (LOSSLESS | LOSSY).get(strategy, lambda draft, int8: None)(*helpers())
+    counters.clear()
+    generate(trained_model(), PROMPTS, one, max_new_tokens=10)
+    assert not counters["stats"] and not counters["frames"] and not counters["inductor"]
+
+
+@pytest.fixture
+def no_kernels_yet(monkeypatch, tmp_path):
+    """As in a new process with an empty cache, on a machine whose compiler fails; the file it leaves when called."""
+    called, compiler = tmp_path / "called", tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\ntouch {called}\necho no luck >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(kernels, "_loaded", None)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("LAYERSKIP_MOE_CACHE", str(tmp_path / "cache"))
+    return called
+
+
+def test_not_compiling_asks_no_compiler(trained_model, helpers, no_kernels_yet):
+    model, others = trained_model(), helpers()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = generate(model, PROMPTS, max_new_tokens=6, compile=False).tokens
+        for strategy in LOSSLESS.values():
+            assert generate(model, PROMPTS, strategy(*others), max_new_tokens=6, compile=False).tokens == plain
+    assert not no_kernels_yet.exists() and kernels._loaded is None
+
+
+def test_a_compiler_that_fails_is_told_of_once_and_done_without(trained_model, helpers, no_kernels_yet):
+    model, others = trained_model(), helpers()
+    expected = generate(model, PROMPTS, max_new_tokens=6, compile=False).tokens
+    with pytest.warns(UserWarning, match="(?s)slower than it could be.*no luck") as told:
+        plain = generate(model, PROMPTS, max_new_tokens=6).tokens
+    assert len(told) == 1 and no_kernels_yet.exists() and plain == expected
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for strategy in LOSSLESS.values():
+            assert generate(model, PROMPTS, strategy(*others), max_new_tokens=6).tokens == plain
+
+
+def test_the_model_is_left_as_it_was(trained_model):
+    model = trained_model()
+    assert model.compiled is False
+    generate(model, PROMPTS, max_new_tokens=3)
+    assert model.compiled is False
+    with pytest.raises(ZeroDivisionError):
+        generate(model, PROMPTS, max_new_tokens=3, on_token=lambda row, token: 1 / 0)
+    assert model.compiled is False
+
+
+@pytest.mark.parametrize("compile", [True, False], ids=["compiled", "not compiled"])
+def test_under_autocast(trained_model, compile):
+    """Its products are in another type, which few rows' are not: what is many rows' way serves."""
+    model = trained_model()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = generate(model, PROMPTS, SelfSpeculative(2, 3), max_new_tokens=6, compile=compile)
+    assert [len(row) for row in out.tokens] == [6] * 4
