@@ -31,7 +31,7 @@ def are_few(x: Tensor) -> bool:
 
 
 def are_computed(dtype: torch.dtype) -> bool:
-    """Whether few rows of this type on a CPU are computed here, as things stand: with neither gradients nor autocast."""
+    """Whether few rows of this type on a CPU are computed here as things stand: without gradients or autocast."""
     return dtype in _TYPES and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 

@@ -63,20 +63,38 @@ def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """
     if can_group(x, weight):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    dtype = product_dtype(x.dtype, x.device.type)
+    if dtype != x.dtype:
+        return _grouped_in(dtype, x, weight, ends)
     out = x.new_empty(len(x), weight.shape[1])
     start = 0
     for group, end in enumerate(ends.tolist()):  # (a GPU is waited for)
-        _multiply(x[start:end], weight[group].t(), out[start:end])
+        torch.mm(x[start:end], weight[group].t(), out=out[start:end])
         start = end
     assert start == len(x)
     return out
 
 
+def _grouped_in(dtype: torch.dtype, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_product` in another type, into which each group's weight is turned in its turn, all in one place: new
+    memory for each would take longer than the turning."""
+    out = torch.empty(len(x), weight.shape[1], dtype=dtype, device=x.device)
+    as_rows, floats, start = x.to(dtype), torch.empty(weight.shape[1:], dtype=dtype, device=x.device), 0
+    for group, end in enumerate(ends.tolist()):
+        if end > start:
+            part = weight[group]
+            if isinstance(values := getattr(part, "qdata", None), Tensor) and values.shape == part.shape:
+                torch.mul(values, part.scale, out=floats)  # type: ignore[attr-defined]
+            else:
+                floats.copy_(part.dequantize(dtype) if is_quantized(part) else part)  # type: ignore[call-arg]
+            torch.mm(as_rows[start:end], floats.t(), out=out[start:end])
+        start = end
+    return out.to(x.dtype)
+
+
 def quantized_grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """The same for quantised weights, which are unpacked one group at a time; the compiler cannot trace it."""
-    starts = ends.tolist()[:-1]
-    groups = enumerate(x.tensor_split(starts))
-    return torch.cat([many_row_linear(rows, weight[group]) for group, rows in groups if len(rows)])
+    return _grouped_in(product_dtype(x.dtype, x.device.type), x, weight, ends)
 
 
 @torch.library.custom_op("layerskip_moe::grouped_outer", mutates_args=())
