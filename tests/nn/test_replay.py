@@ -18,7 +18,7 @@ LAYERS = range(4)
 
 
 class Pair:
-    """A model and two caches: one run with recordings, the other without. `step` asserts that they agree bit for bit."""
+    """A model and two caches: one run with recordings, the other without. `step` asserts that they agree bitwise."""
 
     def __init__(self, model, rows=3, capacity=40):
         self.model = model
@@ -203,7 +203,7 @@ def test_positions_past_the_end_are_refused_when_repeated_too(pair):
         start = torch.tensor([[1], [2], [3]]) if decode else torch.randn(3, 1, 16)
         with compiling(pair.model):
             act(start, LAYERS, positions=torch.zeros(3, 1, dtype=int), cache=pair.caches[0])
-            with pytest.raises((ValueError, RuntimeError), match="too many|outside the cache|no angle"):
+            with pytest.raises((ValueError, RuntimeError), match=r"too many|outside the cache|no angle"):
                 act(start, LAYERS, positions=torch.tensor([[0], [40], [0]]), cache=pair.caches[0])
 
 
