@@ -18,6 +18,7 @@ from layerskip_moe.nn import few_rows
 from layerskip_moe.nn.attention import Places, locate
 from layerskip_moe.nn.block import Block
 from layerskip_moe.nn.cache import KVCache
+from layerskip_moe.nn.checks import check_positions, check_run
 from layerskip_moe.nn.compiling import compiled
 from layerskip_moe.nn.config import ModelConfig
 from layerskip_moe.nn.experts import Experts
@@ -156,8 +157,8 @@ class MoEDecoder(nn.Module):
         experts.
         """
         layers = list(layers)
-        length = self._check_positions(positions, cache)
-        self._check_run(layers, hidden.shape[0], cache, keep, keep_experts, expert_mask, top_k, collect)
+        length = check_positions(positions, self.config, cache)
+        check_run(layers, self.config, hidden.shape[0], cache, keep, keep_experts, expert_mask, top_k, collect)
         if cache is not None and keep_experts is None and expert_mask is None and few_rows.are_few(hidden):
             return self._run_few(hidden, layers, positions, cache, top_k, collect)
         places = locate(positions, self.config, cache, length=length)
@@ -246,8 +247,8 @@ class MoEDecoder(nn.Module):
         key = id(self), self.dtype, len(inputs[1]), *key
         recording = cache.recordings.get(key)
         if recording is None:
-            self._check_positions(positions, cache)
-            self._check_run(layers, len(positions), cache, None, None, None, None, ())
+            check_positions(positions, self.config, cache)
+            check_run(layers, self.config, len(positions), cache, None, None, None, None, ())
             self._angles(positions.device)  # made within, the table could not be recorded
             recording = cache.recordings[key] = Recording(step, inputs)
             return [tensor.clone() for tensor in recording.first]
@@ -302,7 +303,7 @@ class MoEDecoder(nn.Module):
     def fill(self, hidden: Tensor, layers: Sequence[int], *, positions: Tensor, cache: KVCache) -> None:
         """Write only the keys and values of skipped layers, all from the same exit state hidden [B, T, D]
         (CALM's state propagation, arXiv 2207.07061). Raises ValueError for positions past the end, as `run`."""
-        length, few = self._check_positions(positions, cache), few_rows.are_few(hidden)
+        length, few = check_positions(positions, self.config, cache), few_rows.are_few(hidden)
         places = locate(positions, self.config, cache, length=length, few=few)
         hidden = hidden.reshape(1, -1, hidden.shape[-1]) if few else hidden
         for layer in layers:
@@ -313,50 +314,6 @@ class MoEDecoder(nn.Module):
         block = self.blocks[layer]
         assert isinstance(block, Block)
         return block
-
-    def _check_positions(self, positions: Tensor, cache: KVCache | None) -> int:
-        """How many positions of a row are in play: one past the last. With a GPU's cache this waits for it, once."""
-        limit = self.config.max_seq_len
-        length = positions.shape[1] if cache is None else int(positions.max()) + 1
-        if length > limit or (cache is not None and length > cache.capacity):
-            room = "" if cache is None else f" and the cache has {cache.capacity} slots"
-            raise ValueError(
-                f"{length} positions are too many: max_seq_len is {limit}{room}; "
-                "use less text or ask for fewer tokens, or build the model with a larger max_seq_len."
-            )
-        return length
-
-    def _check_run(
-        self,
-        layers: list[int],
-        batch_size: int,
-        cache: KVCache | None,
-        keep: Tensor | None,
-        keep_experts: Tensor | None,
-        expert_mask: Tensor | None,
-        top_k: int | None,
-        collect: Sequence[int],
-    ) -> None:
-        config = self.config
-        if layers != sorted(set(layers)) or (layers and not 0 <= layers[0] <= layers[-1] < config.n_layers):
-            raise ValueError(f"layers={layers} must rise and lie within 0 to {config.n_layers - 1}.")
-        if not set(collect) <= set(layers):
-            raise ValueError(f"collect={list(collect)} names layers that do not run; layers={layers} do.")
-        for name, mask in (("keep", keep), ("keep_experts", keep_experts)):
-            if mask is not None and mask.shape != (len(layers), batch_size):
-                raise ValueError(
-                    f"{name} is {list(mask.shape)} but {len(layers)} layers run {batch_size} samples; "
-                    "give a row for each layer and a column for each sample."
-                )
-        wanted = ((config.num_experts,), (len(layers), config.num_experts))
-        if expert_mask is not None and expert_mask.shape not in wanted:
-            raise ValueError(f"expert_mask is {list(expert_mask.shape)} but must be {' or '.join(map(str, wanted))}.")
-        if keep is not None and cache is not None:
-            raise ValueError("keep is for training without a cache: a skipped sample would leave holes in it.")
-        if top_k is not None and not 1 <= top_k <= config.num_experts:
-            raise ValueError(f"top_k={top_k} must be between 1 and num_experts={config.num_experts}.")
-        if expert_mask is not None and int(expert_mask.sum(-1).min()) < (top_k or config.top_k):
-            raise ValueError(f"expert_mask leaves fewer experts active than the top {top_k or config.top_k} to choose.")
 
     @classmethod
     def from_pretrained(
