@@ -179,7 +179,7 @@ def attention_case(seed, n, groups, per_group, head_dim, capacity, window, dtype
     cached = cached or dtype
     queries = (scale * drawn(seed, n, groups * per_group, head_dim)).to(dtype)
     new = drawn(seed + 1, 2, n, groups, head_dim, dtype=dtype)
-    keys, values = drawn(seed + 2, 2, 3, capacity, groups, head_dim, dtype=cached)
+    keys, values = drawn(seed + 2, 2, 3, groups, capacity, head_dim, dtype=cached)
     slots = torch.randperm(3 * capacity, generator=torch.Generator().manual_seed(seed))[:n]
     where = dict(rows=slots // capacity, positions=slots % capacity, window=window)
     return (queries, *new, keys, values), where
@@ -195,15 +195,15 @@ def attend(case, where):
 
 def attention_by_definition(case, where):
     queries, new_keys, new_values, keys, values = (part.double() for part in case)
-    keys[where["rows"], where["positions"]] = new_keys.to(case[3].dtype).double()
-    values[where["rows"], where["positions"]] = new_values.to(case[4].dtype).double()
+    keys[where["rows"], :, where["positions"]] = new_keys.to(case[3].dtype).double()
+    values[where["rows"], :, where["positions"]] = new_values.to(case[4].dtype).double()
     mixed = []
     for query, row, position in zip(queries, where["rows"], where["positions"], strict=True):
         read = slice(max(0, int(position) + 1 - where["window"]) if where["window"] else 0, int(position) + 1)
-        per_group = len(query) // keys.shape[2]
-        k, v = (cached[row, read].repeat_interleave(per_group, dim=1) for cached in (keys, values))
-        scores = torch.einsum("hd,shd->hs", query, k) / math.sqrt(query.shape[-1])
-        mixed.append(torch.einsum("hs,shd->hd", scores.softmax(-1), v).flatten())
+        per_group = len(query) // keys.shape[1]
+        k, v = (cached[row, :, read].repeat_interleave(per_group, dim=0) for cached in (keys, values))
+        scores = torch.einsum("hd,hsd->hs", query, k) / math.sqrt(query.shape[-1])
+        mixed.append(torch.einsum("hs,hsd->hd", scores.softmax(-1), v).flatten())
     return torch.stack(mixed)
 
 
@@ -272,7 +272,7 @@ def operators(dtype, seed):
     experts8 = quantized("int8", gate_up), quantized("int8", down)
     (queries, *cache), where = attention_case(seed, 64, 2, 3, 20, 30, 7, dtype)
     new_keys, new_values, keys, values = cache
-    keys[where["rows"], where["positions"]], values[where["rows"], where["positions"]] = new_keys, new_values
+    keys[where["rows"], :, where["positions"]], values[where["rows"], :, where["positions"]] = new_keys, new_values
     router = Router(ModelConfig(vocab_size=2, d_model=37, n_heads=1, head_dim=2, num_experts=5, top_k=3))
     router.weight.copy_(drawn(seed + 9, 5, 37) / 6)
 

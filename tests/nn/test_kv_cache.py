@@ -183,14 +183,14 @@ def test_fill_writes_what_run_would_write_from_the_same_state(tiny_model, qk_nor
         model.run(exit_state, [layer], positions=positions, cache=ran)
         torch.testing.assert_close(filled.keys[layer], ran.keys[layer], atol=1e-12, rtol=1e-12)
         torch.testing.assert_close(filled.values[layer], ran.values[layer], atol=1e-12, rtol=1e-12)
-        assert filled.keys[layer, 0, 4:7].abs().min() > 0
+        assert filled.keys[layer, 0, :, 4:7].abs().min() > 0
     assert not filled.keys[[0, 2]].any() and not filled.values[[0, 2]].any()
 
 
 def test_write_then_read():
     config = ModelConfig(vocab_size=5, n_layers=2, d_model=8, n_heads=2, n_kv_heads=1)
     cache = KVCache(config, 3, 6)
-    assert cache.keys.shape == cache.values.shape == (2, 3, 6, 1, 4) and cache.capacity == 6
+    assert cache.keys.shape == cache.values.shape == (2, 3, 1, 6, 4) and cache.capacity == 6
     positions = torch.tensor([[0, 1], [3, 4], [4, 5]])
     keys, values = torch.randn(2, 3, 2, 1, 4)
     places = locate(positions, config, cache, length=6)
