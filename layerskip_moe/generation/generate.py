@@ -17,7 +17,7 @@ from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.statistics import GenerationStats
 from layerskip_moe.generation.text import TextStream, unshown_token
 from layerskip_moe.nn import ModelConfig, MoEDecoder
-from layerskip_moe.nn.compiling import compiling
+from layerskip_moe.nn.compiling import can_compile, compiling
 from layerskip_moe.nn.kernels import using_kernels
 from layerskip_moe.nn.modes import evaluating
 from layerskip_moe.special_tokens import end_of_text_ids
@@ -92,8 +92,8 @@ def generate(
     on_token:    called as on_token(row, token) for every token of `Generation.tokens`, as soon as it is settled:
                  in order within a row, the rows of a batch in turn
     compile:     make decoding fast first: on a CPU compile kernels, seconds once per machine; on a GPU compile blocks,
-                 once per process and kind of step. False decodes at once, and several times slower. The texts are
-                 equal up to ties, which other ways of adding break otherwise.
+                 once per process and kind of step, where Triton is. False decodes at once, and several times slower;
+                 it adds in another order, so that where two tokens tie the text may differ from the other's.
 
     The model is run in eval mode, and left in the mode it was in, whatever is raised meanwhile. Raises ValueError
     for prompts that are empty, outside the vocabulary, or too long for max_seq_len together with max_new_tokens.
@@ -117,6 +117,7 @@ def generate(
     size = batch_size or len(encoded)
     # A draft model is one more to run in eval mode and to leave as it was.
     draft = getattr(strategy, "draft_model", None) or model
+    compiles = compile and can_compile(model.device)
     with evaluating(model), evaluating(draft), using_kernels(compile):
         for first in range(0, len(encoded), size):
             start = _now(model)
@@ -132,7 +133,7 @@ def generate(
             )
             strategy.start(session)
             filled = _now(model)
-            with compiling(model, compile), compiling(draft, compile):
+            with compiling(model, compiles), compiling(draft, compiles):
                 while not session.finished:
                     strategy.step(session)
             done = _now(model)

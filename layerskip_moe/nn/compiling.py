@@ -7,6 +7,7 @@ Knows nothing of what a block computes. Next: `block.py`; `decoder.py`, which ca
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,17 @@ if TYPE_CHECKING:
     from layerskip_moe.nn.decoder import MoEDecoder
 
 
+def can_compile(device: torch.device) -> bool:
+    """Whether decoding can be compiled there: on a CPU, whose runs are recorded, and on a GPU that Triton is for."""
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
+    return device.type == "cpu"
+
+
 @contextmanager
 def compiling(model: "MoEDecoder", enabled: bool = True) -> Iterator[None]:
-    """Let `model.run` use compiled blocks for a while, or not; the model's own setting is back afterwards."""
+    """Let the model repeat recorded runs of few rows on a CPU (`replay.py`), and take compiled blocks elsewhere and in
+    training, for a while, or not; its own setting is back afterwards."""
     own = model.compiled
     try:
         model.compiled = enabled

@@ -244,14 +244,14 @@ class MoEDecoder(nn.Module):
         positions: Tensor,
     ) -> list[Tensor]:
         """step(inputs), from a recording where the same step was made on this cache before; see `replay.py`."""
-        key = id(self), self.dtype, len(inputs[1]), *key
+        key = id(self), self.dtype, inputs[0].dtype, len(inputs[1]), *key
+        check_positions(positions, self.config, cache)
         recording = cache.recordings.get(key)
         if recording is None:
-            check_positions(positions, self.config, cache)
             check_run(layers, self.config, len(positions), cache, None, None, None, None, ())
             self._angles(positions.device)  # made within, the table could not be recorded
             recording = cache.recordings[key] = Recording(step, inputs)
-            return [tensor.clone() for tensor in recording.first]
+            return recording.take_first()
         return recording(inputs) if recording.complete else step(inputs)
 
     def _run_blocks(

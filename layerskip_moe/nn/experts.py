@@ -1,8 +1,8 @@
 """The experts' arithmetic: SwiGLU on the tokens each expert was chosen for.
 
 N tokens, D width, E experts, K chosen, F expert hidden size.
-Many tokens (training, prefill, verification) are sorted by expert and go through one grouped product per
-projection; a single token (plain decoding, drafting) reads its K experts one by one.
+Many tokens (training, prefill) are sorted by expert and go through one grouped product per projection; few on a CPU
+(decoding, drafting, verification) are `few_rows.py`'s; elsewhere a single token reads its K experts one by one.
 Knows nothing of how the experts were chosen. Next: `router.py`, `products.py` (the grouped product).
 """
 

@@ -50,18 +50,26 @@ def has_kernels() -> bool:
         return False
     if _loaded is None:
         try:
-            torch.ops.load_library(_library())
-        except (OSError, subprocess.CalledProcessError) as error:
+            _load(_library())
+        except (OSError, NotImplementedError, subprocess.CalledProcessError) as error:  # NotImplementedError: no locks
             told = getattr(error, "stderr", None) or str(error)
             warnings.warn(
-                "decoding on the CPU will be several times slower than it could be: its kernels need a C++ compiler "
-                f"(`apt install g++`), and compiling them failed ({told.strip()[-300:]}).",
+                "decoding on the CPU will be several times slower than it could be: its kernels, which need g++ 11 or "
+                f"clang, and room in {cache_folder()} ($LAYERSKIP_MOE_CACHE), could not be made: {told.strip()[-300:]}",
                 stacklevel=2,
             )
             _loaded = False
         else:
             _loaded = True
     return _loaded
+
+
+def _load(library: Path) -> None:
+    try:
+        torch.ops.load_library(library)
+    except OSError:
+        library.unlink(missing_ok=True)  # the next process makes it anew
+        raise
 
 
 def _library() -> Path:

@@ -5,8 +5,9 @@ run of some layers over N rows of a cache is made as always, its operators notin
 ones do that again, on new states at new positions. Nothing is compiled for it and no number differs: the text may
 grow, rows may come and go, and a new cache or another N is one more recording, which costs one run.
 
-Only this library's few-row operators can be recorded. A run that needs another one, as a clamp or an expert mask is, is
-made as always every time.
+Weights changed in place are seen. A parameter put in another's place is not, by recordings of a cache that is used on:
+take a new cache, as `generate` does. Only this library's few-row operators can be recorded: a run that needs another
+one, as a clamp or an expert mask is, is made as always every time.
 
 Knows nothing of layers. Next: `decoder.py`, which decides; `cpp/few_rows.cpp`, which notes and repeats.
 """
@@ -36,9 +37,17 @@ class Recording:
         finally:
             torch.ops.layerskip_moe_few_rows.recorded([tensor.contiguous() for tensor in outputs])
             self._number = number
-            weakref.finalize(self, torch.ops.layerskip_moe_few_rows.forget, number)
-        self.first = outputs
+            self._forget = weakref.finalize(self, torch.ops.layerskip_moe_few_rows.forget, number)
         self.complete = seen.others == set()
+        self._first: list[Tensor] | None = outputs
+        if not self.complete:
+            self._forget()
+
+    def take_first(self) -> list[Tensor]:
+        """The outputs of the run that was recorded; once."""
+        assert self._first is not None, "they were taken"
+        outputs, self._first = [tensor.clone() for tensor in self._first], None
+        return outputs
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
         """The outputs for other inputs of the same sizes."""

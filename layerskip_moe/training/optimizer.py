@@ -3,13 +3,13 @@
 Knows nothing of the recipe. Next: `loop.py`.
 """
 
-import importlib.util
 import math
 
 import torch
 from torch import Tensor
 
 from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.nn.compiling import can_compile
 from layerskip_moe.quiet_import import quiet_import
 from layerskip_moe.training.config import Precision, TrainConfig
 
@@ -68,7 +68,7 @@ def compiles(wanted: bool | None, device: torch.device) -> bool:
     """
     if wanted is not None:
         return wanted
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and can_compile(device)
 
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:

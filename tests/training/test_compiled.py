@@ -72,6 +72,7 @@ def test_compiled_and_not_are_one_run_and_no_draw_of_layer_dropout_compiles_anew
 def test_what_is_compiled_unless_it_is_said(monkeypatch):
     assert not compiles(None, CPU) and not compiles(None, torch.device("mps"))
     assert compiles(True, CPU) and not compiles(False, GPU)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
     for found in (None, object()):
         monkeypatch.setattr("importlib.util.find_spec", lambda name, found=found: found)
         assert compiles(None, GPU) is (found is not None)

@@ -80,7 +80,12 @@ inline void attend_into(
 inline Tensor attend(
     const Tensor& queries, const Tensor& new_keys, const Tensor& new_values, const Tensor& keys, const Tensor& values,
     const Tensor& rows, const Tensor& positions, int64_t window, double scale) {
-  for (const Tensor* tensor : {&keys, &values, &rows, &positions}) check_dense(*tensor);
+  check_dense(keys), check_dense(values), check_dense(rows, ScalarType::Long), check_dense(positions, ScalarType::Long);
+  check_sizes(keys.dim() == 4 && keys.numel() == values.numel() && keys.scalar_type() == values.scalar_type());
+  check_sizes(queries.size(2) == keys.size(3) && queries.size(1) % keys.size(1) == 0);
+  for (const Tensor* added : {&new_keys, &new_values})
+    check_sizes(added->size(0) == queries.size(0) && added->size(1) == keys.size(1) && added->size(2) == keys.size(3));
+  check_sizes(rows.numel() == queries.size(0) && positions.numel() == queries.size(0));
   Tensor y = torch::stable::new_empty(queries, {queries.size(0), queries.size(1) * queries.size(2)});
   perform([=] { attend_into(y, queries, new_keys, new_values, keys, values, rows, positions, window, scale); });
   return y;

@@ -4,6 +4,8 @@
 
 #pragma once
 
+#include <torch/headeronly/util/Half.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -31,6 +33,9 @@ using Integers = int32_t __attribute__((vector_size(4 * WIDTH)));
 struct BFloat16 {
   uint16_t bits;
 };
+struct Half {  // (compilers have known _Float16 for a few years only)
+  uint16_t bits;
+};
 
 template <class Value, class Number>
 Value copy_from(const Number* from) {
@@ -48,13 +53,15 @@ Vector widen(const Number* from) {
 }
 
 inline Floats load(const float* from) { return copy_from<Floats>(from); }
-inline Floats load(const _Float16* from) {
+inline Floats load(const Half* from) {
 #if defined(__AVX512F__)
   return _mm512_cvtph_ps(copy_from<__m256i>(from));
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(copy_from<__m128i>(from));
 #else
-  return widen<Floats>(from);
+  Floats floats;
+  for (int64_t i = 0; i < WIDTH; ++i) floats[i] = torch::headeronly::detail::fp16_ieee_to_fp32_value(from[i].bits);
+  return floats;
 #endif
 }
 inline Floats load(const int8_t* from) { return __builtin_convertvector(widen<Integers>(from), Floats); }
@@ -64,7 +71,7 @@ inline Floats load(const BFloat16* from) {
 }
 
 inline float number(float value) { return value; }
-inline float number(_Float16 value) { return static_cast<float>(value); }
+inline float number(Half value) { return torch::headeronly::detail::fp16_ieee_to_fp32_value(value.bits); }
 inline float number(int8_t value) { return static_cast<float>(value); }
 inline float number(BFloat16 value) {
   const uint32_t word = static_cast<uint32_t>(value.bits) << 16;
@@ -72,7 +79,7 @@ inline float number(BFloat16 value) {
 }
 
 inline void store(float value, float* to) { *to = value; }
-inline void store(float value, _Float16* to) { *to = static_cast<_Float16>(value); }
+inline void store(float value, Half* to) { to->bits = torch::headeronly::detail::fp16_ieee_from_fp32_value(value); }
 inline void store(float value, BFloat16* to) {
   const uint32_t word = copy_from<uint32_t>(&value);  // to the nearest, ties to even, as torch rounds
   to->bits = std::isnan(value) ? 0x7fc0 : static_cast<uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
@@ -143,7 +150,6 @@ inline void dot(const Weight* w, const float* const* x, int64_t inputs, float* o
     out[n] = total;
   }
 }
-
 
 template <class Weight>
 inline void dots(const Weight* w, const std::vector<const float*>& x, int64_t inputs, float* out) {

@@ -38,6 +38,8 @@ inline void linear_into(
 inline Tensor linear(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale, const std::optional<Tensor>& bias, bool wide) {
   check_dense(weight);
+  check_sizes(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1));
+  for (const auto& column : {scale, bias}) check_sizes(!column || column->numel() == weight.size(0));
   const ScalarType type = wide ? ScalarType::Float : x.scalar_type();
   Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0)}, type);
   perform([=] { linear_into(y, x, weight, scale, bias); });
@@ -62,6 +64,8 @@ inline void experts_into(
   const std::vector<float> floats = as_floats(x);
   std::vector<float> gates_and_ups(pairs * 2 * hidden), activation(pairs * hidden), result(pairs * width), total(rows * width);
 
+  for (int64_t pair = 0; pair < pairs; ++pair)
+    STD_TORCH_CHECK(0 <= choice[pair] && choice[pair] < n_experts, "a chosen expert does not exist");
   std::vector<Needed> needed;
   for (int64_t expert = 0; expert < n_experts; ++expert) {
     Needed one{expert, {}, {}};
@@ -112,8 +116,12 @@ inline void experts_into(
 inline Tensor experts(
     const Tensor& x, const Tensor& chosen, const Tensor& weights, const Tensor& gate_up, const Tensor& down,
     const std::optional<Tensor>& gate_up_scale, const std::optional<Tensor>& down_scale) {
-  for (const Tensor* tensor : {&chosen, &weights, &gate_up, &down}) check_dense(*tensor);
+  check_dense(chosen, ScalarType::Long), check_dense(weights, ScalarType::Float), check_dense(gate_up), check_dense(down);
   STD_TORCH_CHECK(gate_up.scalar_type() == down.scalar_type(), "gate_up and down have one type");
+  check_sizes(chosen.size(0) == x.size(0) && weights.numel() == chosen.numel() && gate_up.size(0) == down.size(0));
+  check_sizes(x.size(1) == gate_up.size(2) && x.size(1) == down.size(1) && gate_up.size(1) == 2 * down.size(2));
+  check_sizes(!gate_up_scale || gate_up_scale->numel() == gate_up.size(0) * gate_up.size(1));
+  check_sizes(!down_scale || down_scale->numel() == down.size(0) * down.size(1));
   Tensor y = torch::stable::new_empty(x, x.sizes());
   perform([=] { experts_into(y, x, chosen, weights, gate_up, down, gate_up_scale, down_scale); });
   return y;

@@ -6,6 +6,7 @@
 
 #include <functional>
 #include <map>
+#include <mutex>
 #include <utility>
 
 #include "tensors.h"
@@ -18,7 +19,8 @@ struct Program {
   std::vector<Tensor> inputs, outputs;
   std::vector<std::function<void()>> steps;
 };
-inline std::map<int64_t, Program> programs;
+inline std::map<int64_t, Program> programs;  // which stay where they are, whatever others are added or taken away
+inline std::mutex programs_lock;
 inline thread_local Program* recording = nullptr;
 
 inline void perform(std::function<void()> step) {
@@ -29,6 +31,7 @@ inline void perform(std::function<void()> step) {
 inline int64_t record(std::vector<Tensor> inputs) {
   static int64_t count = 0;
   STD_TORCH_CHECK(recording == nullptr, "a recording is under way");
+  const std::lock_guard locked(programs_lock);
   recording = &programs[++count];
   recording->inputs = std::move(inputs);
   return count;
@@ -41,13 +44,23 @@ inline int64_t recorded(std::vector<Tensor> outputs) {
   return 0;
 }
 
-inline int64_t forget(int64_t program) { return static_cast<int64_t>(programs.erase(program)); }
+inline int64_t forget(int64_t program) {
+  const std::lock_guard locked(programs_lock);
+  return static_cast<int64_t>(programs.erase(program));
+}
+
+inline Program& find_program(int64_t number) {
+  const std::lock_guard locked(programs_lock);
+  return programs.at(number);
+}
 
 inline std::vector<Tensor> replay(int64_t number, std::vector<Tensor> inputs) {
-  Program& program = programs.at(number);
+  Program& program = find_program(number);
+  check_sizes(inputs.size() == program.inputs.size());
   for (size_t i = 0; i < inputs.size(); ++i) {
     check_dense(inputs[i]);
-    STD_TORCH_CHECK(inputs[i].numel() == program.inputs[i].numel(), "a recording takes inputs of the recorded sizes");
+    const bool same = inputs[i].numel() == program.inputs[i].numel() && inputs[i].scalar_type() == program.inputs[i].scalar_type();
+    STD_TORCH_CHECK(same, "a recording takes inputs of the sizes and types it was made with");
     std::memcpy(program.inputs[i].data_ptr(), inputs[i].data_ptr(), inputs[i].numel() * inputs[i].element_size());
   }
   for (const auto& step : program.steps) step();

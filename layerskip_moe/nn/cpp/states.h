@@ -12,7 +12,7 @@
 namespace few_rows {
 
 inline Tensor embed(const Tensor& tokens, const Tensor& table) {
-  check_dense(tokens), check_dense(table);
+  check_dense(tokens, ScalarType::Long), check_dense(table);
   Tensor y = torch::stable::new_empty(table, {tokens.size(0), table.size(1)});
   perform([=] {
     const int64_t* token = static_cast<const int64_t*>(tokens.data_ptr());
@@ -26,6 +26,7 @@ inline Tensor embed(const Tensor& tokens, const Tensor& table) {
 }
 
 inline Tensor norm(const Tensor& x, const Tensor& weight, double epsilon) {
+  check_sizes(x.size(x.dim() - 1) == weight.numel());
   Tensor y = torch::stable::new_empty(x, x.sizes());
   perform([=] {
     const int64_t width = weight.numel();
@@ -44,7 +45,8 @@ inline Tensor norm(const Tensor& x, const Tensor& weight, double epsilon) {
 }
 
 inline Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& positions) {
-  check_dense(cos), check_dense(sin), check_dense(positions);
+  check_dense(cos, ScalarType::Float), check_dense(sin, ScalarType::Float), check_dense(positions, ScalarType::Long);
+  check_sizes(x.dim() == 3 && positions.numel() == x.size(0) && cos.size(1) == x.size(2) && sin.numel() == cos.numel());
   Tensor y = torch::stable::new_empty(x, x.sizes());
   perform([=] {
     const int64_t rows = x.size(0), heads = x.size(1), head_dim = x.size(2), half = head_dim / 2;
@@ -67,6 +69,7 @@ inline Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, cons
 }
 
 inline Tensor add(const Tensor& x, const Tensor& y) {
+  check_sizes(x.numel() == y.numel());
   Tensor total = torch::stable::new_empty(x, x.sizes());
   perform([=] {
     std::vector<float> floats = as_floats(x);
@@ -90,6 +93,7 @@ inline Tensor swiglu(const Tensor& gate_up) {
 }
 
 inline Tensor gate(const Tensor& x, const Tensor& logits) {
+  check_sizes(logits.numel() == x.size(0));
   Tensor y = torch::stable::new_empty(x, x.sizes());
   perform([=] {
     std::vector<float> floats = as_floats(x);
@@ -103,6 +107,7 @@ inline Tensor gate(const Tensor& x, const Tensor& logits) {
 inline std::tuple<Tensor, Tensor> route(const Tensor& logits, const std::optional<Tensor>& bias, int64_t top_k, bool normalize) {
   check_dense(logits);
   STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float, "routers have float32 logits");
+  check_sizes(logits.dim() == 2 && top_k <= logits.size(1) && (!bias || bias->numel() == logits.size(1)));
   Tensor chosen = torch::stable::new_empty(logits, {logits.size(0), top_k}, ScalarType::Long);
   Tensor weights = torch::stable::new_empty(logits, {logits.size(0), top_k});
   perform([=] {

@@ -20,7 +20,7 @@ using torch::stable::Tensor;
 template <class Function>
 void with_float_type(ScalarType type, const Function& function) {
   if (type == ScalarType::Float) return function(static_cast<float*>(nullptr));
-  if (type == ScalarType::Half) return function(static_cast<_Float16*>(nullptr));
+  if (type == ScalarType::Half) return function(static_cast<Half*>(nullptr));
   STD_TORCH_CHECK(type == ScalarType::BFloat16, "few-row products take float32, bfloat16 and float16");
   function(static_cast<BFloat16*>(nullptr));
 }
@@ -32,6 +32,13 @@ void with_weight_type(ScalarType type, const Function& function) {
 }
 
 inline void check_dense(const Tensor& tensor) { STD_TORCH_CHECK(tensor.is_contiguous(), "few-row products take contiguous tensors"); }
+
+inline void check_sizes(bool fit) { STD_TORCH_CHECK(fit, "few-row operators take tensors whose sizes fit together"); }
+
+inline void check_dense(const Tensor& tensor, ScalarType type) {
+  check_dense(tensor);
+  STD_TORCH_CHECK(tensor.scalar_type() == type, "few-row operators take int64 numbers of tokens, rows and experts, and float32 angles");
+}
 
 // x [rows, ...] in float32. Rows may lie apart, as those of a part of a projection do; what is within a row lies together.
 inline std::vector<float> as_floats(const Tensor& x) {
@@ -70,7 +77,7 @@ struct Column {
   float operator[](int64_t i) const {
     if (data == nullptr) return missing;
     if (type == ScalarType::Float) return static_cast<const float*>(data)[i];
-    if (type == ScalarType::Half) return number(static_cast<const _Float16*>(data)[i]);
+    if (type == ScalarType::Half) return number(static_cast<const Half*>(data)[i]);
     return number(static_cast<const BFloat16*>(data)[i]);
   }
 };
