@@ -93,7 +93,8 @@ def generate(
                  in order within a row, the rows of a batch in turn
     compile:     make decoding fast first: on a CPU compile kernels, seconds once per machine; on a GPU compile blocks,
                  once per process and kind of step, where Triton is. False decodes at once, and several times slower;
-                 it adds in another order, so that where two tokens tie the text may differ from the other's.
+                 it adds in another order, so that where two tokens tie the text may differ from the other's. Hooks on
+                 modules are called at every step with False only: a recorded run passes them by.
 
     The model is run in eval mode, and left in the mode it was in, whatever is raised meanwhile. Raises ValueError
     for prompts that are empty, outside the vocabulary, or too long for max_seq_len together with max_new_tokens.

@@ -73,7 +73,12 @@ class SelfSpeculative:
         early, late = range(self.exit_layer), range(self.exit_layer, model.config.n_layers)
         token, states = session.newest, []
         for place in range(round_.length):
-            state, logits = session.decode(token, early, positions[:, place : place + 1])
+            here = positions[:, place : place + 1]
+            if draft is model:
+                state, logits = session.decode(token, early, here)
+            else:  # another head on the model's own layers
+                state = session.run(model.embed(token), early, here)
+                logits = draft.unembed(state)
             states.append(state)
             token = round_.draft(logits)
         states.append(session.run(model.embed(token), early, positions[:, -1:]))

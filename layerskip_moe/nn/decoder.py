@@ -290,9 +290,8 @@ class MoEDecoder(nn.Module):
         self, layer: int, hidden: Tensor, places: Places, *, rows: Tensor | None, **how: Any
     ) -> tuple[Tensor, Routing | None]:
         block = self._block(layer)
-        forward = (
-            compiled(Block.forward) if self.compiled and (how["memory"] is None or hidden.is_cuda) else Block.forward
-        )
+        compiles = self.compiled and (how["memory"] is None or hidden.is_cuda)
+        forward = compiled(Block.forward) if compiles else Block.__call__
         if rows is None:
             return forward(block, hidden, places, **how)
         # There is no cache where samples are dropped, and the window's mask is the same for all rows.

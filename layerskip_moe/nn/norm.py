@@ -15,5 +15,5 @@ class RMSNorm(nn.RMSNorm):
         """[..., D] -> [..., D]."""
         if few_rows.are_few(x.flatten(2) if x.dim() == 4 else x):  # heads are not counted as rows
             assert self.eps is not None
-            return few_rows.norm(x.flatten(0, 1), self.weight, self.eps).view(x.shape)
+            return few_rows.norm(x if x.dim() == 2 else x.flatten(0, 1), self.weight, self.eps).view(x.shape)
         return super().forward(x)

@@ -94,6 +94,9 @@ def _grouped_in(dtype: torch.dtype, x: Tensor, weight: Tensor, ends: Tensor) -> 
 
 def quantized_grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """The same for quantised weights, which are unpacked one group at a time; the compiler cannot trace it."""
+    if torch.is_grad_enabled():  # gradients pass through to what lies before
+        groups = enumerate(x.tensor_split(ends.tolist()[:-1]))
+        return torch.cat([many_row_linear(rows, weight[group]) for group, rows in groups if len(rows)])
     return _grouped_in(product_dtype(x.dtype, x.device.type), x, weight, ends)
 
 

@@ -125,6 +125,7 @@ def test_train(model, tmp_path):
     peak = group["roofline"]["matrix peak"]["peak"]
     assert hf["share_of_peak"] == pytest.approx(hf["value"]["median"] * group["flop"] / 16 / peak)
     assert all((tensor == before[name]).all() for name, tensor in model.state_dict().items())
+    pytest.importorskip("llama_cpp")
     with pytest.raises(ValueError, match="only hf trains"):
         train_benchmark(model, NETWORK, TrainSettings(peers=("llama-cpp",)))
 
@@ -193,6 +194,7 @@ def test_memory_is_little_more_than_what_is_needed():
 
 
 def test_memory_that_cannot_be_measured_is_refused(model, monkeypatch):
+    pytest.importorskip("llama_cpp")
     with pytest.raises(ValueError, match="compared with hf alone"):
         memory_benchmark(model, 0, MemorySettings(peers=("llama-cpp",)))
     monkeypatch.setattr(memory, "_STATUS", "/nowhere/status")

@@ -168,15 +168,15 @@ def test_the_prompt_is_read_from_standard_input(ask, monkeypatch):
 
 def test_text_comes_piece_by_piece(ask, expect, tokenizer, monkeypatch):
     """Whenever the model runs for one more token, the text of all before it is on the screen."""
-    screen, seen, run = io.StringIO(), [], MoEDecoder.run
+    screen, seen, decode = io.StringIO(), [], MoEDecoder.decode
 
     def watched(*args, **settings):
         seen.append(screen.getvalue())
-        return run(*args, **settings)
+        return decode(*args, **settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", screen)
-        patch.setattr(MoEDecoder, "run", watched)
+        patch.setattr(MoEDecoder, "decode", watched)
         ask()
     stream, expected = TextStream(tokenizer), [""]
     for token in expect().tokens[0][:-1]:
