@@ -12,14 +12,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 from layerskip_moe.bench import ours, peer_llama_cpp, peer_transformers
 from layerskip_moe.bench.decoding import first_difference
 from layerskip_moe.bench.interleave import interleave, ratio, summary
 from layerskip_moe.bench.networks import Network, Precision, at_precision, cache_bytes, random_tokens, weight_bytes
 from layerskip_moe.bench.ours import Decoded
-from layerskip_moe.bench.peers import Peer, check_peers, export_for_llama_cpp, export_for_transformers, reason_to_skip
+from layerskip_moe.bench.peers import Peer, check_peers, load_peer, reason_to_skip
 from layerskip_moe.bench.roofline import READ, describe_roofline, roofline_runs
 from layerskip_moe.generation import SelfSpeculative
 from layerskip_moe.generation.generate import check_prompts
@@ -116,14 +114,11 @@ def _add_peer(
     folder: Path,
 ) -> None:
     """Load a peer, and add its runs and what is told of its settings."""
+    theirs, chosen = load_peer(peer, model, network, precision, len(prompt) + settings.new_tokens, folder)
     if peer == "llama-cpp":
-        path = export_for_llama_cpp(model, network.model, precision, folder)
-        theirs = peer_llama_cpp.load(path, len(prompt) + settings.new_tokens, precision)
         runs[peer] = partial(peer_llama_cpp.decode, theirs, prompt, settings.new_tokens)
-        told[peer] = peer_llama_cpp.settings(precision)
+        told[peer] = chosen
         return
-    exported = export_for_transformers(model, folder / "hf")
-    theirs = peer_transformers.load(exported, getattr(torch, precision), str(model.device))
     decode = partial(peer_transformers.decode, theirs, prompt, settings.new_tokens)
     variants: dict[str, dict[str, Any]] = {peer: {}}
     if peer == "hf-early-exit":
@@ -132,7 +127,7 @@ def _add_peer(
         variants = {peer: own, f"{peer}, {settings.draft_length} drafts": own | length}
     for name, drafting in variants.items():
         runs[name] = partial(decode, **drafting)
-        told[name] = peer_transformers.settings(theirs) | drafting
+        told[name] = chosen | drafting
 
 
 def _group(

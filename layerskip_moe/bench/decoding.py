@@ -14,6 +14,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from layerskip_moe.analysis import ContinuationScore, distinct_ngrams, score_continuations
+from layerskip_moe.bench.interleave import in_turn
 from layerskip_moe.generation import Generation, GenerationStats, Strategy, generate
 from layerskip_moe.nn import MoEDecoder
 
@@ -141,8 +142,7 @@ def compare_decoding(
             decode(name, 0, min(max_new_tokens, _WARM_UP_TOKENS))
             bar.update()
         for index in range(len(prompts)):
-            turn = index * max(1, len(names) // len(prompts)) % len(names)
-            for name in names[turn:] + names[:turn]:
+            for name in in_turn(names, index, len(prompts)):
                 runs[name].append(decode(name, index))
                 bar.update()
     baseline = runs[names[0]]

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from layerskip_moe.bench import ours
 from layerskip_moe.bench.alone import in_fresh_process
-from layerskip_moe.bench.interleave import now
 from layerskip_moe.bench.networks import Precision, at_precision, random_tokens
+from layerskip_moe.generation.generate import now
 from layerskip_moe.nn import MoEDecoder
 
 _CASES = {"empty caches": True, "a new process": True, "compile=False": False}

@@ -3,7 +3,6 @@
 Knows nothing of what runs. Next: `decode.py`, `prefill.py`, `train.py`, which give it runs.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+
+from layerskip_moe.generation.generate import now
 
 
 def interleave(
@@ -31,11 +32,17 @@ def interleave(
             runs[name]()
             bar.update()
         for repeat in range(repeats):
-            turn = repeat * max(1, len(names) // repeats) % len(names)
-            for name in names[turn:] + names[:turn]:
+            for name in in_turn(names, repeat, repeats):
                 results[name].append(runs[name]())
                 bar.update()
     return results
+
+
+def in_turn(names: Sequence[str], repeat: int, repeats: int) -> list[str]:
+    """The names in the order of one of the repeats, rotated from one to the next so that over all of them each stands
+    as often early as late, as far as there are repeats enough."""
+    turn = repeat * max(1, len(names) // repeats) % len(names)
+    return [*names[turn:], *names[:turn]]
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
@@ -43,13 +50,6 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     start = now(device)
     work()
     return now(device) - start
-
-
-def now(device: torch.device) -> float:
-    """Seconds, after the device has finished what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:

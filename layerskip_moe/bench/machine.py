@@ -6,6 +6,7 @@ Imports none of the packages whose versions it states. Next: `decoding.py`, whic
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,13 @@ PACKAGES = (
 )
 
 
-def describe_machine(device: torch.device | str) -> dict[str, Any]:
+def describe_machine(device: torch.device | str, also: Sequence[str] = ()) -> dict[str, Any]:
     """Plain values, ready for JSON. What the system does not tell is None.
 
     cpu: model name; cores: logical cores this process may use; torch_threads; memory_gib: of the machine;
     device: as given; accelerator: its name, None on a CPU; accelerator_memory_gib; platform: operating
-    system and architecture; versions: package -> version, Python's included, of those installed.
+    system and architecture; versions: package -> version, Python's included, of those installed, and of the packages
+    in `also`.
     """
     device = torch.device(device)
     accelerator, accelerator_memory = _accelerator(device)
@@ -42,7 +44,7 @@ def describe_machine(device: torch.device | str) -> dict[str, Any]:
         "accelerator": accelerator,
         "accelerator_memory_gib": accelerator_memory,
         "platform": platform.platform(),
-        "versions": _versions(),
+        "versions": _versions((*PACKAGES, *also)),
     }
 
 
@@ -77,9 +79,9 @@ def _accelerator(device: torch.device) -> tuple[str | None, float | None]:
     return device.type, None
 
 
-def _versions() -> dict[str, str]:
+def _versions(packages: Sequence[str]) -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

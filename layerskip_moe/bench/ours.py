@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from layerskip_moe.bench.interleave import now
 from layerskip_moe.generation import Autoregressive, Generation, Session, Strategy, generate
+from layerskip_moe.generation.generate import now
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.nn.modes import in_mode
 from layerskip_moe.training.config import TrainConfig

@@ -1,4 +1,4 @@
-"""transformers, at its own best settings: `generate`, a forward pass over a prompt, a training step.
+"""transformers, at its defaults: `generate`, a forward pass over a prompt, a training step.
 
 Its choice of attention and of the experts' arithmetic is left as it is. Imports transformers inside its functions
 only. Next: `ours.py`, which does the same work.
@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from layerskip_moe.bench.interleave import now, seconds_of
+from layerskip_moe.bench.interleave import seconds_of
 from layerskip_moe.bench.ours import Decoded
+from layerskip_moe.generation.generate import now
 from layerskip_moe.quiet_import import quiet_import
 
 

@@ -7,9 +7,12 @@ Weights reach them through files, as users' do. Knows nothing of clocks. Next: `
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from layerskip_moe.bench.networks import Precision
+import torch
+
+from layerskip_moe.bench import peer_llama_cpp, peer_transformers
+from layerskip_moe.bench.networks import Network, Precision
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.pretrained import load_tokenizer
 from layerskip_moe.pretrained.families import family_of
@@ -52,6 +55,19 @@ def reason_to_skip(peer: str, config: ModelConfig, precision: Precision, device:
     if precision == "int8":
         return "transformers has no int8 weights of its own"
     return None if family_of(config) else "no architecture of transformers is this network"
+
+
+def load_peer(
+    peer: Peer, model: MoEDecoder, network: Network, precision: Precision, positions: int, folder: Path
+) -> tuple[Any, dict[str, Any]]:
+    """The float32 model in a peer, at a precision and with room for so many positions, through files in folder; and the
+    peer's settings, for the record."""
+    if peer == "llama-cpp":
+        path = export_for_llama_cpp(model, network.model, precision, folder)
+        return peer_llama_cpp.load(path, positions, precision), peer_llama_cpp.settings(precision)
+    exported = export_for_transformers(model, folder / "hf")
+    theirs = peer_transformers.load(exported, getattr(torch, precision), str(model.device))
+    return theirs, peer_transformers.settings(theirs)
 
 
 def export_for_transformers(model: MoEDecoder, folder: Path) -> Path:

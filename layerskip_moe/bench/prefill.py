@@ -16,7 +16,7 @@ from layerskip_moe.bench import ours, peer_llama_cpp, peer_transformers
 from layerskip_moe.bench.decode import OURS
 from layerskip_moe.bench.interleave import interleave, ratio, summary
 from layerskip_moe.bench.networks import Network, Precision, at_precision, random_tokens
-from layerskip_moe.bench.peers import Peer, check_peers, export_for_llama_cpp, export_for_transformers, reason_to_skip
+from layerskip_moe.bench.peers import Peer, check_peers, load_peer, reason_to_skip
 from layerskip_moe.bench.roofline import describe_roofline, roofline_runs
 from layerskip_moe.generation.generate import check_prompts
 from layerskip_moe.nn import MoEDecoder
@@ -65,16 +65,10 @@ def prefill_benchmark(model: MoEDecoder, network: Network, settings: PrefillSett
                 reason = reason_to_skip(peer, model.config, precision, str(model.device))
                 if reason is not None:
                     skipped.append({"peer": peer, "precision": precision, "reason": reason})
-                elif peer == "llama-cpp":
-                    path = export_for_llama_cpp(model, network.model, precision, Path(folder))
-                    theirs = peer_llama_cpp.load(path, len(prompt) + 1, precision)
-                    runs[peer] = partial(peer_llama_cpp.prefill_seconds, theirs, prompt)
-                    told[peer] = peer_llama_cpp.settings(precision)
-                else:
-                    exported = export_for_transformers(model, Path(folder) / "hf")
-                    theirs = peer_transformers.load(exported, getattr(torch, precision), str(model.device))
-                    runs[peer] = partial(peer_transformers.prefill_seconds, theirs, prompt)
-                    told[peer] = peer_transformers.settings(theirs)
+                    continue
+                theirs, told[peer] = load_peer(peer, model, network, precision, len(prompt) + 1, Path(folder))
+                program = peer_llama_cpp if peer == "llama-cpp" else peer_transformers
+                runs[peer] = partial(program.prefill_seconds, theirs, prompt)
             dtype = torch.float32 if precision == "int8" else getattr(torch, precision)
             results = interleave(
                 runs | roofline_runs(model.device, dtype), settings.repeats, describe=f"prefill, {precision}"

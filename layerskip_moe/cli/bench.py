@@ -86,7 +86,7 @@ def run(arguments: list[str]) -> None:
     model = load_network(network, device)
     result = {
         "command": shlex.join(["layerskip-moe", "bench", *arguments]),
-        "machine": _machine(device),
+        "machine": describe_machine(device, also=_PEER_PACKAGES),
         "network": describe_network(network, model),
         "settings": plain(settings),
         **_measure(name, model, network, settings),
@@ -112,19 +112,6 @@ def _measure(name: str, model: MoEDecoder, network: Network, settings: Any) -> d
     if settings.first_token:
         result["first_token"] = first_token(model, settings.precisions, settings.prompt_tokens, seed=network.seed)
     return result
-
-
-def _machine(device: str) -> dict[str, Any]:
-    """As `describe_machine`, with the peers' versions."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    machine = describe_machine(device)
-    for package in _PEER_PACKAGES:
-        try:
-            machine["versions"][package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return machine
 
 
 def _flags(kind: type) -> type:

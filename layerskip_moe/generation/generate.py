@@ -121,7 +121,7 @@ def generate(
     compiles = compile and can_compile(model.device)
     with evaluating(model), evaluating(draft), using_kernels(compile):
         for first in range(0, len(encoded), size):
-            start = _now(model)
+            start = now(model.device)
             session = Session(
                 model,
                 encoded[first : first + size],
@@ -133,11 +133,11 @@ def generate(
                 first_row=first,
             )
             strategy.start(session)
-            filled = _now(model)
+            filled = now(model.device)
             with compiling(model, compiles), compiling(draft, compiles):
                 while not session.finished:
                     strategy.step(session)
-            done = _now(model)
+            done = now(model.device)
             for stats in session.stats:
                 stats.prefill_seconds, stats.decode_seconds = filled - start, done - filled
                 result.stats.add_counts(stats)
@@ -210,8 +210,8 @@ def check_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig, max_new
             )
 
 
-def _now(model: MoEDecoder) -> float:
+def now(device: torch.device) -> float:
     """Seconds, after the device has finished what it was given."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -46,17 +46,16 @@ class Places(NamedTuple):
     fresh: bool = True
 
 
-def locate(
-    positions: Tensor, config: ModelConfig, cache: KVCache | None = None, *, length: int = 0, few: bool = False
-) -> Places:
-    """Places of positions [B, T], each below max_seq_len; with a cache, each below `length` too. few: see `Places`."""
-    table = rotary_table(
-        config.head_width, config.rope_theta, config.rope_scaling, config.max_seq_len, positions.device
-    )
-    if few:
-        assert cache is not None
-        return Places(*table, cache.rows_of(positions), positions.flatten().contiguous(), few=True)
-    cos, sin = (angles[positions[:, :, None]] for angles in table)  # (a view of a result would be one more graph)
+def angles(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The network's table of rotary angles: cosines and sines [max_seq_len, head_dim]."""
+    return rotary_table(config.head_width, config.rope_theta, config.rope_scaling, config.max_seq_len, device)
+
+
+def locate(positions: Tensor, config: ModelConfig, cache: KVCache | None = None, *, length: int = 0) -> Places:
+    """Places of positions [B, T], each below max_seq_len; with a cache, each below `length` too."""
+    cos, sin = (
+        table[positions[:, :, None]] for table in angles(config, positions.device)
+    )  # (a view of a result would be one more graph)
     window, here = config.sliding_window, positions.shape[1]
     cut = window is not None and window < here
     if cache is None:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from layerskip_moe.nn import few_rows
 from layerskip_moe.nn.attention import Attention, Places
 from layerskip_moe.nn.config import ModelConfig
-from layerskip_moe.nn.experts import Experts, swiglu
+from layerskip_moe.nn.experts import Experts
 from layerskip_moe.nn.linear import Linear
 from layerskip_moe.nn.norm import RMSNorm
+from layerskip_moe.nn.products import swiglu
 from layerskip_moe.nn.router import Router, Routing
 
 

@@ -29,11 +29,11 @@ def check_run(
     config: ModelConfig,
     batch_size: int,
     cache: KVCache | None,
-    keep: Tensor | None,
-    keep_experts: Tensor | None,
-    expert_mask: Tensor | None,
-    top_k: int | None,
-    collect: Sequence[int],
+    keep: Tensor | None = None,
+    keep_experts: Tensor | None = None,
+    expert_mask: Tensor | None = None,
+    top_k: int | None = None,
+    collect: Sequence[int] = (),
 ) -> None:
     """Raise ValueError for what `MoEDecoder.run` refuses, positions apart."""
     if layers != sorted(set(layers)) or (layers and not 0 <= layers[0] <= layers[-1] < config.n_layers):

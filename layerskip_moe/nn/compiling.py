@@ -1,9 +1,10 @@
 """Compiled blocks: `torch.compile` of one block's forward pass, shared by all blocks of a kind.
 
-The network is run block by block, in any range, so a block is what is compiled: a few graphs serve training, drafting,
-verification and plain decoding at every exit layer. Sizes that vary (samples, positions, cache slots) are dynamic.
+The network is run block by block, in any range, so a block is what is compiled: a few graphs serve training and, on a
+GPU, decoding at every exit layer. Sizes that vary (samples, positions, cache slots) are dynamic. Decoding on a CPU
+compiles nothing here: it has kernels and recordings instead, which the same switch turns on.
 
-Knows nothing of what a block computes. Next: `block.py`; `decoder.py`, which calls either form.
+Knows nothing of what a block computes. Next: `block.py`; `decoder.py`, which calls either form; `replay.py`.
 """
 
 import functools

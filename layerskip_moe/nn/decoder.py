@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from layerskip_moe.nn import few_rows
-from layerskip_moe.nn.attention import Places, locate
+from layerskip_moe.nn.attention import Places, angles, locate
 from layerskip_moe.nn.block import Block
 from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.checks import check_positions, check_run
@@ -25,7 +25,6 @@ from layerskip_moe.nn.experts import Experts
 from layerskip_moe.nn.linear import Linear, linear
 from layerskip_moe.nn.norm import RMSNorm
 from layerskip_moe.nn.replay import Recording
-from layerskip_moe.nn.rotary import rotary_table
 from layerskip_moe.nn.router import Routing
 
 if TYPE_CHECKING:
@@ -38,7 +37,8 @@ class RunOutput:
 
     hidden:    [B, T, D], after the last layer that ran
     collected: layer index -> its output [B, T, D], for the layers asked for
-    routing:   layer index -> that MoE layer's Routing, for the tokens that reached it
+    routing:   layer index -> that MoE layer's Routing, for the tokens that reached it; empty where a recorded run was
+               repeated (`compiled`, few rows on a CPU)
     """
 
     hidden: Tensor
@@ -112,10 +112,6 @@ class MoEDecoder(nn.Module):
         """Token ids [B, T] -> hidden states [B, T, D]."""
         return self.embedding(tokens)
 
-    def _angles(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        config = self.config
-        return rotary_table(config.head_width, config.rope_theta, config.rope_scaling, config.max_seq_len, device)
-
     def unembed(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] after any layer -> logits [..., V], through the one norm and head."""
         return linear(self.norm(hidden), self.head_weight)
@@ -179,14 +175,16 @@ class MoEDecoder(nn.Module):
             hidden = self.run(hidden, layers, positions=positions, cache=cache).hidden
             return hidden, self.unembed(hidden)
         embeds, layers = not start.is_floating_point(), list(layers)
+        check_positions(positions, self.config, cache)
+        check_run(layers, self.config, len(positions), cache)
 
-        def step(inputs: list[Tensor]) -> list[Tensor]:
+        def step(inputs: list[Tensor], places: Places) -> list[Tensor]:
             states = few_rows.embed(inputs[0].flatten(), self.embedding.weight) if embeds else inputs[0].flatten(0, 1)
-            hidden = self._run_flat(states[None], layers, inputs[1], inputs[2], cache).hidden
+            hidden = self._run_blocks(states[None], layers, places, cache).hidden
             return [hidden, self.unembed(hidden)]
 
-        inputs = [start.contiguous(), cache.rows_of(positions), positions.flatten().contiguous()]
-        hidden, logits = self._repeat(step, inputs, cache, ("decode", embeds, tuple(layers)), layers, positions)
+        key = "decode", embeds, tuple(layers)
+        hidden, logits = self._repeat(step, start.contiguous(), positions, cache, key)
         return hidden.view(*shape, -1), logits.view(*shape, -1)
 
     def _run_few(
@@ -199,60 +197,55 @@ class MoEDecoder(nn.Module):
         collect: Sequence[int],
     ) -> RunOutput:
         """`run` for few rows, which stand one after the other as [1, N, D]; repeated from a recording if compiled."""
-        shape = hidden.shape
+        shape, states = hidden.shape, hidden.reshape(1, -1, hidden.shape[-1])
 
-        def run(inputs: list[Tensor]) -> RunOutput:
-            states, rows, places = inputs
-            return self._run_flat(states, layers, rows, places, cache, top_k, collect)
-
-        def step(inputs: list[Tensor]) -> list[Tensor]:
-            output = run(inputs)
+        def step(inputs: list[Tensor], places: Places) -> list[Tensor]:
+            output = self._run_blocks(inputs[0], layers, places, cache, top_k=top_k, collect=collect)
             return [output.hidden, *(output.collected[layer] for layer in collect)]
 
-        inputs = [hidden.reshape(1, -1, shape[-1]), cache.rows_of(positions), positions.flatten().contiguous()]
         if not (self.compiled and few_rows.has_kernels()):
-            output = run(inputs)
+            output = self._run_blocks(
+                states, layers, self._few_places(positions, cache), cache, top_k=top_k, collect=collect
+            )
         else:
-            key = "run", tuple(layers), top_k, tuple(collect)
-            last, *others = self._repeat(step, inputs, cache, key, layers, positions)
+            last, *others = self._repeat(step, states, positions, cache, ("run", tuple(layers), top_k, tuple(collect)))
             output = RunOutput(last, dict(zip(collect, others, strict=True)))
         output.hidden = output.hidden.view(shape)
         output.collected = {layer: states.view(shape) for layer, states in output.collected.items()}
         return output
 
-    def _run_flat(
-        self,
-        states: Tensor,
-        layers: list[int],
-        rows: Tensor,
-        positions: Tensor,
-        cache: KVCache,
-        top_k: int | None = None,
-        collect: Sequence[int] = (),
-    ) -> RunOutput:
-        """Layers over few states [1, N, D] of rows [N] at positions [N]."""
-        places = Places(*self._angles(states.device), rows, positions, few=True)
-        return self._run_blocks(states, layers, places, cache, None, None, None, top_k, collect)
+    def _few_places(self, positions: Tensor, cache: KVCache) -> Places:
+        """Places of few states at positions [B, T], which stand one after the other."""
+        return Places(
+            *angles(self.config, positions.device),
+            cache.rows_of(positions),
+            positions.flatten().contiguous(),
+            few=True,
+        )
 
     def _repeat(
         self,
-        step: Callable[[list[Tensor]], list[Tensor]],
-        inputs: list[Tensor],
+        step: Callable[[list[Tensor], Places], list[Tensor]],
+        start: Tensor,
+        positions: Tensor,
         cache: KVCache,
         key: tuple[Any, ...],
-        layers: list[int],
-        positions: Tensor,
     ) -> list[Tensor]:
-        """step(inputs), from a recording where the same step was made on this cache before; see `replay.py`."""
-        key = id(self), self.dtype, inputs[0].dtype, len(inputs[1]), *key
-        check_positions(positions, self.config, cache)
+        """step of [start, rows, positions] at their places, from a recording where the same step was made on this cache
+        before; see `replay.py`."""
+        places = self._few_places(positions, cache)
+        assert places.rows is not None and places.positions is not None
+        inputs = [start, places.rows, places.positions]
+
+        def run(inputs: list[Tensor]) -> list[Tensor]:
+            return step(inputs, places._replace(rows=inputs[1], positions=inputs[2]))
+
+        key = id(self), self.dtype, start.dtype, len(places.rows), *key
         recording = cache.recordings.get(key)
         if recording is None:
-            check_run(layers, self.config, len(positions), cache, None, None, None, None, ())
-            self._angles(positions.device)  # made within, the table could not be recorded
-            recording = cache.recordings[key] = Recording(step, inputs)
+            recording = cache.recordings[key] = Recording(run, inputs)
             return recording.take_first()
-        return recording(inputs) if recording.complete else step(inputs)
+        return recording(inputs) if recording.complete else run(inputs)
 
     def _run_blocks(
         self,
@@ -260,11 +253,11 @@ class MoEDecoder(nn.Module):
         layers: list[int],
         places: Places,
         cache: KVCache | None,
-        keep: Tensor | None,
-        keep_experts: Tensor | None,
-        expert_mask: Tensor | None,
-        top_k: int | None,
-        collect: Sequence[int],
+        keep: Tensor | None = None,
+        keep_experts: Tensor | None = None,
+        expert_mask: Tensor | None = None,
+        top_k: int | None = None,
+        collect: Sequence[int] = (),
     ) -> RunOutput:
         output = RunOutput(hidden)
         for index, layer in enumerate(layers):
@@ -303,7 +296,7 @@ class MoEDecoder(nn.Module):
         """Write only the keys and values of skipped layers, all from the same exit state hidden [B, T, D]
         (CALM's state propagation, arXiv 2207.07061). Raises ValueError for positions past the end, as `run`."""
         length, few = check_positions(positions, self.config, cache), few_rows.are_few(hidden)
-        places = locate(positions, self.config, cache, length=length, few=few)
+        places = self._few_places(positions, cache) if few else locate(positions, self.config, cache, length=length)
         hidden = hidden.reshape(1, -1, hidden.shape[-1]) if few else hidden
         for layer in layers:
             block = self._block(layer)

@@ -12,14 +12,8 @@ from torch import Tensor, nn
 
 from layerskip_moe.nn import few_rows
 from layerskip_moe.nn.config import ModelConfig
-from layerskip_moe.nn.products import can_group, grouped_product, is_quantized, quantized_grouped_product
+from layerskip_moe.nn.products import can_group, grouped_product, is_quantized, quantized_grouped_product, swiglu
 from layerskip_moe.nn.router import Routing
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, the two halves of gate_up [..., 2F] -> [..., F] (arXiv 2002.05202)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 def run_experts_one_token(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:

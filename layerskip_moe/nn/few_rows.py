@@ -11,12 +11,12 @@ this.
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layerskip_moe.nn import products
 from layerskip_moe.nn.kernels import has_kernels
 
 MOST_ROWS = 64  # beyond, matrix products that read weights more than once are faster
@@ -92,8 +92,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of gate_up [N, 2F], the gate first -> [N, F]."""
     if has_kernels():
         return torch.ops.layerskip_moe_few_rows.swiglu.default(gate_up)
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return products.swiglu(gate_up)
 
 
 def gate(x: Tensor, logits: Tensor) -> Tensor:
@@ -151,13 +150,9 @@ def attend(
 
 def _is_read(weight: Tensor) -> bool:
     """Whether the kernels read this weight as it is: plain, or torchao's int8."""
-    values = getattr(weight, "qdata", None)
-    return type(weight) in (Tensor, torch.nn.Parameter) or (values is not None and values.dtype == torch.int8)
+    return not products.is_quantized(weight) or products.int8_parts(weight) is not None
 
 
 def _parts(weight: Tensor) -> tuple[Tensor, Tensor | None]:
     """A weight as numbers and, of int8 ones, the scales of its output rows."""
-    quantized: Any = weight
-    if type(weight) in (Tensor, torch.nn.Parameter):
-        return weight, None
-    return (quantized.qdata, quantized.scale) if _is_read(weight) else (quantized.dequantize(), None)
+    return products.int8_parts(weight) or (products.as_floats(weight, weight.dtype), None)

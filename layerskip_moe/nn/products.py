@@ -34,9 +34,21 @@ def is_quantized(weight: Tensor) -> bool:
     return type(weight) not in (Tensor, nn.Parameter)
 
 
+def int8_parts(weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Whole numbers [..., O, D] and scales [..., O, 1] of a weight that torchao made of int8; None for any other."""
+    values = getattr(weight, "qdata", None)
+    return (values, weight.scale) if values is not None and values.dtype == torch.int8 else None  # type: ignore[attr-defined]
+
+
 def as_floats(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight, quantised or not, as plain floats of the type."""
     return weight.dequantize(dtype) if is_quantized(weight) else weight.to(dtype)  # type: ignore[call-arg]
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, the two halves of gate_up [..., 2F] -> [..., F] (arXiv 2002.05202)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def many_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -63,33 +75,33 @@ def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """
     if can_group(x, weight):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    return _group_by_group(x, weight, ends)
+
+
+def _group_by_group(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_product` by one product for each group that is not empty; a GPU is waited for.
+
+    Weights that are not of product_dtype are turned into it, each in its turn and all in one place: new memory for
+    each would take longer than the turning.
+    """
     dtype = product_dtype(x.dtype, x.device.type)
-    if dtype != x.dtype:
-        return _grouped_in(dtype, x, weight, ends)
-    out = x.new_empty(len(x), weight.shape[1])
+    rows, out = x.to(dtype), torch.empty(len(x), weight.shape[1], dtype=dtype, device=x.device)
+    plain = weight.dtype == dtype and not is_quantized(weight)
+    place = None if plain else torch.empty(weight.shape[1:], dtype=dtype, device=x.device)
     start = 0
-    for group, end in enumerate(ends.tolist()):  # (a GPU is waited for)
-        torch.mm(x[start:end], weight[group].t(), out=out[start:end])
-        start = end
-    assert start == len(x)
-    return out
-
-
-def _grouped_in(dtype: torch.dtype, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """`grouped_product` in another type, into which each group's weight is turned in its turn, all in one place: new
-    memory for each would take longer than the turning."""
-    out = torch.empty(len(x), weight.shape[1], dtype=dtype, device=x.device)
-    as_rows, floats, start = x.to(dtype), torch.empty(weight.shape[1:], dtype=dtype, device=x.device), 0
     for group, end in enumerate(ends.tolist()):
         if end > start:
-            part = weight[group]
-            if isinstance(values := getattr(part, "qdata", None), Tensor) and values.shape == part.shape:
-                torch.mul(values, part.scale, out=floats)  # type: ignore[attr-defined]
-            else:
-                floats.copy_(part.dequantize(dtype) if is_quantized(part) else part)  # type: ignore[call-arg]
-            torch.mm(as_rows[start:end], floats.t(), out=out[start:end])
+            part = weight[group] if place is None else _turned(weight[group], place)
+            torch.mm(rows[start:end], part.t(), out=out[start:end])
         start = end
+    assert start == len(x)
     return out.to(x.dtype)
+
+
+def _turned(weight: Tensor, place: Tensor) -> Tensor:
+    """A weight as floats, written into a place of its size."""
+    int8 = int8_parts(weight)
+    return place.copy_(as_floats(weight, place.dtype)) if int8 is None else torch.mul(*int8, out=place)
 
 
 def quantized_grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -97,7 +109,7 @@ def quantized_grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor
     if torch.is_grad_enabled():  # gradients pass through to what lies before
         groups = enumerate(x.tensor_split(ends.tolist()[:-1]))
         return torch.cat([many_row_linear(rows, weight[group]) for group, rows in groups if len(rows)])
-    return _grouped_in(product_dtype(x.dtype, x.device.type), x, weight, ends)
+    return _group_by_group(x, weight, ends)
 
 
 @torch.library.custom_op("layerskip_moe::grouped_outer", mutates_args=())
@@ -105,21 +117,16 @@ def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """left [N, O] and right [N, D], group after group -> left^T right of each [G, O, D]: the weights' gradient."""
     if can_group(left, right):
         return F.grouped_mm(left.t(), right, offs=ends)
-    out = left.new_empty(len(ends), left.shape[1], right.shape[1])
+    out, dtype = left.new_empty(len(ends), left.shape[1], right.shape[1]), product_dtype(left.dtype, left.device.type)
     start = 0
     for group, end in enumerate(ends.tolist()):
-        _multiply(left[start:end].t(), right[start:end], out[group])
+        part = left[start:end].t(), right[start:end]
+        if dtype == out.dtype:
+            torch.mm(*part, out=out[group])
+        else:
+            out[group] = part[0].to(dtype) @ part[1].to(dtype)
         start = end
     return out
-
-
-def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out = left right, in product_dtype."""
-    dtype = product_dtype(out.dtype, out.device.type)
-    if dtype == out.dtype:
-        torch.mm(left, right, out=out)
-    else:
-        out.copy_(left.to(dtype) @ right.to(dtype))
 
 
 def can_group(left: Tensor, right: Tensor) -> bool:

@@ -5,7 +5,6 @@ Knows nothing of the experts' arithmetic. Next: `experts.py` (what the chosen ex
 `training/balance.py` (the losses made from what is recorded here).
 """
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -52,7 +51,7 @@ class Router(nn.Module):
         """x [N, D] -> Routing. expert_mask [E]: True for active; the others are masked before the softmax,
         so the gate redistributes over the active ones. top_k: choose fewer than the model was built with."""
         few = few_rows.are_few(x)
-        with contextlib.nullcontext() if few else torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             logits = few_rows.linear(x, self.weight, wide=True) if few else F.linear(x.float(), self.weight.float())
         if expert_mask is not None:
             logits = logits.masked_fill(~expert_mask, float("-inf"))

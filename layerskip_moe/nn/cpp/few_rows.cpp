@@ -6,8 +6,8 @@
 //
 // N rows, K inputs, O outputs, D width, F expert hidden size, E experts, H query heads, G key-value heads, C slots.
 // Weights and states may be float32, bfloat16 or float16, weights also int8 with a scale per output row; sums are
-// float32. Knows nothing of the network. Next: few_rows.py, which says what each
-// operator is; numbers.h, and what includes it.
+// float32. Knows nothing of the network. Next: few_rows.py, which says what each operator is; numbers.h, and what
+// includes it.
 
 #include <torch/csrc/stable/library.h>
 
