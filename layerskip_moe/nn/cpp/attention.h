@@ -8,21 +8,102 @@
 
 namespace few_rows {
 
-// out[d] = sum over s of weight[s] * values[s][d].
-template <class Cached>
-void mix(const Cached* values, const float* weight, int64_t length, int64_t head_dim, float* out) {
+// One head of one query, which reads slots first..last - 1 of its row.
+struct Reader {
+  const float* query;
+  int64_t first, last;
+  std::vector<float> weights;  // by slot, from `first`: scores, and then their softmax
+  float* mixed;
+
+  float* weight_of(int64_t slot) { return weights.data() + slot - first; }
+};
+
+constexpr int SLOTS = 4;  // with two heads these have sums enough that none waits for another
+
+// The scores of SLOTS keys for HEADS heads. The order of summation depends on neither.
+template <int HEADS, class Cached>
+void score(const Cached* const* keys, Reader* readers, int64_t slot, int64_t head_dim, float scale) {
+  Floats sums[HEADS][SLOTS] = {};
   int64_t d = 0;
-  for (; d + CHAINS * WIDTH <= head_dim; d += CHAINS * WIDTH) {
-    Floats sums[CHAINS] = {};
-    for (int64_t s = 0; s < length; ++s)
-      for (int c = 0; c < CHAINS; ++c) sums[c] += weight[s] * load(values + s * head_dim + d + c * WIDTH);
-    std::memcpy(out + d, sums, sizeof sums);
+  for (; d + WIDTH <= head_dim; d += WIDTH)
+    for (int s = 0; s < SLOTS; ++s) {
+      const Floats key = load(keys[s] + d);
+      for (int h = 0; h < HEADS; ++h) sums[h][s] += key * load(readers[h].query + d);
+    }
+  for (int h = 0; h < HEADS; ++h)
+    for (int s = 0; s < SLOTS; ++s) {
+      float total = sum(sums[h][s]);
+      for (int64_t rest = d; rest < head_dim; ++rest) total += number(keys[s][rest]) * readers[h].query[rest];
+      if (readers[h].first <= slot + s && slot + s < readers[h].last) *readers[h].weight_of(slot + s) = total * scale;
+    }
+}
+
+inline void softmax(std::vector<float>& scores) {
+  const int64_t length = static_cast<int64_t>(scores.size()), whole = length - length % WIDTH;
+  float *score = scores.data(), total = 0;
+  Floats largest_by_lane = Floats{} - INFINITY, totals = {};
+  for (int64_t s = 0; s < whole; s += WIDTH) {
+    const Floats values = load(score + s);
+    largest_by_lane = values > largest_by_lane ? values : largest_by_lane;
   }
-  for (; d < head_dim; ++d) {
-    float total = 0;
-    for (int64_t s = 0; s < length; ++s) total += weight[s] * number(values[s * head_dim + d]);
-    out[d] = total;
+  float largest = -INFINITY;
+  for (int64_t lane = 0; lane < WIDTH; ++lane) largest = std::max(largest, largest_by_lane[lane]);
+  for (int64_t s = whole; s < length; ++s) largest = std::max(largest, score[s]);
+  for_each(score, score, length, [&](Floats values, Floats) { return exp(values - largest); });
+  for (int64_t s = 0; s < whole; s += WIDTH) totals += load(score + s);
+  total = sum(totals);
+  for (int64_t s = whole; s < length; ++s) total += score[s];
+  for_each(score, score, length, [&](Floats values, Floats) { return values / total; });
+}
+
+// mixed[d] += weight[s] * values[s][d] for PARTS registers of d, slot after slot, for HEADS heads of one query.
+template <int HEADS, int PARTS, class Cached>
+void mix_parts(const Cached* values, Reader* readers, int64_t begin, int64_t end, int64_t head_dim, int64_t d) {
+  Floats sums[HEADS][PARTS];
+  for (int h = 0; h < HEADS; ++h) std::memcpy(sums[h], readers[h].mixed + d, sizeof sums[h]);
+  for (int64_t s = begin; s < end; ++s)
+    for (int p = 0; p < PARTS; ++p) {
+      const Floats value = load(values + s * head_dim + d + p * WIDTH);
+      for (int h = 0; h < HEADS; ++h) sums[h][p] += *readers[h].weight_of(s) * value;
+    }
+  for (int h = 0; h < HEADS; ++h) std::memcpy(readers[h].mixed + d, sums[h], sizeof sums[h]);
+}
+
+template <int HEADS, class Cached>
+void mix(const Cached* values, Reader* readers, int64_t begin, int64_t end, int64_t head_dim) {
+  begin = std::max(begin, readers->first), end = std::min(end, readers->last);
+  int64_t d = 0;
+  for (; d + CHAINS * WIDTH <= head_dim; d += CHAINS * WIDTH) mix_parts<HEADS, CHAINS>(values, readers, begin, end, head_dim, d);
+  for (; d + WIDTH <= head_dim; d += WIDTH) mix_parts<HEADS, 1>(values, readers, begin, end, head_dim, d);
+  for (; d < head_dim; ++d)
+    for (int h = 0; h < HEADS; ++h)
+      for (int64_t s = begin; s < end; ++s) readers[h].mixed[d] += *readers[h].weight_of(s) * number(values[s * head_dim + d]);
+}
+
+// All heads that read one row's slots of one key-value head; those of a query stand together.
+template <class Cached>
+void attend_to_row(const Cached* keys, const Cached* values, std::vector<Reader>& readers, int64_t per_group, int64_t head_dim, float scale) {
+  int64_t first = readers[0].first, last = 0;
+  for (const Reader& reader : readers) first = std::min(first, reader.first), last = std::max(last, reader.last);
+  // What is read of the cache serves all readers while it is near.
+  const auto by_two_heads = [&](auto with_two, auto with_one) {
+    for (size_t query = 0; query < readers.size(); query += per_group) {
+      int64_t h = 0;
+      for (; h + 2 <= per_group; h += 2) with_two(&readers[query + h]);
+      if (h < per_group) with_one(&readers[query + h]);
+    }
+  };
+  for (int64_t slot = first; slot < last; slot += SLOTS) {
+    const Cached* block[SLOTS];
+    for (int s = 0; s < SLOTS; ++s) block[s] = keys + std::min(slot + s, last - 1) * head_dim;
+    by_two_heads(
+        [&](Reader* two) { score<2>(block, two, slot, head_dim, scale); }, [&](Reader* one) { score<1>(block, one, slot, head_dim, scale); });
   }
+  for (Reader& reader : readers) softmax(reader.weights);
+  constexpr int64_t NEAR = 64;
+  for (int64_t slot = first; slot < last; slot += NEAR)
+    by_two_heads(
+        [&](Reader* two) { mix<2>(values, two, slot, slot + NEAR, head_dim); }, [&](Reader* one) { mix<1>(values, one, slot, slot + NEAR, head_dim); });
 }
 
 inline void attend_into(
@@ -32,12 +113,16 @@ inline void attend_into(
   const int64_t groups = keys.size(1), capacity = keys.size(2), per_group = heads / groups;
   const int64_t* row = static_cast<const int64_t*>(rows.data_ptr());
   const int64_t* position = static_cast<const int64_t*>(positions.data_ptr());
+  std::vector<std::vector<int64_t>> queries_of(keys.size(0));
   int64_t longest = 0;
   for (int64_t n = 0; n < n_queries; ++n) {
     STD_TORCH_CHECK(0 <= position[n] && position[n] < capacity, "a position lies outside the cache");
     STD_TORCH_CHECK(0 <= row[n] && row[n] < keys.size(0), "a row lies outside the cache");
-    longest = std::max(longest, window > 0 ? std::min(position[n] + 1, window) : position[n] + 1);
+    queries_of[row[n]].push_back(n);
+    longest = std::max(longest, position[n] + 1);
   }
+  const auto nobody = [](const std::vector<int64_t>& of_row) { return of_row.empty(); };
+  queries_of.erase(std::remove_if(queries_of.begin(), queries_of.end(), nobody), queries_of.end());
   const std::vector<float> query = as_floats(queries);
   std::vector<float> y(n_queries * heads * head_dim);
 
@@ -51,26 +136,19 @@ inline void attend_into(
             store(added[(n * groups + g) * head_dim + d], cached + ((row[n] * groups + g) * capacity + position[n]) * head_dim + d);
 
     const int64_t bytes = 2 * longest * head_dim * static_cast<int64_t>(sizeof *all_keys);
-    torch::stable::parallel_for(0, n_queries * groups, grain(bytes), [&](int64_t begin, int64_t end) {
-      std::vector<float> scores(per_group * longest), products(per_group);
-      std::vector<const float*> query_rows(per_group);
+    const int64_t units = static_cast<int64_t>(queries_of.size()) * groups;
+    torch::stable::parallel_for(0, units, grain(bytes), [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t n = unit / groups, head = unit * per_group;
-        const int64_t last = position[n] + 1, first = window > 0 ? std::max<int64_t>(0, last - window) : 0;
-        const int64_t length = last - first, start = ((row[n] * groups + unit % groups) * capacity + first) * head_dim;
-        for (int64_t h = 0; h < per_group; ++h) query_rows[h] = query.data() + (head + h) * head_dim;
-        for (int64_t s = 0; s < length; ++s) {
-          dots(all_keys + start + s * head_dim, query_rows, head_dim, products.data());
-          for (int64_t h = 0; h < per_group; ++h) scores[h * length + s] = products[h] * static_cast<float>(scale);
-        }
-        for (int64_t h = 0; h < per_group; ++h) {
-          float *weight = scores.data() + h * length, *mixed = y.data() + (head + h) * head_dim, total = 0;
-          const float largest = *std::max_element(weight, weight + length);
-          for_each(weight, weight, length, [&](Floats score, Floats) { return exp(score - largest); });
-          for (int64_t s = 0; s < length; ++s) total += weight[s];
-          mix(all_values + start, weight, length, head_dim, mixed);
-          for (int64_t d = 0; d < head_dim; ++d) mixed[d] /= total;
-        }
+        const std::vector<int64_t>& of_row = queries_of[unit / groups];
+        std::vector<Reader> readers;
+        for (int64_t n : of_row)
+          for (int64_t h = 0; h < per_group; ++h) {
+            const int64_t last = position[n] + 1, first = window > 0 ? std::max<int64_t>(0, last - window) : 0;
+            const int64_t at = (n * heads + unit % groups * per_group + h) * head_dim;
+            readers.push_back({query.data() + at, first, last, std::vector<float>(last - first), y.data() + at});
+          }
+        const int64_t start = (row[of_row[0]] * groups + unit % groups) * capacity * head_dim;
+        attend_to_row(all_keys + start, all_values + start, readers, per_group, head_dim, static_cast<float>(scale));
       }
     });
   });

@@ -121,14 +121,16 @@ inline Floats exp(Floats x) {
 // values[i] = function(values[i], others[i]), the last few like all others: a value's place changes nothing.
 template <class Function>
 void for_each(float* values, const float* others, int64_t count, const Function& function) {
-  for (int64_t i = 0; i < count; i += WIDTH) {
-    const size_t bytes = sizeof(float) * std::min(WIDTH, count - i);
+  const auto apply = [&](int64_t i, size_t bytes) {
     Floats value = {}, other = {};
     std::memcpy(&value, values + i, bytes);
     std::memcpy(&other, others + i, bytes);
     value = function(value, other);
     std::memcpy(values + i, &value, bytes);
-  }
+  };
+  int64_t i = 0;
+  for (; i + WIDTH <= count; i += WIDTH) apply(i, sizeof(Floats));  // (a copy of constant size is one instruction)
+  if (i < count) apply(i, sizeof(float) * (count - i));
 }
 
 constexpr int CHAINS = 4;  // sums that do not wait for one another
