@@ -30,12 +30,15 @@ void score(const Cached* const* keys, Reader* readers, int64_t slot, int64_t hea
       const Floats key = load(keys[s] + d);
       for (int h = 0; h < HEADS; ++h) sums[h][s] += key * load(readers[h].query + d);
     }
-  for (int h = 0; h < HEADS; ++h)
+  for (int h = 0; h < HEADS; ++h) {
+    float totals[SLOTS];
+    sum_four(sums[h], totals);
     for (int s = 0; s < SLOTS; ++s) {
-      float total = sum(sums[h][s]);
+      float total = totals[s];
       for (int64_t rest = d; rest < head_dim; ++rest) total += number(keys[s][rest]) * readers[h].query[rest];
       if (readers[h].first <= slot + s && slot + s < readers[h].last) *readers[h].weight_of(slot + s) = total * scale;
     }
+  }
 }
 
 inline void softmax(std::vector<float>& scores) {

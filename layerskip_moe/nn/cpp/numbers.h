@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX__)
@@ -85,21 +86,33 @@ inline void store(float value, BFloat16* to) {
   to->bits = std::isnan(value) ? 0x7fc0 : static_cast<uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
 }
 
+// Sums of four registers, each as that of one alone: neighbours first, then pairs of these, then the halves.
 #if defined(__AVX__)
-inline float sum(__m256 values) {
-  __m128 halves = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
-  halves = _mm_hadd_ps(halves, halves);
-  return _mm_cvtss_f32(_mm_hadd_ps(halves, halves));
+inline void sum_four(const __m256* values, float* totals) {
+  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(values[0], values[1]), _mm256_hadd_ps(values[2], values[3]));
+  _mm_storeu_ps(totals, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
 }
 #endif
 #if defined(__AVX512F__)
-inline float sum(__m512 values) {
-  const __m256d high = _mm512_extractf64x4_pd(_mm512_castps_pd(values), 1);
-  return sum(_mm256_add_ps(_mm512_castps512_ps256(values), _mm256_castpd_ps(high)));
+inline void sum_four(const __m512* values, float* totals) {
+  __m256 folded[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m256d high = _mm512_extractf64x4_pd(_mm512_castps_pd(values[i]), 1);
+    folded[i] = _mm256_add_ps(_mm512_castps512_ps256(values[i]), _mm256_castpd_ps(high));
+  }
+  sum_four(folded, totals);
 }
 #elif !defined(__AVX__)
-inline float sum(Floats values) { return (values[0] + values[1]) + (values[2] + values[3]); }
+inline void sum_four(const Floats* values, float* totals) {
+  for (int i = 0; i < 4; ++i) totals[i] = (values[i][0] + values[i][1]) + (values[i][2] + values[i][3]);
+}
 #endif
+inline float sum(Floats values) {
+  const Floats four[4] = {values, values, values, values};
+  float totals[4];
+  sum_four(four, totals);
+  return totals[0];
+}
 
 // e^x, to within two units in the last place, for all of -87 to 88; what lies beyond is taken for the nearest of these.
 inline Floats exp(Floats x) {
@@ -135,31 +148,50 @@ void for_each(float* values, const float* others, int64_t count, const Function&
 
 constexpr int CHAINS = 4;  // sums that do not wait for one another
 
-// out[n] = w . x[n] for ROWS rows of x: the order of summation within a row does not depend on ROWS.
-template <int ROWS, class Weight>
-inline void dot(const Weight* w, const float* const* x, int64_t inputs, float* out) {
-  Floats sums[ROWS][CHAINS] = {};
-  int64_t k = 0;
-  for (; k + CHAINS * WIDTH <= inputs; k += CHAINS * WIDTH)
-    for (int c = 0; c < CHAINS; ++c) {
-      const Floats weights = load(w + k + c * WIDTH);
-      for (int n = 0; n < ROWS; ++n) sums[n][c] += weights * load(x[n] + k + c * WIDTH);
-    }
+// out[n][o] = w[o] . x[n] for ROWS rows of x and OUTPUTS of w, which is read as it lies. The order of summation depends
+// on neither count.
+template <int OUTPUTS, int ROWS, class Weight>
+inline void dot(const Weight* w, const float* const* x, int64_t inputs, float (*out)[4]) {
+  constexpr int64_t STEP = CHAINS * WIDTH;
+  const int64_t whole = inputs - inputs % STEP;
+  Floats sums[ROWS][4] = {};
+  for (int o = 0; o < OUTPUTS; ++o) {
+    Floats chains[ROWS][CHAINS] = {};
+    for (int64_t k = 0; k < whole; k += STEP)
+      for (int c = 0; c < CHAINS; ++c) {
+        const Floats weights = load(w + o * inputs + k + c * WIDTH);
+        for (int n = 0; n < ROWS; ++n) chains[n][c] += weights * load(x[n] + k + c * WIDTH);
+      }
+    for (int n = 0; n < ROWS; ++n) sums[n][o] = (chains[n][0] + chains[n][1]) + (chains[n][2] + chains[n][3]);
+  }
   for (int n = 0; n < ROWS; ++n) {
-    for (int c = 1; c < CHAINS; ++c) sums[n][0] += sums[n][c];
-    float total = sum(sums[n][0]);
-    for (int64_t rest = k; rest < inputs; ++rest) total += number(w[rest]) * x[n][rest];
-    out[n] = total;
+    sum_four(sums[n], out[n]);
+    for (int o = 0; o < OUTPUTS; ++o)
+      for (int64_t k = whole; k < inputs; ++k) out[n][o] += number(w[o * inputs + k]) * x[n][k];
   }
 }
 
-template <class Weight>
-inline void dots(const Weight* w, const std::vector<const float*>& x, int64_t inputs, float* out) {
+// give(o, n, w[o] . x[n]) for outputs begin..end - 1 and all rows.
+template <int OUTPUTS, class Weight, class Give>
+inline void multiply_block(const Weight* w, int64_t begin, const std::vector<const float*>& x, int64_t inputs, const Give& give) {
   const int64_t rows = static_cast<int64_t>(x.size());
+  const auto multiply_rows = [&](auto some, int64_t n) {
+    float products[some.value][4];
+    dot<OUTPUTS, some.value>(w + begin * inputs, &x[n], inputs, products);
+    for (int i = 0; i < some.value; ++i)
+      for (int o = 0; o < OUTPUTS; ++o) give(begin + o, n + i, products[i][o]);
+  };
   int64_t n = 0;
-  for (; n + 3 <= rows; n += 3) dot<3>(w, &x[n], inputs, out + n);  // of AVX2's 16 registers, 12 hold their sums
-  if (rows - n == 2) dot<2>(w, &x[n], inputs, out + n);
-  if (rows - n == 1) dot<1>(w, &x[n], inputs, out + n);
+  for (; n + 3 <= rows; n += 3) multiply_rows(std::integral_constant<int, 3>(), n);
+  if (rows - n == 2) multiply_rows(std::integral_constant<int, 2>(), n);
+  if (rows - n == 1) multiply_rows(std::integral_constant<int, 1>(), n);
+}
+
+template <class Weight, class Give>
+inline void multiply(const Weight* w, int64_t begin, int64_t end, const std::vector<const float*>& x, int64_t inputs, const Give& give) {
+  int64_t o = begin;
+  for (; o + 4 <= end; o += 4) multiply_block<4>(w, o, x, inputs, give);
+  for (; o < end; ++o) multiply_block<1>(w, o, x, inputs, give);
 }
 
 }  // namespace few_rows

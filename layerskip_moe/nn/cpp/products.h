@@ -21,18 +21,16 @@ inline void linear_into(
   const std::vector<float> floats = as_floats(x);
   std::vector<const float*> x_rows(rows);
   for (int64_t n = 0; n < rows; ++n) x_rows[n] = floats.data() + n * inputs;
-  std::vector<float> products_of_all(rows * outputs);
+  std::vector<float> products(rows * outputs);
   with_weight_type(weight.scalar_type(), [&](auto type) {
     const auto* w = static_cast<decltype(type)>(weight.data_ptr());
     torch::stable::parallel_for(0, outputs, grain(inputs * sizeof *w), [&](int64_t begin, int64_t end) {
-      std::vector<float> products(rows);
-      for (int64_t o = begin; o < end; ++o) {
-        dots(w + o * inputs, x_rows, inputs, products.data());
-        for (int64_t n = 0; n < rows; ++n) products_of_all[n * outputs + o] = products[n] * scales[o] + biases[o];
-      }
+      multiply(w, begin, end, x_rows, inputs, [&](int64_t o, int64_t n, float product) {
+        products[n * outputs + o] = product * scales[o] + biases[o];
+      });
     });
   });
-  give(products_of_all, y);
+  give(products, y);
 }
 
 inline Tensor linear(
@@ -52,6 +50,23 @@ struct Needed {
   std::vector<int64_t> pairs;
   std::vector<const float*> inputs;
 };
+
+// out[pair] = w[expert] . inputs of that pair, for experts' matrices w [E, outputs, inputs].
+template <class Weight>
+void multiply_needed(
+    const Weight* w, const std::vector<Needed>& needed, int64_t outputs, int64_t inputs, const Column& scales, std::vector<float>& out) {
+  const int64_t n_needed = static_cast<int64_t>(needed.size());
+  torch::stable::parallel_for(0, n_needed * outputs, grain(inputs * sizeof *w), [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end;) {
+      const Needed& one = needed[unit / outputs];
+      const int64_t first = unit % outputs, last = std::min(outputs, first + end - unit), row = one.expert * outputs;
+      multiply(w + row * inputs, first, last, one.inputs, inputs, [&](int64_t o, int64_t i, float product) {
+        out[one.pairs[i] * outputs + o] = product * scales[row + o];
+      });
+      unit += last - first;
+    }
+  });
+}
 
 inline void experts_into(
     const Tensor& y, const Tensor& x, const Tensor& chosen, const Tensor& weights, const Tensor& gate_up, const Tensor& down,
@@ -73,40 +88,22 @@ inline void experts_into(
       if (choice[pair] == expert) one.pairs.push_back(pair);
     if (!one.pairs.empty()) needed.push_back(std::move(one));
   }
-  const int64_t n_needed = static_cast<int64_t>(needed.size());
 
   with_weight_type(gate_up.scalar_type(), [&](auto type) {
     const auto* into = static_cast<decltype(type)>(gate_up.data_ptr());
     const auto* back = static_cast<decltype(type)>(down.data_ptr());
     for (Needed& one : needed)
       for (int64_t pair : one.pairs) one.inputs.push_back(floats.data() + pair / top_k * width);
-    // Threads share out the rows of all needed experts, first of gate_up and then of down, and read them as they lie:
+    // Threads share out the outputs of all needed experts, first of gate_up and then of down, and read them as they lie:
     // going through gate and up side by side is slower, a fifth on the machine this was measured on.
-    torch::stable::parallel_for(0, n_needed * 2 * hidden, grain(width * sizeof *into), [&](int64_t begin, int64_t end) {
-      std::vector<float> products(pairs);
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const Needed& one = needed[unit / (2 * hidden)];
-        const int64_t f = unit % (2 * hidden), row = one.expert * 2 * hidden + f;
-        dots(into + row * width, one.inputs, width, products.data());
-        for (size_t i = 0; i < one.pairs.size(); ++i)
-          gates_and_ups[one.pairs[i] * 2 * hidden + f] = products[i] * gate_up_scales[row];
-      }
-    });
+    multiply_needed(into, needed, 2 * hidden, width, gate_up_scales, gates_and_ups);
     for (int64_t pair = 0; pair < pairs; ++pair)
       activate(gates_and_ups.data() + pair * 2 * hidden, hidden, activation.data() + pair * hidden);
     for (Needed& one : needed) {
       one.inputs.clear();
       for (int64_t pair : one.pairs) one.inputs.push_back(activation.data() + pair * hidden);
     }
-    torch::stable::parallel_for(0, n_needed * width, grain(hidden * sizeof *back), [&](int64_t begin, int64_t end) {
-      std::vector<float> products(pairs);
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const Needed& one = needed[unit / width];
-        const int64_t d = unit % width, row = one.expert * width + d;
-        dots(back + row * hidden, one.inputs, hidden, products.data());
-        for (size_t i = 0; i < one.pairs.size(); ++i) result[one.pairs[i] * width + d] = products[i] * down_scales[row];
-      }
-    });
+    multiply_needed(back, needed, width, hidden, down_scales, result);
   });
   for (int64_t pair = 0; pair < pairs; ++pair)  // a row's experts are added in the order of its choice
     for (int64_t d = 0; d < width; ++d) total[pair / top_k * width + d] += share[pair] * result[pair * width + d];

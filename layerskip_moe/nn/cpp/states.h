@@ -34,9 +34,9 @@ inline Tensor norm(const Tensor& x, const Tensor& weight, double epsilon) {
     std::vector<float> floats = as_floats(x);
     for (float* part = floats.data(); part < floats.data() + floats.size(); part += width) {
       const float* values = part;
-      float squares;
-      dot<1>(values, &values, width, &squares);
-      const float scale = 1.0f / std::sqrt(squares / static_cast<float>(width) + static_cast<float>(epsilon));
+      float squares[1][4];
+      dot<1, 1>(values, &values, width, squares);
+      const float scale = 1.0f / std::sqrt(squares[0][0] / static_cast<float>(width) + static_cast<float>(epsilon));
       for (int64_t d = 0; d < width; ++d) part[d] *= scale * weights[d];
     }
     give(floats, y);
