@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from layerskip_moe.generation import Autoregressive, EarlyExit, LayerSkipping, SelfSpeculative, Speculative, generate
-from layerskip_moe.nn import decoder, kernels
+from layerskip_moe.nn import kernels, steps
 from layerskip_moe.nn.kernels import has_kernels
 from layerskip_moe.pretrained.quantize import quantize
 
@@ -93,7 +93,7 @@ def test_recorded_or_not_is_the_same_text(trained_model, helpers, monkeypatch, s
         recorded = generate(model, PROMPTS, made, **arguments)
         with monkeypatch.context() as patch:
             # What is never complete is made anew each time.
-            patch.setattr(decoder.Recording, "complete", property(lambda self: False, lambda self, value: None), False)
+            patch.setattr(steps.Recording, "complete", property(lambda self: False, lambda self, value: None), False)
             one_by_one = generate(model, PROMPTS, made, **arguments)
         assert recorded.tokens == one_by_one.tokens and recorded.layers_run == one_by_one.layers_run
 
@@ -103,13 +103,13 @@ def test_recorded_or_not_is_the_same_text(trained_model, helpers, monkeypatch, s
 def test_nothing_is_recorded_as_the_text_grows(trained_model, monkeypatch, strategy):
     given, made = [], []  # the new tokens; how many there were at each recording
 
-    class Counted(decoder.Recording):
+    class Counted(steps.Recording):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             assert self.complete
             made.append(len(given))
 
-    monkeypatch.setattr(decoder, "Recording", Counted)
+    monkeypatch.setattr(steps, "Recording", Counted)
     model = trained_model(max_seq_len=70)
     draft = trained_model(max_seq_len=70, n_layers=2)
     one = (LOSSLESS | LOSSY).get(strategy, lambda draft, int8: None)(draft, quantize(model, "int8"))
