@@ -85,10 +85,13 @@ def repeat(
         return step(start, locate_within(positions, rows, model.config, slots))
 
     inputs = [start.contiguous(), rows, positions.contiguous()]
-    key = id(model), model.dtype, start.dtype, *start.shape[:2], slots, *key
+    # Where the embedding lies tells weights that `model.to` moved: nothing else can lie there while it is held.
+    weight = model.embedding.weight.data
+    key = id(model), model.dtype, weight.data_ptr(), start.dtype, *start.shape[:2], slots, *key
     recording = cache.recordings.get(key)
     if recording is None:
-        recording = Recording(run, inputs) if in_a_row else Graph(run, inputs, pool=_pool(cache), held=(model, tables))
+        held = model, weight, tables
+        recording = Recording(run, inputs) if in_a_row else Graph(run, inputs, pool=_pool(cache), held=held)
         cache.recordings[key] = recording
         outputs = recording.take_first()
     else:

@@ -180,3 +180,25 @@ def test_under_autocast(trained_model, compile):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = generate(model, PROMPTS, SelfSpeculative(2, 3), max_new_tokens=6, compile=compile)
     assert [len(row) for row in out.tokens] == [6] * 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
+@pytest.mark.parametrize("strategy", ["plain", *LOSSLESS])
+def test_on_a_gpu_captured_steps_give_the_text_of_eager_ones(trained_model, monkeypatch, strategy, sampling):
+    made = []
+
+    class Counted(steps.Graph):
+        def __init__(self, *arguments, **others):
+            super().__init__(*arguments, **others)
+            made.append(self.complete)
+
+    monkeypatch.setattr(steps, "Graph", Counted)
+    model, draft = trained_model().cuda(), trained_model(n_layers=2).cuda()
+    try:
+        one = LOSSLESS.get(strategy, lambda draft, int8: None)(draft, quantize(model, "int8"))
+        eager = generate(model, PROMPTS, max_new_tokens=12, compile=False, **sampling).tokens
+        assert generate(model, PROMPTS, one, max_new_tokens=12, **sampling).tokens == eager and made
+        assert all(made) or "int8" in strategy  # whose experts wait for the GPU
+    finally:
+        model.cpu(), draft.cpu()  # other tests share them
