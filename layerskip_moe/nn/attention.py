@@ -53,17 +53,25 @@ def angles(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def locate(positions: Tensor, config: ModelConfig, cache: KVCache | None = None, *, length: int = 0) -> Places:
     """Places of positions [B, T], each below max_seq_len; with a cache, each below `length` too."""
-    cos, sin = (
-        table[positions[:, :, None]] for table in angles(config, positions.device)
-    )  # (a view of a result would be one more graph)
     window, here = config.sliding_window, positions.shape[1]
+    fresh = cache is None or (length == here and bool((positions == torch.arange(here, device=positions.device)).all()))
+    if cache is not None and not fresh:
+        return locate_within(positions, cache.rows_of(positions), config, length)
     cut = window is not None and window < here
-    if cache is None:
-        return Places(cos, sin, windowed=_may_read(positions[:1], here, window)[:, None] if cut else None)
-    where = Places(cos, sin, cache.rows_of(positions), positions.flatten(), length)
-    if length == here and bool((positions == torch.arange(here, device=positions.device)).all()):
-        return where._replace(windowed=_may_read(positions[:1], here, window)[:, None] if cut else None)
-    groups = config.n_heads // config.kv_heads
+    where = Places(
+        *_angles_at(positions, config), windowed=_may_read(positions[:1], here, window)[:, None] if cut else None
+    )
+    return (
+        where
+        if cache is None
+        else where._replace(rows=cache.rows_of(positions), positions=positions.flatten(), length=length)
+    )
+
+
+def locate_within(positions: Tensor, rows: Tensor, config: ModelConfig, length: int) -> Places:
+    """Places of positions [B, T] in a cache's rows [B * T], of which `length` slots are read: as many as there are
+    positions, or more. What the positions are decides nothing here but the numbers: a GPU is not waited for."""
+    groups, window = config.n_heads // config.kv_heads, config.sliding_window
 
     def over_groups(mask: Tensor) -> Tensor:
         return mask.repeat(1, groups, 1)[:, None]
@@ -71,7 +79,14 @@ def locate(positions: Tensor, config: ModelConfig, cache: KVCache | None = None,
     mask = over_groups(_may_read(positions, length))
     cut = window is not None and window < length
     windowed = over_groups(_may_read(positions, length, window)) if cut else mask
-    return where._replace(mask=mask, windowed=windowed, fresh=False)
+    return Places(*_angles_at(positions, config), rows, positions.flatten(), length, mask, windowed, fresh=False)
+
+
+def _angles_at(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, T, 1, head_dim] at positions [B, T]."""
+    cos, sin = angles(config, positions.device)
+    at = positions[:, :, None]
+    return cos[at], sin[at]  # (a view of a result would be one more graph)
 
 
 def _may_read(positions: Tensor, length: int, window: int | None = None) -> Tensor:

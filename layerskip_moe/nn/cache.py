@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from layerskip_moe.nn.config import ModelConfig
+from layerskip_moe.nn.graphs import Graph
 from layerskip_moe.nn.replay import Recording
 
 
@@ -43,7 +44,7 @@ class KVCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.rows = torch.arange(batch_size, device=device)
-        self.recordings: dict[Any, Recording] = {}  # runs over these buffers, see `replay.py`
+        self.recordings: dict[Any, Recording | Graph] = {}  # steps over these buffers, see `steps.py`
 
     @property
     def capacity(self) -> int:

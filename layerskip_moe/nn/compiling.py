@@ -2,9 +2,10 @@
 
 The network is run block by block, in any range, so a block is what is compiled: a few graphs serve training and, on a
 GPU, decoding at every exit layer. Sizes that vary (samples, positions, cache slots) are dynamic. Decoding on a CPU
-compiles nothing here: it has kernels and recordings instead, which the same switch turns on.
+compiles nothing here: it has kernels and recordings instead, which the same switch turns on, as it does the CUDA graphs
+that steps of compiled blocks are captured in.
 
-Knows nothing of what a block computes. Next: `block.py`; `decoder.py`, which calls either form; `replay.py`.
+Knows nothing of what a block computes. Next: `block.py`; `decoder.py`, which calls either form; `steps.py`.
 """
 
 import functools
@@ -28,8 +29,8 @@ def can_compile(device: torch.device) -> bool:
 
 @contextmanager
 def compiling(model: "MoEDecoder", enabled: bool = True) -> Iterator[None]:
-    """Let the model repeat recorded runs of few rows on a CPU (`replay.py`), and take compiled blocks elsewhere and in
-    training, for a while, or not; its own setting is back afterwards."""
+    """Let the model repeat recorded steps of few rows (`steps.py`), and take compiled blocks on a GPU and in training,
+    for a while, or not; its own setting is back afterwards."""
     own = model.compiled
     try:
         model.compiled = enabled

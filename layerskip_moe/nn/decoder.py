@@ -6,7 +6,7 @@ layers.
 Knows nothing of losses, sampling, or files. Next: `training/loop.py`, `generation/session.py`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from layerskip_moe.nn import few_rows
-from layerskip_moe.nn.attention import Places, angles, locate
+from layerskip_moe.nn.attention import Places, locate
 from layerskip_moe.nn.block import Block
 from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.checks import check_positions, check_run
@@ -24,8 +24,9 @@ from layerskip_moe.nn.config import ModelConfig
 from layerskip_moe.nn.experts import Experts
 from layerskip_moe.nn.linear import Linear, linear
 from layerskip_moe.nn.norm import RMSNorm
-from layerskip_moe.nn.replay import Recording
+from layerskip_moe.nn.products import is_quantized
 from layerskip_moe.nn.router import Routing
+from layerskip_moe.nn.steps import can_repeat, lay, repeat
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -38,7 +39,7 @@ class RunOutput:
     hidden:    [B, T, D], after the last layer that ran
     collected: layer index -> its output [B, T, D], for the layers asked for
     routing:   layer index -> that MoE layer's Routing, for the tokens that reached it; empty where a recorded run was
-               repeated (`compiled`, few rows on a CPU)
+               repeated (`compiled`, few rows)
     """
 
     hidden: Tensor
@@ -155,10 +156,23 @@ class MoEDecoder(nn.Module):
         layers = list(layers)
         length = check_positions(positions, self.config, cache)
         check_run(layers, self.config, hidden.shape[0], cache, keep, keep_experts, expert_mask, top_k, collect)
-        if cache is not None and keep_experts is None and expert_mask is None and few_rows.are_few(hidden):
-            return self._run_few(hidden, layers, positions, cache, top_k, collect)
-        places = locate(positions, self.config, cache, length=length)
-        return self._run_blocks(hidden, layers, places, cache, keep, keep_experts, expert_mask, top_k, collect)
+        if cache is None or keep_experts is not None:
+            places = locate(positions, self.config, cache, length=length)
+            return self._run_blocks(hidden, layers, places, cache, keep, keep_experts, expert_mask, top_k, collect)
+        if expert_mask is None and self._repeats(hidden.dtype, positions):
+
+            def step(states: Tensor, places: Places) -> list[Tensor]:
+                output = self._run_blocks(states, layers, places, cache, top_k=top_k, collect=collect)
+                return [output.hidden, *(output.collected[layer] for layer in collect)]
+
+            key = "run", tuple(layers), top_k, tuple(collect)
+            last, *others = repeat(self, step, hidden, positions, cache, length=length, key=key)
+            return RunOutput(last, dict(zip(collect, others, strict=True)))
+        states, places = lay(hidden, positions, self.config, cache, length=length)
+        output = self._run_blocks(states, layers, places, cache, None, None, expert_mask, top_k, collect)
+        output.hidden = output.hidden.view(hidden.shape)
+        output.collected = {layer: states.view(hidden.shape) for layer, states in output.collected.items()}
+        return output
 
     def decode(
         self, start: Tensor, layers: Sequence[int], *, positions: Tensor, cache: KVCache
@@ -168,84 +182,27 @@ class MoEDecoder(nn.Module):
         start: token ids [B, T] int64, or hidden states [B, T, D]; layers, positions, cache: as in `run`
         -> hidden states [B, T, D] after the last of the layers, and their logits [B, T, V]
         """
-        shape = positions.shape
-        few = start.is_cpu and shape.numel() <= few_rows.MOST_ROWS and few_rows.are_computed(self.dtype)
-        if not (few and self.compiled and few_rows.has_kernels()):
-            hidden = start if start.is_floating_point() else self.embed(start)
+        embeds, layers = not start.is_floating_point(), list(layers)
+        if not self._repeats(self.dtype, positions):
+            hidden = self.embed(start) if embeds else start
             hidden = self.run(hidden, layers, positions=positions, cache=cache).hidden
             return hidden, self.unembed(hidden)
-        embeds, layers = not start.is_floating_point(), list(layers)
-        check_positions(positions, self.config, cache)
+        length = check_positions(positions, self.config, cache)
         check_run(layers, self.config, len(positions), cache)
 
-        def step(inputs: list[Tensor], places: Places) -> list[Tensor]:
-            states = few_rows.embed(inputs[0].flatten(), self.embedding.weight) if embeds else inputs[0].flatten(0, 1)
-            hidden = self._run_blocks(states[None], layers, places, cache).hidden
+        def step(start: Tensor, places: Places) -> list[Tensor]:
+            if embeds:  # on a CPU by an operator that can be recorded
+                start = few_rows.embed(start[0], self.embedding.weight)[None] if places.few else self.embed(start)
+            hidden = self._run_blocks(start, layers, places, cache).hidden
             return [hidden, self.unembed(hidden)]
 
         key = "decode", embeds, tuple(layers)
-        hidden, logits = self._repeat(step, start.contiguous(), positions, cache, key)
-        return hidden.view(*shape, -1), logits.view(*shape, -1)
+        hidden, logits = repeat(self, step, start, positions, cache, length=length, key=key)
+        return hidden, logits
 
-    def _run_few(
-        self,
-        hidden: Tensor,
-        layers: list[int],
-        positions: Tensor,
-        cache: KVCache,
-        top_k: int | None,
-        collect: Sequence[int],
-    ) -> RunOutput:
-        """`run` for few rows, which stand one after the other as [1, N, D]; repeated from a recording if compiled."""
-        shape, states = hidden.shape, hidden.reshape(1, -1, hidden.shape[-1])
-
-        def step(inputs: list[Tensor], places: Places) -> list[Tensor]:
-            output = self._run_blocks(inputs[0], layers, places, cache, top_k=top_k, collect=collect)
-            return [output.hidden, *(output.collected[layer] for layer in collect)]
-
-        if not (self.compiled and few_rows.has_kernels()):
-            output = self._run_blocks(
-                states, layers, self._few_places(positions, cache), cache, top_k=top_k, collect=collect
-            )
-        else:
-            last, *others = self._repeat(step, states, positions, cache, ("run", tuple(layers), top_k, tuple(collect)))
-            output = RunOutput(last, dict(zip(collect, others, strict=True)))
-        output.hidden = output.hidden.view(shape)
-        output.collected = {layer: states.view(shape) for layer, states in output.collected.items()}
-        return output
-
-    def _few_places(self, positions: Tensor, cache: KVCache) -> Places:
-        """Places of few states at positions [B, T], which stand one after the other."""
-        return Places(
-            *angles(self.config, positions.device),
-            cache.rows_of(positions),
-            positions.flatten().contiguous(),
-            few=True,
-        )
-
-    def _repeat(
-        self,
-        step: Callable[[list[Tensor], Places], list[Tensor]],
-        start: Tensor,
-        positions: Tensor,
-        cache: KVCache,
-        key: tuple[Any, ...],
-    ) -> list[Tensor]:
-        """step of [start, rows, positions] at their places, from a recording where the same step was made on this cache
-        before; see `replay.py`."""
-        places = self._few_places(positions, cache)
-        assert places.rows is not None and places.positions is not None
-        inputs = [start, places.rows, places.positions]
-
-        def run(inputs: list[Tensor]) -> list[Tensor]:
-            return step(inputs, places._replace(rows=inputs[1], positions=inputs[2]))
-
-        key = id(self), self.dtype, start.dtype, len(places.rows), *key
-        recording = cache.recordings.get(key)
-        if recording is None:
-            recording = cache.recordings[key] = Recording(run, inputs)
-            return recording.take_first()
-        return recording(inputs) if recording.complete else run(inputs)
+    def _repeats(self, dtype: torch.dtype, positions: Tensor) -> bool:
+        """Whether a step of states at positions [B, T] is recorded, and repeated after that."""
+        return self.compiled and can_repeat(positions.numel(), dtype, positions.device)
 
     def _run_blocks(
         self,
@@ -283,7 +240,10 @@ class MoEDecoder(nn.Module):
         self, layer: int, hidden: Tensor, places: Places, *, rows: Tensor | None, **how: Any
     ) -> tuple[Tensor, Routing | None]:
         block = self._block(layer)
-        compiles = self.compiled and (how["memory"] is None or hidden.is_cuda)
+        # Quantised weights are unpacked in a way that cannot be traced; a CPU's decoding has kernels and recordings.
+        compiles = self.compiled and (
+            how["memory"] is None or (hidden.is_cuda and not is_quantized(block.attention.qkv.weight))
+        )
         forward = compiled(Block.forward) if compiles else Block.__call__
         if rows is None:
             return forward(block, hidden, places, **how)
@@ -295,9 +255,8 @@ class MoEDecoder(nn.Module):
     def fill(self, hidden: Tensor, layers: Sequence[int], *, positions: Tensor, cache: KVCache) -> None:
         """Write only the keys and values of skipped layers, all from the same exit state hidden [B, T, D]
         (CALM's state propagation, arXiv 2207.07061). Raises ValueError for positions past the end, as `run`."""
-        length, few = check_positions(positions, self.config, cache), few_rows.are_few(hidden)
-        places = self._few_places(positions, cache) if few else locate(positions, self.config, cache, length=length)
-        hidden = hidden.reshape(1, -1, hidden.shape[-1]) if few else hidden
+        length = check_positions(positions, self.config, cache)
+        hidden, places = lay(hidden, positions, self.config, cache, length=length)
         for layer in layers:
             block = self._block(layer)
             block.attention.fill(block.attention_norm(hidden), places, cache.memory(layer))

@@ -2,7 +2,8 @@
 
 N tokens, D width, E experts, K chosen, F expert hidden size.
 Many tokens (training, prefill) are sorted by expert and go through one grouped product per projection; few on a CPU
-(decoding, drafting, verification) are `few_rows.py`'s; elsewhere a single token reads its K experts one by one.
+(decoding, drafting, verification) are `few_rows.py`'s; few in compiled decoding on a GPU gather what they chose, or are
+sorted where that needs no waiting; elsewhere a single token reads its K experts one by one.
 Knows nothing of how the experts were chosen. Next: `router.py`, `products.py` (the grouped product).
 """
 
@@ -35,6 +36,27 @@ def run_experts_sorted(x: Tensor, routing: Routing, gate_up: Tensor, down: Tenso
     return pairs[back].view(tokens, top_k, -1).sum(dim=1)
 
 
+def run_experts_gathered(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+    """For few tokens x [N, D] -> [N, D], compiled: what is chosen is read where it lies, while it is multiplied, with
+    sums in float32. An expert is read once per token that chose it. (Not compiled, it would be copied as often.)"""
+    wide = torch.promote_types(x.dtype, torch.float32)
+
+    def multiply(states: Tensor, weight: Tensor) -> Tensor:
+        """States [N, K or 1, I], weight [E, O, I] -> [N, K, O]."""
+        return (weight[routing.chosen].to(wide) * states[:, :, None].to(wide)).sum(-1).to(x.dtype)
+
+    pairs = multiply(swiglu(multiply(x[:, None], gate_up)), down)
+    return (pairs * routing.weights[..., None].to(x.dtype)).sum(dim=1)
+
+
+def gathers(x: Tensor, gate_up: Tensor) -> bool:
+    """Whether the experts of tokens x [N, D] are gathered: in compiled decoding on a GPU, which must not wait for what
+    was chosen, a single token's, and few tokens' that have no grouped product."""
+    if torch.is_grad_enabled() or not torch.compiler.is_compiling() or not x.is_cuda or is_quantized(gate_up):
+        return False
+    return len(x) == 1 or (len(x) <= few_rows.MOST_ROWS and not can_group(x, gate_up))
+
+
 class Experts(nn.Module):
     """E SwiGLU experts with fused weights: gate_up [E, 2F, D] (gate first), down [E, D, F]."""
 
@@ -53,6 +75,8 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(x.device.type):  # grouped_mm is not on autocast's list
             dtype = torch.get_autocast_dtype(x.device.type)
             x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
+        if gathers(x, gate_up):
+            return run_experts_gathered(x, routing, gate_up, down)
         # On a GPU the choice stays there: reading it back waits for the device at every layer.
         if len(x) == 1 and not (x.device.type == "cuda" and can_group(x, gate_up)):
             return run_experts_one_token(x, routing, gate_up, down)

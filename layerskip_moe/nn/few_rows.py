@@ -27,14 +27,19 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 def are_few(x: Tensor) -> bool:
     """Whether the rows of x [..., K] are computed by this file's functions: at most MOST_ROWS, on a CPU, with neither
     gradients nor autocast."""
-    return x.is_cpu and are_computed(x.dtype) and x.numel() <= MOST_ROWS * x.shape[-1]
+    return serves(x.device) and are_computed(x.dtype, x.device.type) and x.numel() <= MOST_ROWS * x.shape[-1]
 
 
-def are_computed(dtype: torch.dtype) -> bool:
-    """Whether few rows of this type on a CPU are computed here as things stand: without gradients or autocast."""
+def serves(device: torch.device) -> bool:
+    """Whether few rows there are computed by this file's functions: on a CPU."""
+    return device.type == "cpu"
+
+
+def are_computed(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether few rows of this type are decoding's as things stand: without gradients or autocast."""
     if torch.compiler.is_compiling():  # training's graphs; the kernels are not for tracing
         return False
-    return dtype in _TYPES and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    return dtype in _TYPES and not torch.is_grad_enabled() and not torch.is_autocast_enabled(device_type)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wide: bool = False) -> Tensor:

@@ -130,11 +130,17 @@ def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
 
 
 def can_group(left: Tensor, right: Tensor) -> bool:
-    """Whether F.grouped_mm has a kernel for these, not a loop: bfloat16, CUDA SM80 and up, rows of whole 16 bytes."""
+    """Whether F.grouped_mm has a kernel for these, not a loop that waits for the device: bfloat16, CUDA SM90 and SM100,
+    rows of whole 16 bytes."""
     if left.device.type != "cuda" or not left.dtype == right.dtype == torch.bfloat16:
         return False
     widths = left.shape[1], *right.shape[1:]
-    return all(width % 8 == 0 for width in widths) and torch.cuda.get_device_capability(left.device) >= (8, 0)
+    return all(width % 8 == 0 for width in widths) and _capability(left.device)[0] in (9, 10)
+
+
+@torch.compiler.assume_constant_result  # the compiler would ask again in every graph, and cannot
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 # (`len` would fix the number of rows in the graph: a new one for every count.)

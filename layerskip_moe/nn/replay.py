@@ -9,7 +9,7 @@ Weights changed in place are seen. A parameter put in another's place is not, by
 take a new cache, as `generate` does. Only this library's few-row operators can be recorded: a run that needs another
 one, as a clamp or an expert mask is, is made as always every time.
 
-Knows nothing of layers. Next: `decoder.py`, which decides; `cpp/few_rows.cpp`, which notes and repeats.
+Knows nothing of layers. Next: `steps.py`, which decides; `cpp/few_rows.cpp`, which notes and repeats.
 """
 
 import weakref

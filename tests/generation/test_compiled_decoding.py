@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from layerskip_moe.generation import Autoregressive, EarlyExit, LayerSkipping, SelfSpeculative, Speculative, generate
-from layerskip_moe.nn import decoder, kernels
+from layerskip_moe.nn import kernels, steps
 from layerskip_moe.nn.kernels import has_kernels
 from layerskip_moe.pretrained.quantize import quantize
 
@@ -93,7 +93,7 @@ def test_recorded_or_not_is_the_same_text(trained_model, helpers, monkeypatch, s
         recorded = generate(model, PROMPTS, made, **arguments)
         with monkeypatch.context() as patch:
             # What is never complete is made anew each time.
-            patch.setattr(decoder.Recording, "complete", property(lambda self: False, lambda self, value: None), False)
+            patch.setattr(steps.Recording, "complete", property(lambda self: False, lambda self, value: None), False)
             one_by_one = generate(model, PROMPTS, made, **arguments)
         assert recorded.tokens == one_by_one.tokens and recorded.layers_run == one_by_one.layers_run
 
@@ -103,13 +103,13 @@ def test_recorded_or_not_is_the_same_text(trained_model, helpers, monkeypatch, s
 def test_nothing_is_recorded_as_the_text_grows(trained_model, monkeypatch, strategy):
     given, made = [], []  # the new tokens; how many there were at each recording
 
-    class Counted(decoder.Recording):
+    class Counted(steps.Recording):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             assert self.complete
             made.append(len(given))
 
-    monkeypatch.setattr(decoder, "Recording", Counted)
+    monkeypatch.setattr(steps, "Recording", Counted)
     model = trained_model(max_seq_len=70)
     draft = trained_model(max_seq_len=70, n_layers=2)
     one = (LOSSLESS | LOSSY).get(strategy, lambda draft, int8: None)(draft, quantize(model, "int8"))
@@ -180,3 +180,25 @@ def test_under_autocast(trained_model, compile):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = generate(model, PROMPTS, SelfSpeculative(2, 3), max_new_tokens=6, compile=compile)
     assert [len(row) for row in out.tokens] == [6] * 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
+@pytest.mark.parametrize("strategy", ["plain", *LOSSLESS])
+def test_on_a_gpu_captured_steps_give_the_text_of_eager_ones(trained_model, monkeypatch, strategy, sampling):
+    made = []
+
+    class Counted(steps.Graph):
+        def __init__(self, *arguments, **others):
+            super().__init__(*arguments, **others)
+            made.append(self.complete)
+
+    monkeypatch.setattr(steps, "Graph", Counted)
+    model, draft = trained_model().cuda(), trained_model(n_layers=2).cuda()
+    try:
+        one = LOSSLESS.get(strategy, lambda draft, int8: None)(draft, quantize(model, "int8"))
+        eager = generate(model, PROMPTS, max_new_tokens=12, compile=False, **sampling).tokens
+        assert generate(model, PROMPTS, one, max_new_tokens=12, **sampling).tokens == eager and made
+        assert all(made) or "int8" in strategy  # whose experts wait for the GPU
+    finally:
+        model.cpu(), draft.cpu()  # other tests share them

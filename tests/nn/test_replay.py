@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from layerskip_moe.nn import KVCache, decoder
+from layerskip_moe.nn import KVCache, steps
 from layerskip_moe.nn.compiling import compiling
 from layerskip_moe.nn.kernels import has_kernels
 from layerskip_moe.nn.rotary import rotary_table
@@ -65,12 +65,12 @@ def recorded(monkeypatch):
     """The recordings made from now on."""
     made = []
 
-    class Counted(decoder.Recording):
+    class Counted(steps.Recording):
         def __init__(self, *arguments):
             made.append(self)
             super().__init__(*arguments)
 
-    monkeypatch.setattr(decoder, "Recording", Counted)
+    monkeypatch.setattr(steps, "Recording", Counted)
     return made
 
 
