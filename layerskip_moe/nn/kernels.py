@@ -24,7 +24,7 @@ from layerskip_moe.files import cache_folder, replacing
 _SOURCES = Path(__file__).with_name("cpp")
 _STABLE_SINCE = "0x020a000000000000"  # PyTorch 2.10
 _FLAGS = (
-    *("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-Wno-psabi", "-Wno-attributes"),
+    *("-O3", "-march=native", "-ffp-contract=off", "-std=c++20", "-shared", "-fPIC", "-Wno-psabi", "-Wno-attributes"),
     f"-DTORCH_TARGET_VERSION={_STABLE_SINCE}",
 )
 

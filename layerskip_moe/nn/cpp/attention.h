@@ -24,20 +24,21 @@ constexpr int SLOTS = 4;  // with two heads these have sums enough that none wai
 template <int HEADS, class Cached>
 void score(const Cached* const* keys, Reader* readers, int64_t slot, int64_t head_dim, float scale) {
   Floats sums[HEADS][SLOTS] = {};
-  int64_t d = 0;
-  for (; d + WIDTH <= head_dim; d += WIDTH)
+  const int64_t whole = head_dim - head_dim % WIDTH;
+  for (int64_t d = 0; d < whole; d += WIDTH)
     for (int s = 0; s < SLOTS; ++s) {
       const Floats key = load(keys[s] + d);
-      for (int h = 0; h < HEADS; ++h) sums[h][s] += key * load(readers[h].query + d);
+      for (int h = 0; h < HEADS; ++h) sums[h][s] = multiply_add(key, load(readers[h].query + d), sums[h][s]);
     }
+  for (int s = 0; whole < head_dim && s < SLOTS; ++s) {
+    const Floats key = load_first(keys[s] + whole, head_dim - whole);
+    for (int h = 0; h < HEADS; ++h) sums[h][s] = multiply_add(key, load_first(readers[h].query + whole, head_dim - whole), sums[h][s]);
+  }
   for (int h = 0; h < HEADS; ++h) {
     float totals[SLOTS];
     sum_four(sums[h], totals);
-    for (int s = 0; s < SLOTS; ++s) {
-      float total = totals[s];
-      for (int64_t rest = d; rest < head_dim; ++rest) total += number(keys[s][rest]) * readers[h].query[rest];
-      if (readers[h].first <= slot + s && slot + s < readers[h].last) *readers[h].weight_of(slot + s) = total * scale;
-    }
+    for (int s = 0; s < SLOTS; ++s)
+      if (readers[h].first <= slot + s && slot + s < readers[h].last) *readers[h].weight_of(slot + s) = totals[s] * scale;
   }
 }
 
@@ -67,7 +68,7 @@ void mix_parts(const Cached* values, Reader* readers, int64_t begin, int64_t end
   for (int64_t s = begin; s < end; ++s)
     for (int p = 0; p < PARTS; ++p) {
       const Floats value = load(values + s * head_dim + d + p * WIDTH);
-      for (int h = 0; h < HEADS; ++h) sums[h][p] += *readers[h].weight_of(s) * value;
+      for (int h = 0; h < HEADS; ++h) sums[h][p] = multiply_add(Floats{} + *readers[h].weight_of(s), value, sums[h][p]);
     }
   for (int h = 0; h < HEADS; ++h) std::memcpy(readers[h].mixed + d, sums[h], sizeof sums[h]);
 }

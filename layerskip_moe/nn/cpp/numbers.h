@@ -71,6 +71,14 @@ inline Floats load(const BFloat16* from) {
   return copy_from<Floats>(&words);
 }
 
+// The first `count` numbers, and zeros for the rest of the register.
+template <class Number>
+Floats load_first(const Number* from, int64_t count) {
+  Number padded[WIDTH] = {};
+  std::memcpy(padded, from, count * sizeof *from);
+  return load(padded);
+}
+
 inline float number(float value) { return value; }
 inline float number(Half value) { return torch::headeronly::detail::fp16_ieee_to_fp32_value(value.bits); }
 inline float number(int8_t value) { return static_cast<float>(value); }
@@ -112,6 +120,18 @@ inline float sum(Floats values) {
   float totals[4];
   sum_four(four, totals);
   return totals[0];
+}
+
+// a * b + c, rounded once where the processor can. Said, and not left to the compiler (-ffp-contract=off): that would
+// choose anew wherever this is inlined, and a row's numbers would depend on how many stand beside it.
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX__) && defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
 }
 
 // e^x, to within two units in the last place, for all of -87 to 88; what lies beyond is taken for the nearest of these.
@@ -160,15 +180,16 @@ inline void dot(const Weight* w, const float* const* x, int64_t inputs, float (*
     for (int64_t k = 0; k < whole; k += STEP)
       for (int c = 0; c < CHAINS; ++c) {
         const Floats weights = load(w + o * inputs + k + c * WIDTH);
-        for (int n = 0; n < ROWS; ++n) chains[n][c] += weights * load(x[n] + k + c * WIDTH);
+        for (int n = 0; n < ROWS; ++n) chains[n][c] = multiply_add(weights, load(x[n] + k + c * WIDTH), chains[n][c]);
       }
+    for (int64_t k = whole; k < inputs; k += WIDTH) {
+      const int64_t count = std::min(WIDTH, inputs - k);
+      const Floats weights = load_first(w + o * inputs + k, count);
+      for (int n = 0; n < ROWS; ++n) chains[n][0] = multiply_add(weights, load_first(x[n] + k, count), chains[n][0]);
+    }
     for (int n = 0; n < ROWS; ++n) sums[n][o] = (chains[n][0] + chains[n][1]) + (chains[n][2] + chains[n][3]);
   }
-  for (int n = 0; n < ROWS; ++n) {
-    sum_four(sums[n], out[n]);
-    for (int o = 0; o < OUTPUTS; ++o)
-      for (int64_t k = whole; k < inputs; ++k) out[n][o] += number(w[o * inputs + k]) * x[n][k];
-  }
+  for (int n = 0; n < ROWS; ++n) sum_four(sums[n], out[n]);
 }
 
 // give(o, n, w[o] . x[n]) for outputs begin..end - 1 and all rows.
