@@ -72,14 +72,15 @@ class LayerSkipping:
     def step(self, session: Session) -> None:
         """One round: the layers that stay over the newest token of each row, then one new token."""
         model, positions = session.model, session.positions(1)
-        hidden = model.embed(session.newest)
         if self.random is not None:
             run = self._drawn(session, positions)
-            hidden, counts = _run_some(session, hidden, positions, run), run.sum(dim=1).tolist()
+            hidden, counts = _run_some(session, model.embed(session.newest), positions, run), run.sum(dim=1).tolist()
+            logits = model.unembed(hidden)
         else:
             kept = self._kept(model.config.n_layers)
-            hidden, counts = session.run(hidden, kept, positions), [len(kept)] * len(hidden)
-        tokens = session.choose(session.scores(model.unembed(hidden)), session.noise(1))
+            _, logits = session.decode(session.newest, kept, positions)
+            counts = [len(kept)] * len(logits)
+        tokens = session.choose(session.scores(logits), session.noise(1))
         session.append(tokens, layers_run=counts)
 
     def _kept(self, n_layers: int) -> list[int]:
