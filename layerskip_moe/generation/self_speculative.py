@@ -14,6 +14,7 @@ Knows nothing of how a session stores its rows. Next: `verification.py`, `sessio
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from layerskip_moe.generation.autoregressive import check_exit_layer
 from layerskip_moe.generation.session import Session
@@ -71,19 +72,24 @@ class SelfSpeculative:
         round_ = Round.begin(session, self.draft_length, self.coupling)
         positions = session.positions(round_.length + 1)
         early, late = range(self.exit_layer), range(self.exit_layer, model.config.n_layers)
+        if draft is model and not (round_.rejection or session.sampling.filters):
+            noise = None if round_.noise is None else round_.noise[:, :-1]
+            drafts, states = session.draft(early, positions, noise)
+            round_.drafts = list(drafts.split(1, dim=1))
+        else:
+            states = self._draft_one_by_one(session, round_, early, positions)
+        _, logits = session.decode(states, late, positions)
+        round_.verify(logits)
+
+    def _draft_one_by_one(self, session: Session, round_: Round, early: range, positions: Tensor) -> Tensor:
+        """Draft by what the round makes of the logits, which may be another head's: states [A, T, D]."""
+        model, draft = session.model, self.draft_model or session.model
         token, states = session.newest, []
         for place in range(round_.length):
-            here = positions[:, place : place + 1]
-            if draft is model:
-                state, logits = session.decode(token, early, here)
-            else:  # another head on the model's own layers
-                state = session.run(model.embed(token), early, here)
-                logits = draft.unembed(state)
-            states.append(state)
-            token = round_.draft(logits)
+            states.append(session.run(model.embed(token), early, positions[:, place : place + 1]))
+            token = round_.draft(draft.unembed(states[-1]))
         states.append(session.run(model.embed(token), early, positions[:, -1:]))
-        _, logits = session.decode(torch.cat(states, dim=1), late, positions)
-        round_.verify(logits)
+        return torch.cat(states, dim=1)
 
     def _speculative(self, draft: MoEDecoder) -> Speculative:
         return Speculative(draft, self.draft_length, self.coupling, self.exit_layer)

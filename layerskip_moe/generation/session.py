@@ -134,6 +134,18 @@ class Session:
         """Token ids [A, T] or hidden [A, T, D] through some layers and the head: states [A, T, D], logits [A, T, V]."""
         return self.model.decode(start, layers, positions=positions, cache=self.cache)
 
+    def draft(self, layers: Sequence[int], positions: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Drafts [A, n] by some layers and the head, one after another, after the newest token, which is at the first
+        of positions [A, n + 1]; and the states [A, n + 1, D] of all. Nothing is filtered out or penalised."""
+        return self.model.draft(
+            self.newest,
+            layers,
+            positions=positions,
+            cache=self.cache,
+            noise=noise,
+            temperature=self.sampling.temperature,
+        )
+
     def noise(self, count: int, *, stream: int = 0) -> Tensor | None:
         """Noise [A, count, V] for choosing the next `count` tokens of each row; None when greedy. It is drawn for more
         places at a time: the next rounds need them, and places whose drafts were rejected are needed again."""

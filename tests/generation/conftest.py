@@ -95,7 +95,7 @@ class _TableModel(torch.nn.Module):
     def __init__(self, vocab_size, full, draft, n_layers=4):
         super().__init__()
         self.config = ModelConfig(vocab_size, n_layers=n_layers, d_model=2, n_heads=1, num_experts=0, max_seq_len=64)
-        self.full, self.draft, self.calls = full, draft, []
+        self._full, self._draft, self.calls = full, draft, []
 
     def embed(self, tokens):
         nothing = torch.zeros_like(tokens)
@@ -117,7 +117,12 @@ class _TableModel(torch.nn.Module):
     def unembed(self, hidden):
         token, position, depth = hidden.unbind(-1)
         whole = (depth == self.config.n_layers)[..., None]
-        return torch.where(whole, self.full(token, position), self.draft(token, position))
+        return torch.where(whole, self._full(token, position), self._draft(token, position))
+
+    def _repeats(self, *_):
+        return False
+
+    draft = MoEDecoder.draft
 
 
 @pytest.fixture(scope="session")
