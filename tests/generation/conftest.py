@@ -107,13 +107,17 @@ class _TableModel:
         nothing = torch.zeros_like(tokens)
         return torch.stack([tokens, nothing, nothing], dim=-1)  # token, position, layers run
 
-    def run(self, hidden, layers, *, positions, cache):
+    def run(self, hidden, layers, *, positions, cache, collect=(), choices=False):
         token, _, depth = hidden.unbind(-1)
         if layers:
             assert bool((depth == layers[0]).all()), "layers were skipped or run twice"
             self.calls.append((layers[0], layers[-1] + 1, *positions.shape))
-            depth = torch.full_like(depth, layers[-1] + 1)
-        return RunOutput(torch.stack([token, positions, depth], dim=-1))
+
+        def after(layers):
+            return torch.stack([token, positions, torch.full_like(depth, layers)], dim=-1)
+
+        collected = {layer: after(layer + 1) for layer in collect}
+        return RunOutput(after(layers[-1] + 1) if layers else hidden, collected)
 
     def decode(self, start, layers, *, positions, cache):
         hidden = start if start.is_floating_point() or start.dim() == 3 else self.embed(start)

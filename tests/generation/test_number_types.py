@@ -32,7 +32,7 @@ STRATEGIES = {
     "rejection": lambda draft: SelfSpeculative(1, 3, coupling="rejection"),
     "a draft model": lambda draft: Speculative(draft, 3),
     "early layers of a draft model": lambda draft: SelfSpeculative(1, 3, draft_model=draft),
-    "rejection of theirs": lambda draft: SelfSpeculative(1, 3, "rejection", draft),
+    "rejection of theirs": lambda draft: SelfSpeculative(1, 3, coupling="rejection", draft_model=draft),
     "propagate": lambda draft: EarlyExit(0.2),
     "exact": lambda draft: EarlyExit(0.2, cache="exact"),
     "state": lambda draft: EarlyExit(0.9, confidence="state"),
