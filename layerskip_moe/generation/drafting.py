@@ -18,7 +18,7 @@ from torch import Tensor
 from layerskip_moe.generation.sampling import penalize
 from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.verification import Round
-from layerskip_moe.nn import KVCache, MoEDecoder
+from layerskip_moe.nn import KVCache, ModelConfig, MoEDecoder
 
 
 @dataclass
@@ -58,6 +58,33 @@ class Watch:
 
     def __bool__(self) -> bool:
         return self.shadow or self.experts
+
+
+def go_together(session: Session, round_: Round, exit_layers: list[int], drafter: MoEDecoder, watch: Watch) -> bool:
+    """Whether `draft_and_verify` does for this round: all rows draft alike, and nothing is asked in between."""
+    if len(set(exit_layers)) > 1 or len(set(round_.limits)) > 1 or watch.shadow:
+        return False
+    if round_.length == 0:
+        return True
+    plain = drafter is session.model and not (round_.confident or round_.rejection or session.sampling.filters)
+    return plain and (len(exit_layers) == 1 or not watch.experts)
+
+
+def draft_and_verify(session: Session, round_: Round, exit_layer: int, watch: Watch) -> Tensor:
+    """Draft in one call, as many tokens in every row, and verify in another: the full model's logits [A, T, V].
+    Without drafts it is a step of plain decoding."""
+    model, positions = session.model, session.positions(round_.length + 1)
+    start, layers = session.newest, range(exit_layer, model.config.n_layers)
+    if exit_layer:
+        noise = None if round_.noise is None else round_.noise[:, :-1]
+        drafts, start = session.draft(range(exit_layer), positions, noise)
+        round_.drafts = list(drafts.split(1, dim=1))
+    if not watch.experts:
+        return session.decode(start, layers, positions)[1]
+    hidden = start if exit_layer else model.embed(start)
+    output = model.run(hidden, layers, positions=positions, cache=session.cache, choices=True)
+    watch.chosen |= output.chosen
+    return model.unembed(output.hidden)
 
 
 def draft(
@@ -128,11 +155,8 @@ def verify(session: Session, round_: Round, drafted: dict[int, list[States]], wa
     model, limits, places = session.model, round_.limits, round_.length + 1
     n_layers = model.config.n_layers
     text = torch.cat([session.newest, *round_.drafts], dim=1)
-    alike = min(limits) == round_.length and len(drafted) <= 1
-    if alike and not watch:  # as one [A, T], and where nothing was drafted as plain decoding does it
+    if min(limits) == round_.length and len(drafted) == 1 and not watch:  # as one [A, T]
         positions = session.positions(places)
-        if not drafted:
-            return session.decode(text, range(n_layers), positions)[1]
         [(exit_layer, parts)] = drafted.items()
         newest = session.run(model.embed(text[:, -1:]), range(exit_layer), positions[:, -1:])
         hidden = torch.cat([*(part.hidden for part in parts), newest], dim=1)
@@ -208,12 +232,18 @@ def shadow_tokens(session: Session, round_: Round, watch: Watch, tokens: Tensor)
     return shadow
 
 
-def experts_read(watch: Watch, n_experts: int) -> list[int] | None:
-    """By MoE layer, rising, how many different experts were chosen; None where there is no such layer."""
-    if not watch.chosen:
+def experts_read(watch: Watch, config: ModelConfig) -> list[int] | None:
+    """By MoE layer, rising, how many different experts verification read; None where nobody asked, and in dense
+    models."""
+    layers = [layer for layer in range(config.n_layers) if config.is_moe(layer)]
+    if not (watch.experts and layers):
         return None
-    chosen = [watch.chosen[layer].flatten() for layer in sorted(watch.chosen)]
-    layer = torch.repeat_interleave(torch.tensor([len(experts) for experts in chosen]))
-    read = torch.zeros(len(chosen) * n_experts, dtype=torch.int64, device=chosen[0].device)
-    read[torch.cat(chosen) + n_experts * layer.to(read.device)] = 1
-    return read.view(len(chosen), n_experts).sum(dim=1).tolist()
+    read = dict.fromkeys(layers, config.top_k)  # by the one place that a draft ran in the same call
+    if watch.chosen:
+        chosen = [experts.flatten() for experts in watch.chosen.values()]
+        index = torch.repeat_interleave(torch.tensor([len(experts) for experts in chosen]))
+        found = torch.zeros(len(chosen) * config.num_experts, dtype=torch.int64, device=chosen[0].device)
+        found[torch.cat(chosen) + config.num_experts * index.to(found.device)] = 1
+        counts = found.view(len(chosen), config.num_experts).sum(dim=1).tolist()
+        read |= dict(zip(watch.chosen, counts, strict=True))
+    return list(read.values())

@@ -141,7 +141,7 @@ class _Depths:
         config, cache = session.model.config, session.cache
         self.newest: list[int] = cache.lengths.tolist()
         self.reached = [[length] * config.n_layers for length in self.newest]
-        shape = (len(self.newest), cache.capacity, config.d_model)
+        shape = (len(self.newest), session.capacity, config.d_model)
         self.states = torch.zeros(shape, dtype=session.model.dtype, device=session.model.device)
 
     def select(self, rows: Tensor) -> None:

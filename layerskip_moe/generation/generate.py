@@ -17,7 +17,7 @@ from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.statistics import GenerationStats
 from layerskip_moe.generation.text import TextStream, unshown_token
 from layerskip_moe.nn import ModelConfig, MoEDecoder
-from layerskip_moe.nn.compiling import can_compile, compiling
+from layerskip_moe.nn.compiling import can_compile, compiling, is_watched
 from layerskip_moe.nn.kernels import using_kernels
 from layerskip_moe.nn.modes import evaluating
 from layerskip_moe.special_tokens import end_of_text_ids
@@ -93,8 +93,9 @@ def generate(
                  in order within a row, the rows of a batch in turn
     compile:     make decoding fast first: on a CPU compile kernels, seconds once per machine; on a GPU compile blocks,
                  once per process and kind of step, where Triton is. False decodes at once, and several times slower;
-                 it adds in another order, so that where two tokens tie the text may differ from the other's. Hooks on
-                 modules are called at every step with False only: a recorded run passes them by.
+                 it adds in another order, so that where two tokens tie the text may differ from the other's. A model
+                 with hooks on its modules, or modules whose `forward` was replaced, is run step by step in any case, so
+                 that they are called.
 
     The model is run in eval mode, and left in the mode it was in, whatever is raised meanwhile. Raises ValueError
     for prompts that are empty, outside the vocabulary, or too long for max_seq_len together with max_new_tokens.
@@ -118,7 +119,7 @@ def generate(
     size = batch_size or len(encoded)
     # A draft model is one more to run in eval mode and to leave as it was.
     draft = getattr(strategy, "draft_model", None) or model
-    compiles = compile and can_compile(model.device)
+    compiles = compile and can_compile(model.device) and not (is_watched(model) or is_watched(draft))
     with evaluating(model), evaluating(draft), using_kernels(compile):
         for first in range(0, len(encoded), size):
             start = now(model.device)
@@ -138,6 +139,7 @@ def generate(
                 while not session.finished:
                     strategy.step(session)
             done = now(model.device)
+            session.close()
             for stats in session.stats:
                 stats.prefill_seconds, stats.decode_seconds = filled - start, done - filled
                 result.stats.add_counts(stats)

@@ -53,6 +53,11 @@ class Sampling:
         """Whether there is no noise."""
         return self.temperature == 0.0
 
+    @property
+    def filters(self) -> bool:
+        """Whether more than temperature and noise decides: some tokens are left out, or weighed down."""
+        return self.top_k is not None or self.top_p is not None or self.repetition_penalty != 1.0
+
 
 def log_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """Log-probabilities [..., V] in float64 that a sampled token follows, -inf for those filtered out.

@@ -16,7 +16,15 @@ from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
 from layerskip_moe.generation.autoregressive import check_exit_layer
-from layerskip_moe.generation.drafting import Watch, draft, experts_read, shadow_tokens, verify
+from layerskip_moe.generation.drafting import (
+    Watch,
+    draft,
+    draft_and_verify,
+    experts_read,
+    go_together,
+    shadow_tokens,
+    verify,
+)
 from layerskip_moe.generation.policies.fixed import Fixed
 from layerskip_moe.generation.policies.policy import Policy, RoundReport
 from layerskip_moe.generation.session import Session
@@ -95,8 +103,13 @@ class SelfSpeculative:
         stop = policy.should_stop
         round_ = Round.begin(session, [length for _, length in plan], self.coupling, confident=stop is not None)
         exit_layers = [layer if limit else 0 for (layer, _), limit in zip(plan, round_.limits, strict=True)]
-        drafted, confidences = draft(session, round_, exit_layers, stop, drafter, watch)
-        tokens, accepted = round_.settle(verify(session, round_, drafted, watch))
+        confidences: list[list[float]] = [[] for _ in plan]
+        if go_together(session, round_, exit_layers, drafter, watch):
+            logits = draft_and_verify(session, round_, exit_layers[0], watch)
+        else:
+            drafted, confidences = draft(session, round_, exit_layers, stop, drafter, watch)
+            logits = verify(session, round_, drafted, watch)
+        tokens, accepted = round_.settle(logits)
         counts, accepted_by_row = accepted + 1, accepted.tolist()
         report = RoundReport(
             session.row_numbers,
@@ -107,7 +120,7 @@ class SelfSpeculative:
             time.perf_counter() - started,
             tokens,
             counts,
-            experts_read(watch, session.model.config.num_experts),
+            experts_read(watch, session.model.config),
             shadow_tokens(session, round_, watch, tokens) if watch.shadow else None,
         )
         session.append(tokens, counts, drafted=round_.limits)

@@ -14,15 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerskip_moe.generation.kept_caches import keep_cache, new_cache
 from layerskip_moe.generation.sampling import Sampling, choose, gumbel_noise, penalize
 from layerskip_moe.generation.statistics import GenerationStats
 from layerskip_moe.generation.text import TextStream
 from layerskip_moe.nn import KVCache, MoEDecoder
 
+_MOST_AHEAD, _MOST_NOISE = 16, 2**20  # places, and numbers, of noise drawn at a time
+
 
 class Session:
     """Cache, positions and finished rows of one batch.
 
+    capacity: positions of the longest text there may be
     rows:    [A] int64, which prompt each active row is: the `row` of the sampling noise
     newest:  [A, 1] int64, each active row's last token, not yet run
     tokens:  [A, capacity] int64, each active row's text so far, a token at its position; the newest is the last
@@ -57,18 +61,22 @@ class Session:
         self.rows = torch.arange(first_row, first_row + len(prompts), device=device)
         self._active = list(range(len(prompts)))  # the same rows, counted within this batch
         self.newest = torch.tensor([[prompt[-1]] for prompt in prompts], device=device)
-        self.cache = new_cache(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
+        self.capacity = max(map(len, prompts)) + max_new_tokens
+        self._caches: list[tuple[MoEDecoder, KVCache]] = []
+        self.cache = self.new_cache(model)
         self.cache.extend(torch.tensor([len(prompt) - 1 for prompt in prompts], device=device))
-        padded = [[*prompt, *[0] * (self.cache.capacity - len(prompt))] for prompt in prompts]
+        padded = [[*prompt, *[0] * (self.capacity - len(prompt))] for prompt in prompts]
         self.tokens = torch.tensor(padded, device=device)
         # The last token a row may get is never run, so its slot is where overhanging drafts may write.
         self._last_slot = torch.tensor([len(prompt) + max_new_tokens - 1 for prompt in prompts], device=device)
 
+        # By stream: how many tokens each active row had when noise was drawn, and that noise [A, some, V].
+        self._noise: dict[int, tuple[list[int], Tensor]] = {}
         self._seen: Tensor | None = None  # [A, V] bool: the tokens a repetition penalty weighs down
         if sampling.repetition_penalty != 1.0:
             self._seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
             firsts = self.tokens[:, :1]  # padding counts as one more of the row's own first token
-            inside = torch.arange(self.cache.capacity, device=device) <= self.cache.lengths[:, None]
+            inside = torch.arange(self.capacity, device=device) <= self.cache.lengths[:, None]
             self._seen.scatter_(1, torch.where(inside, self.tokens, firsts), True)
 
     def prefill(
@@ -86,6 +94,17 @@ class Session:
             positions = torch.arange(length, device=tokens.device).expand(tokens.shape)
             layers = range(model.config.n_layers) if layers is None else layers
             model.run(model.embed(tokens), layers, positions=positions, cache=cache)
+
+    def new_cache(self, model: MoEDecoder, *, n_layers: int | None = None) -> KVCache:
+        """An empty cache for this session's rows and the first `n_layers` layers of a model, by default all."""
+        cache = new_cache(model, len(self.rows), self.capacity, n_layers=n_layers)
+        self._caches.append((model, cache))
+        return cache
+
+    def close(self) -> None:
+        """Leave the caches to a later session. This one must not be used after that."""
+        for model, cache in reversed(self._caches):
+            keep_cache(model, cache)
 
     @property
     def finished(self) -> bool:
@@ -120,14 +139,36 @@ class Session:
         """Token ids [A, T] or hidden [A, T, D] through some layers and the head: states [A, T, D], logits [A, T, V]."""
         return self.model.decode(start, layers, positions=positions, cache=self.cache)
 
-    def noise(self, count: int, *, first: int = 0, stream: int = 0) -> Tensor | None:
-        """Noise [A, count, V] for choosing the next `count` tokens of each row, or those after the `first` next; None
-        when greedy."""
+    def draft(self, layers: Sequence[int], positions: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Drafts [A, n] by some layers and the head, one after another, after the newest token, which is at the first
+        of positions [A, n + 1]; and the states [A, n + 1, D] of all. Nothing is filtered out or penalised."""
+        return self.model.draft(
+            self.newest,
+            layers,
+            positions=positions,
+            cache=self.cache,
+            noise=noise,
+            temperature=self.sampling.temperature,
+        )
+
+    def noise(self, count: int, *, stream: int = 0) -> Tensor | None:
+        """Noise [A, count, V] for choosing the next `count` tokens of each row; None when greedy. It is drawn for more
+        places at a time: the next rounds need them, and places whose drafts were rejected are needed again."""
         if self.sampling.greedy:
             return None
-        offsets = torch.arange(first + 1, first + count + 1, device=self.newest.device)
-        places = self.cache.lengths[:, None] + offsets
-        return gumbel_noise(self.sampling.seed, self.rows, places, self.model.config.vocab_size, stream=stream)
+        done = [len(self.outputs[row]) for row in self._active]
+        first, noise = self._noise.get(stream, (done, None))
+        used = [now - then for now, then in zip(done, first, strict=True)]
+        if noise is None or max(used) + count > noise.shape[1]:
+            vocab_size = self.model.config.vocab_size
+            ahead = max(count, min(_MOST_AHEAD, _MOST_NOISE // (len(done) * vocab_size)))
+            places = self.cache.lengths[:, None] + torch.arange(1, ahead + 1, device=self.newest.device)
+            noise = gumbel_noise(self.sampling.seed, self.rows, places, vocab_size, stream=stream)
+            used, self._noise[stream] = [0] * len(done), (done, noise)
+        if len(set(used)) == 1:
+            return noise[:, used[0] : used[0] + count]
+        places = torch.tensor(used, device=noise.device)[:, None] + torch.arange(count, device=noise.device)
+        return noise[torch.arange(len(used), device=noise.device)[:, None], places]
 
     def scores(self, logits: Tensor, drafts: Sequence[Tensor] = (), rows: Tensor | None = None) -> Tensor:
         """Logits [A, T, V] after the repetition penalty. The last of the T places has seen the row's text and all
@@ -223,12 +264,10 @@ class Session:
         kept = torch.tensor(stays, dtype=torch.int64, device=self.newest.device)
         self.rows, self.newest, self._last_slot = self.rows[kept], self.newest[kept], self._last_slot[kept]
         self.tokens = self.tokens[kept]
+        self._noise = {
+            stream: ([done[index] for index in stays], noise[kept]) for stream, (done, noise) in self._noise.items()
+        }
         self._seen = None if self._seen is None else self._seen[kept]
         self.cache.select(kept)
         if self.state is not None:
             self.state.select(kept)
-
-
-def new_cache(model: MoEDecoder, batch_size: int, capacity: int, *, n_layers: int | None = None) -> KVCache:
-    """An empty cache that fits the first `n_layers` layers of `model`, by default all."""
-    return KVCache(model.config, batch_size, capacity, n_layers=n_layers, dtype=model.dtype, device=model.device)

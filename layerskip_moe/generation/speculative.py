@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from layerskip_moe.generation.autoregressive import check_exit_layer
-from layerskip_moe.generation.session import Session, new_cache
+from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.verification import Coupling, Round, check_drafting
 from layerskip_moe.nn import KVCache, ModelConfig, MoEDecoder
 
@@ -51,15 +51,15 @@ class Speculative:
     def start(self, session: Session) -> None:
         """Run the prompts through both models. Raises ValueError where the draft model is too short for them, or
         elsewhere."""
-        draft, main = self.draft_model, session.cache
-        if draft.config.max_seq_len < main.capacity:
+        draft = self.draft_model
+        if draft.config.max_seq_len < session.capacity:
             raise ValueError(
                 f"the draft model's max_seq_len={draft.config.max_seq_len} is less than prompt and new tokens, "
-                f"{main.capacity}; ask for less, or build it with a larger max_seq_len."
+                f"{session.capacity}; ask for less, or build it with a larger max_seq_len."
             )
         if draft.device != session.model.device:
             raise ValueError(f"the draft model is on {draft.device} and the model on {session.model.device}; move one.")
-        cache = new_cache(draft, len(session.rows), main.capacity, n_layers=self.exit_layer)
+        cache = session.new_cache(draft, n_layers=self.exit_layer)
         session.prefill(self._layers, model=draft, cache=cache)
         session.prefill()
         session.state = cache

@@ -39,8 +39,8 @@ class Round:
 
     limits:     how many drafts each row gets; who drafts lowers it where a row is to draft no more
     confident:  whether `confidence` is wanted
-    noise:      [A, at least so many places as there are drafts, V], for the drafts, and for the full model's choices
-                if shared; None when greedy
+    noise:      [A, most drafts planned + 1, V] for the drafts, and for the full model's choices if shared; None when
+                greedy
     drafts:     tokens drafted so far, each [A, 1], of no meaning in rows beyond their limit
     scores:     what they were chosen by, each [A, 1, V]; kept for rejection alone
     confidence: [R], how probable the newest draft of each row that has one was to who drafted it
@@ -61,9 +61,7 @@ class Round:
         that may get r more has use for r - 1 drafts."""
         limits = [min(length, left - 1) for length, left in zip(lengths, session.remaining, strict=True)]
         rejection = coupling == "rejection" and not session.sampling.greedy
-        # Where confidence may end the drafting, noise for all of it could be made in vain.
-        places = 1 if confident else max(limits) + 1
-        noise = session.noise(places, stream=_DRAFT if rejection else 0)
+        noise = session.noise(max(limits) + 1, stream=_DRAFT if rejection else 0)
         return cls(session, rejection, limits, confident, noise)
 
     @property
@@ -75,7 +73,6 @@ class Round:
         """Choose the next draft of each row, [A, 1], from the drafter's logits [A, 1, V]; or of some rows [R] from
         logits [R, 1, V]."""
         session, place = self.session, len(self.drafts)
-        self._make_noise(place + 1)
         scores = session.scores(logits, self.drafts, rows)
         noise = None if self.noise is None else self.noise[:, place : place + 1]
         noise = noise if noise is None or rows is None else noise[rows]
@@ -93,28 +90,20 @@ class Round:
         """With the full model's logits [A, T, V] after the newest token and after every draft: tokens [A, T], and how
         many drafts of each row were accepted, [A] <= limits; so many of its tokens and one more are the text."""
         session = self.session
-        self._make_noise(logits.shape[1])
         scores = session.scores(logits, self.drafts)
         limits = torch.tensor(self.limits, device=logits.device)
         if self.rejection and self.drafts:
             return _reject(session, torch.cat(self.drafts, 1), torch.cat(self.scores, 1), scores, limits)
-        tokens = session.choose(scores, self.noise)
-        proposed = torch.cat([*self.drafts, tokens[:, :0]], dim=1)  # [A, length]
+        tokens = session.choose(scores, None if self.noise is None else self.noise[:, : logits.shape[1]])
+        if not self.drafts:
+            return tokens, torch.zeros_like(limits)
+        proposed = torch.cat(self.drafts, dim=1)  # [A, length]
         return tokens, torch.minimum(_leading_true(proposed == tokens[:, :-1]), limits)
 
     def verify(self, logits: Tensor) -> None:
         """`settle`, and end the round."""
         tokens, accepted = self.settle(logits)
         self.session.append(tokens, accepted + 1, drafted=self.limits)
-
-    def _make_noise(self, places: int) -> None:
-        """See to it that there is noise for so many places."""
-        if self.noise is None or self.noise.shape[1] >= places:
-            return
-        known, stream = self.noise.shape[1], _DRAFT if self.rejection else 0
-        more = self.session.noise(places - known, first=known, stream=stream)
-        assert more is not None, "there was noise before"
-        self.noise = torch.cat([self.noise, more], dim=1)
 
     def _spread(self, some: Tensor, rows: Tensor | None) -> Tensor:
         """[R, ...] of some rows -> [A, ...], zeros in the others."""

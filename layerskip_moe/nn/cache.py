@@ -65,7 +65,7 @@ class KVCache:
         """Some rows (int64 indices) of this cache as a cache of its own, over the same buffers: what is written to
         it is written here. For rows that go deeper than the others of their batch."""
         part = copy.copy(self)
-        part.lengths, part.rows = self.lengths[rows], self.rows[rows]
+        part.select(rows)
         return part
 
     def extend(self, counts: Tensor | int) -> None:
@@ -78,9 +78,13 @@ class KVCache:
         self.lengths = lengths
 
     def select(self, rows: Tensor) -> None:
-        """Keep only the given rows (int64 indices), in that order."""
-        assert len(self.rows) == self.keys.shape[1], "a subset cannot drop rows: it does not own them"
-        self.recordings = {}  # these were of the old buffers
-        self.keys = self.keys[:, rows]
-        self.values = self.values[:, rows]
-        self.lengths, self.rows = self.lengths[rows], self.rows[: len(rows)]
+        """Keep only the given rows (int64 indices), in that order. The buffers stay as they are, and with them what is
+        recorded over them."""
+        self.lengths, self.rows = self.lengths[rows], self.rows[rows]
+
+    def clear(self) -> None:
+        """Forget everything, dropped rows included."""
+        self.keys.zero_()
+        self.values.zero_()
+        self.rows = torch.arange(self.keys.shape[1], device=self.rows.device)
+        self.lengths = torch.zeros_like(self.rows)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from layerskip_moe.nn.decoder import MoEDecoder
@@ -25,6 +26,14 @@ def can_compile(device: torch.device) -> bool:
     if device.type == "cuda":
         return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
     return device.type == "cpu"
+
+
+def is_watched(model: nn.Module) -> bool:
+    """Whether somebody looks into the model's modules as they are called, by hooks or by another `forward`: then none
+    of their calls may be left out."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules()
+    )
 
 
 @contextmanager

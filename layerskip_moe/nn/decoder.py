@@ -6,7 +6,7 @@ layers.
 Knows nothing of losses, sampling, or files. Next: `training/loop.py`, `generation/session.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from layerskip_moe.nn.linear import Linear, linear
 from layerskip_moe.nn.norm import RMSNorm
 from layerskip_moe.nn.products import is_quantized
 from layerskip_moe.nn.router import Routing
-from layerskip_moe.nn.steps import can_repeat, lay, repeat
+from layerskip_moe.nn.steps import can_repeat, lay, repeat, repeat_draft
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -200,15 +200,56 @@ class MoEDecoder(nn.Module):
         length = check_positions(positions, self.config, cache)
         check_run(layers, self.config, len(positions), cache)
 
+        key = "decode", embeds, tuple(layers)
+        states_of = self._states_of(layers, cache)
+
         def step(start: Tensor, places: Places) -> list[Tensor]:
-            if embeds:  # on a CPU by an operator that can be recorded
-                start = few_rows.embed(start[0], self.embedding.weight)[None] if places.few else self.embed(start)
-            hidden = self._run_blocks(start, layers, places, cache).hidden
+            hidden = states_of(start, places)
             return [hidden, self.unembed(hidden)]
 
-        key = "decode", embeds, tuple(layers)
         hidden, logits = repeat(self, step, start, positions, cache, length=length, key=key)
         return hidden, logits
+
+    def draft(
+        self,
+        newest: Tensor,
+        layers: Sequence[int],
+        *,
+        positions: Tensor,
+        cache: KVCache,
+        noise: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Draft tokens one after another by some layers and the head; of few rows, compiled, one call.
+
+        newest: [A, 1] int64; positions: [A, n + 1] int64, where it stands and where n drafts will; layers, cache: as in
+        `run`; noise: [A, n, V] float64: a draft is then the largest of logits / temperature + noise, else of the logits
+        -> drafts [A, n], and the states [A, n + 1, D] of newest and all drafts after the last of the layers
+        """
+        layers, count = list(layers), positions.shape[1] - 1
+        if self._repeats(self.dtype, positions[:, :1]):
+            length = check_positions(positions, self.config, cache)
+            check_run(layers, self.config, len(positions), cache)
+            how: dict[str, Any] = {"noise": noise, "temperature": temperature, "key": ("draft", tuple(layers))}
+            return repeat_draft(self, self._states_of(layers, cache), newest, positions, cache, length=length, **how)
+        token, drafts, states = newest, [], []
+        for place in range(count):
+            state, logits = self.decode(token, layers, positions=positions[:, place : place + 1], cache=cache)
+            token = few_rows.choose(logits[:, 0], None if noise is None else noise[:, place], temperature)[:, None]
+            drafts.append(token)
+            states.append(state)
+        states.append(self.run(self.embed(token), layers, positions=positions[:, count:], cache=cache).hidden)
+        return torch.cat([newest[:, :0], *drafts], dim=1), torch.cat(states, dim=1)
+
+    def _states_of(self, layers: list[int], cache: KVCache) -> Callable[[Tensor, Places], Tensor]:
+        """From token ids or states at some places to states after some layers."""
+
+        def states_of(start: Tensor, places: Places) -> Tensor:
+            if not start.is_floating_point():  # on a CPU by an operator that can be recorded
+                start = few_rows.embed(start[0], self.embedding.weight)[None] if places.few else self.embed(start)
+            return self._run_blocks(start, layers, places, cache).hidden
+
+        return states_of
 
     def _repeats(self, dtype: torch.dtype, positions: Tensor) -> bool:
         """Whether a step of states at positions [B, T] is recorded, and repeated after that."""

@@ -71,32 +71,96 @@ def repeat(
         below `length`; key: what else the step depends on
     -> the outputs, [B, T, .] each
     """
-    shape, slots, tables = positions.shape, 0, angles(model.config, start.device)
-    in_a_row, rows = few_rows.serves(start.device), cache.rows_of(positions)
-    if in_a_row:
-        start, positions = start.reshape(1, -1, *start.shape[2:]), positions.flatten()
-    else:
-        slots = slots_read(length, cache.capacity)
+    shape, slots = positions.shape, _slots_read(length, cache)
+    if few_rows.serves(start.device):
+        start, positions = start.reshape(1, -1, *start.shape[2:]), positions.reshape(1, -1)
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
         start, rows, positions = inputs
-        if in_a_row:
-            return step(start, Places(*tables, rows, positions, few=True))
-        return step(start, locate_within(positions, rows, model.config, slots))
+        return step(start, _places(positions, rows, model.config, slots))
 
-    inputs = [start.contiguous(), rows, positions.contiguous()]
+    rows = cache.rows_of(positions.view(shape))
+    outputs = _recorded(model, run, [start, rows, positions], cache, (*start.shape[:2], slots, *key))
+    return [output.view(*shape, -1) for output in outputs]
+
+
+def repeat_draft(
+    model: "MoEDecoder",
+    states_of: Callable[[Tensor, Places], Tensor],
+    newest: Tensor,
+    positions: Tensor,
+    cache: KVCache,
+    *,
+    length: int,
+    noise: Tensor | None,
+    temperature: float,
+    key: tuple[Any, ...],
+) -> tuple[Tensor, Tensor]:
+    """Tokens drafted one after another, as one step.
+
+    states_of: from token ids and their places to states; newest: [A, 1] int64; positions: [A, n + 1], its own and
+    those of n drafts; noise: [A, n, V] float64, or None; temperature: what logits are divided by where there is noise
+    -> drafts [A, n] and states [A, n + 1, D]
+    """
+    count, slots = positions.shape[1] - 1, _slots_read(length, cache)
+    shape = (1, -1) if few_rows.serves(newest.device) else (-1, 1)
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        token, rows, *at = inputs
+        drafts, states = [], []
+        for place in range(count + 1):
+            states.append(states_of(token, _places(at[place], rows, model.config, slots)))
+            if place < count:
+                logits = model.unembed(states[-1])
+                drawn = at[count + 1 + place] if noise is not None else None
+                token = few_rows.choose(logits.view(-1, logits.shape[-1]), drawn, temperature).view(shape)
+                drafts.append(token)
+        return [*drafts, *states]
+
+    at = [positions[:, place].reshape(shape) for place in range(count + 1)]
+    drawn = [] if noise is None else list(noise.unbind(1))
+    key = len(newest), count, slots, noise is None, temperature, *key
+    outputs = _recorded(model, run, [newest.reshape(shape), cache.rows, *at, *drawn], cache, key)
+    drafts = torch.cat([newest[:, :0], *(draft.view(-1, 1) for draft in outputs[:count])], dim=1)
+    return drafts, torch.stack([states.view(len(newest), -1) for states in outputs[count:]], dim=1)
+
+
+def _places(positions: Tensor, rows: Tensor, config: ModelConfig, slots: int) -> Places:
+    """Where the states of a recorded step stand, which are at positions [1, N] on a CPU and [B, T] on a GPU."""
+    if few_rows.serves(positions.device):
+        return Places(*angles(config, positions.device), rows, positions.view(-1), few=True)
+    return locate_within(positions, rows, config, slots)
+
+
+def _slots_read(length: int, cache: KVCache) -> int:
+    """How many slots are read by states below `length`: on a CPU each reads its own."""
+    return 0 if few_rows.serves(cache.keys.device) else slots_read(length, cache.capacity)
+
+
+def _recorded(
+    model: "MoEDecoder",
+    run: Callable[[list[Tensor]], list[Tensor]],
+    inputs: list[Tensor],
+    cache: KVCache,
+    key: tuple[Any, ...],
+) -> list[Tensor]:
+    """The outputs of a run, from a recording where it was made on this cache before."""
+    inputs = [tensor.contiguous() for tensor in inputs]
+    tables = angles(model.config, inputs[0].device)  # made here if they are new, and not while a step is recorded
     # Where the embedding lies tells weights that `model.to` moved: nothing else can lie there while it is held.
     weight = model.embedding.weight.data
-    key = id(model), model.dtype, weight.data_ptr(), start.dtype, *start.shape[:2], slots, *key
+    key = id(model), model.dtype, weight.data_ptr(), inputs[0].dtype, *key
     recording = cache.recordings.get(key)
-    if recording is None:
-        held = model, weight, tables
-        recording = Recording(run, inputs) if in_a_row else Graph(run, inputs, pool=_pool(cache), held=held)
-        cache.recordings[key] = recording
-        outputs = recording.take_first()
+    if recording is not None:
+        return recording(inputs) if recording.complete else run(inputs)
+    if few_rows.serves(weight.device):
+        recording = Recording(run, inputs)
     else:
-        outputs = recording(inputs) if recording.complete else run(inputs)
-    return [output.view(*shape, -1) for output in outputs]
+        # (Not the model itself, which its kept cache would keep.)
+        held = list(model.parameters()), tables
+        recording = Graph(run, inputs, pool=_pool(cache), held=held)
+    cache.recordings[key] = recording
+    return recording.take_first()
 
 
 def _pool(cache: KVCache) -> Any:

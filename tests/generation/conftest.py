@@ -82,7 +82,7 @@ def trained_model():
     return _trained_model
 
 
-class _TableModel:
+class _TableModel(torch.nn.Module):
     """Stands in for MoEDecoder where the test says what each depth predicts: no weights, no attention.
 
     full, draft: functions of (tokens, positions), both int64 [B, T], to logits [B, T, V] for the token after;
@@ -90,18 +90,12 @@ class _TableModel:
     calls:       the (first layer, end layer, B, T) of each run, in order
     """
 
-    device, dtype, training, compiled = torch.device("cpu"), torch.float32, False, False
+    device, dtype, compiled = torch.device("cpu"), torch.float32, False
 
     def __init__(self, vocab_size, full, draft, n_layers=4):
+        super().__init__()
         self.config = ModelConfig(vocab_size, n_layers=n_layers, d_model=2, n_heads=1, num_experts=0, max_seq_len=64)
-        self.full, self.draft, self.calls = full, draft, []
-
-    def modules(self):
-        return [self]
-
-    def train(self, mode=True):
-        self.training = mode
-        return self
+        self._full, self._draft, self.calls = full, draft, []
 
     def embed(self, tokens):
         nothing = torch.zeros_like(tokens)
@@ -127,7 +121,12 @@ class _TableModel:
     def unembed(self, hidden):
         token, position, depth = hidden.unbind(-1)
         whole = (depth == self.config.n_layers)[..., None]
-        return torch.where(whole, self.full(token, position), self.draft(token, position))
+        return torch.where(whole, self._full(token, position), self._draft(token, position))
+
+    def _repeats(self, *_):
+        return False
+
+    draft = MoEDecoder.draft
 
 
 @pytest.fixture(scope="session")

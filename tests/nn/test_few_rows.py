@@ -257,6 +257,19 @@ def test_embed_picks_rows():
     assert torch.equal(fast, plain) and torch.equal(fast, table[tokens])
 
 
+@given(rows, sizes, dtypes, st.booleans(), st.floats(0.05, 5), seeds)
+@few_examples
+@torch.no_grad()
+def test_choose(n, vocab_size, dtype, noisy, temperature, seed):
+    logits = drawn(seed, n, vocab_size, dtype=dtype)
+    noise = drawn(seed + 1, vocab_size, n).double().T if noisy else None
+    chosen = few_rows.choose(logits, noise, temperature)
+    scores = logits.double() / temperature + noise if noisy else logits.double()
+    # Equal logits of 16 bits may tie: what is chosen is then one of the best.
+    best = scores.amax(dim=-1)
+    torch.testing.assert_close(scores.gather(1, chosen[:, None])[:, 0], best, atol=1e-9, rtol=1e-12)
+
+
 @torch.no_grad()
 def operators(dtype, seed):
     """name -> a function from the indices of some of 64 rows to the operator's result for these."""
@@ -268,7 +281,7 @@ def operators(dtype, seed):
     heads, gates = drawn(seed + 7, 64, 3, 12, dtype=dtype), drawn(seed + 8, 64, 1, dtype=dtype)
     positions = torch.randperm(64, generator=torch.Generator().manual_seed(seed))
     table = rotary_table(12, 10_000.0, None, 64, torch.device("cpu"))
-    int8 = quantized("int8", weight)
+    noise, int8 = drawn(seed + 10, 64, 37).double(), quantized("int8", weight)
     experts8 = quantized("int8", gate_up), quantized("int8", down)
     (queries, *cache), where = attention_case(seed, 64, 2, 3, 20, 30, 7, dtype)
     new_keys, new_values, keys, values = cache
@@ -297,6 +310,7 @@ def operators(dtype, seed):
         "gate": lambda some: few_rows.gate(x[some], gates[some]),
         "rotate": lambda some: few_rows.rotate(heads[some], *table, positions[some]),
         "router": lambda some: torch.cat([part.double() for part in router(x[some])], dim=-1),
+        "choose": lambda some: few_rows.choose(x[some], noise[some], 0.7),
         "attend": attend_some,
     }
 

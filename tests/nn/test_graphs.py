@@ -132,9 +132,8 @@ def test_rows_that_are_few_or_leave_or_are_run_apart(tiny_model, as_on_a_gpu):
     assert made == len(caches[0].recordings) == 4 and not caches[1].recordings
     for cache in caches:
         cache.select(torch.tensor([2, 0]))
-    assert not caches[0].recordings
     both([0, 1], 2)
-    assert as_on_a_gpu.made == made + 1
+    assert as_on_a_gpu.made == made
 
 
 def test_what_is_not_few_or_is_masked_is_not_captured(tiny_model, as_on_a_gpu):

@@ -160,14 +160,26 @@ def test_fill_through_a_subset_writes_its_rows_alone(tiny_model):
     assert whole.keys[2, 1].any() and not parts.keys[:, 1].any() and not parts.values[:, 1].any()
 
 
-def test_a_subset_keeps_count_for_itself_and_cannot_drop_rows(tiny_model):
+def test_a_subset_keeps_count_for_itself(tiny_model):
     cache = new_cache(tiny_model(), 3)
     cache.extend(torch.tensor([3, 4, 5]))
     part = cache.subset(torch.tensor([2, 0]))
     part.extend(torch.tensor([1, 1]))
     assert part.lengths.tolist() == [6, 4] and cache.lengths.tolist() == [3, 4, 5]
-    with pytest.raises(AssertionError, match="a subset cannot drop rows"):
-        part.select(torch.tensor([0]))
+    part.select(torch.tensor([1]))
+    assert part.rows.tolist() == [0] and cache.rows.tolist() == [0, 1, 2]
+
+
+@torch.no_grad()
+def test_a_cleared_cache_is_as_new(tiny_model):
+    model = tiny_model()
+    cache, new = new_cache(model, 3), new_cache(model, 3)
+    step(model, cache, random_tokens(3, 9), torch.zeros(3, dtype=torch.int64))
+    cache.extend(torch.tensor([9, 8, 7]))
+    cache.select(torch.tensor([2, 1]))
+    cache.clear()
+    for name in ("keys", "values", "rows", "lengths"):
+        assert torch.equal(getattr(cache, name), getattr(new, name)), name
 
 
 @pytest.mark.parametrize("qk_norm", ["head", "full", None])

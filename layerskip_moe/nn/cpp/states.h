@@ -1,4 +1,4 @@
-// What happens to states between the products: norms, rotation, sums, gates and the choice of experts. Small work, which
+// What happens to states between the products: norms, rotation, sums, gates and the choice of experts and of drafts. Small work, which
 // stays on one thread.
 //
 // Knows nothing of the network. Next: attention.h.
@@ -136,6 +136,31 @@ inline std::tuple<Tensor, Tensor> route(const Tensor& logits, const std::optiona
     }
   });
   return {chosen, weights};
+}
+
+inline Tensor choose(const Tensor& logits, const std::optional<Tensor>& noise, double temperature) {
+  if (noise) check_dense(*noise, ScalarType::Double);
+  check_sizes(logits.dim() == 2 && (!noise || noise->numel() == logits.numel()));
+  Tensor tokens = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Long);
+  perform([=] {
+    const int64_t rows = logits.size(0), vocabulary = logits.size(1);
+    const std::vector<float> floats = as_floats(logits);
+    for (int64_t n = 0; n < rows; ++n) {
+      const float* logit = floats.data() + n * vocabulary;
+      int64_t best = std::max_element(logit, logit + vocabulary) - logit;
+      if (noise) {
+        const double* g = static_cast<const double*>(noise->data_ptr()) + n * vocabulary;
+        const double largest = logit[best];
+        double most = -INFINITY;
+        for (int64_t token = 0; token < vocabulary; ++token) {
+          const double score = (logit[token] - largest) / temperature + g[token];
+          if (score > most) most = score, best = token;
+        }
+      }
+      static_cast<int64_t*>(tokens.data_ptr())[n] = best;
+    }
+  });
+  return tokens;
 }
 
 }  // namespace few_rows

@@ -37,7 +37,7 @@ inline void check_sizes(bool fit) { STD_TORCH_CHECK(fit, "few-row operators take
 
 inline void check_dense(const Tensor& tensor, ScalarType type) {
   check_dense(tensor);
-  STD_TORCH_CHECK(tensor.scalar_type() == type, "few-row operators take int64 numbers of tokens, rows and experts, and float32 angles");
+  STD_TORCH_CHECK(tensor.scalar_type() == type, "few-row operators take int64 numbers of tokens, rows and experts, float32 angles and float64 noise");
 }
 
 // x [rows, ...] in float32. Rows may lie apart, as those of a part of a projection do; what is within a row lies together.
