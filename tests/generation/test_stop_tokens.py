@@ -5,9 +5,17 @@ import torch
 import torch.nn.functional as F
 
 from layerskip_moe.generation import Autoregressive, Sampling, SelfSpeculative, generate
+from layerskip_moe.generation.policies import DEL, Heuristic
 
 SPECULATIVE = SelfSpeculative(2, 4)
-STRATEGIES = [Autoregressive(), SPECULATIVE, SelfSpeculative(1, 1), SelfSpeculative(2, 4, coupling="rejection")]
+STRATEGIES = [
+    Autoregressive(),
+    SPECULATIVE,
+    SelfSpeculative(1, 1),
+    SelfSpeculative(2, 4, coupling="rejection"),
+    SelfSpeculative(policy=DEL(length=4)),
+    SelfSpeculative(policy=Heuristic(2)),
+]
 
 
 @pytest.fixture
