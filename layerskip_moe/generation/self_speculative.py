@@ -46,7 +46,8 @@ class SelfSpeculative:
             the output, so the text equals plain decoding's token for token at any temperature.
             "rejection": accept a draft x with probability min(1, p(x) / q(x)), else draw from
             max(p - q, 0) normalised (arXiv 2211.17192); keeps the distribution, not the text, and
-            accepts somewhat more. Greedy decoding is the same under both.
+            accepts somewhat more. Greedy decoding is the same under both. (Noise of a discarded draft is met again at
+            its position: "rejection" is exact where plans do not depend on drafts behind the first refused one.)
         draft_model: another decoder whose first `exit_layer` layers and head draft, such as
             `quantize(model, "int8")`, as in `Speculative`; None: the model itself. It is as lossless: what the draft
             computed is used at verification only where its embedding and those layers are the model's own. It drafts
@@ -110,18 +111,19 @@ class SelfSpeculative:
             drafted, confidences = draft(session, round_, exit_layers, stop, drafter, watch)
             logits = verify(session, round_, drafted, watch)
         tokens, accepted = round_.settle(logits)
-        counts, accepted_by_row = accepted + 1, accepted.tolist()
+        counts, accepted_by_row = accepted + 1, accepted.tolist()  # for which a GPU is waited
+        seconds = time.perf_counter() - started
         report = RoundReport(
-            session.row_numbers,
-            exit_layers,
-            round_.limits,
-            accepted_by_row,
-            confidences,
-            time.perf_counter() - started,
-            tokens,
-            counts,
-            experts_read(watch, session.model.config),
-            shadow_tokens(session, round_, watch, tokens) if watch.shadow else None,
+            rows=session.row_numbers,
+            exit_layers=exit_layers,
+            drafted=round_.limits,
+            accepted=accepted_by_row,
+            confidences=confidences,
+            seconds=seconds,
+            tokens=tokens,
+            counts=counts,
+            experts=experts_read(watch, session.model.config),
+            shadow=shadow_tokens(session, round_, watch, tokens) if watch.shadow else None,
         )
         session.append(tokens, counts, drafted=round_.limits)
         policy.observe(report)
