@@ -5,6 +5,7 @@ Few rows are computed alike whatever their number, so that no tie can be broken 
 """
 
 import copy
+import copy
 import warnings
 
 import pytest
@@ -104,7 +105,7 @@ def test_recorded_or_not_is_the_same_text(trained_model, helpers, monkeypatch, s
         with monkeypatch.context() as patch:
             # What is never complete is made anew each time.
             patch.setattr(steps.Recording, "complete", property(lambda self: False, lambda self, value: None), False)
-            one_by_one = generate(model, PROMPTS, made, **arguments)
+            one_by_one = generate(copy.deepcopy(model), PROMPTS, made, **arguments)  # which has no recordings yet
         assert recorded.tokens == one_by_one.tokens and recorded.layers_run == one_by_one.layers_run
 
 

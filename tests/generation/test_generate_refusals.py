@@ -56,7 +56,7 @@ def model(tiny_model):
         ([[1]], dict(strategy=SelfSpeculative(0)), "exit_layer=0 must be between 1 and n_layers=3"),
         ([[1]], dict(strategy=SelfSpeculative(4)), "exit_layer=4 must be between 1 and n_layers=3"),
         ([[1]], dict(strategy=SelfSpeculative(-1, coupling="rejection")), "exit_layer=-1"),
-        ([[1]], dict(strategy=SelfSpeculative(policy=Heuristic(4))), "exit_layer=4 must be between 1 and n_layers=3"),
+        ([[1]], dict(strategy=SelfSpeculative(policy=Fixed(4, 1))), "exit_layer=4 must be between 1 and n_layers=3"),
     ],
     ids=str,
 )
@@ -78,9 +78,9 @@ def test_generate_refuses(model, monkeypatch, prompts, options, message):
         (dict(coupling="none"), "coupling='none' is unknown; it is 'shared' or 'rejection'"),
         (dict(exit_layer=None), "SelfSpeculative takes an exit_layer or a policy; give one of them"),
         (dict(exit_layer=None, draft_length=3), "takes an exit_layer or a policy"),
-        (dict(policy=DEL()), "a policy says which layers draft how much; leave out exit_layer, draft_length and"),
-        (dict(exit_layer=None, policy=DEL(), draft_length=2), "a policy says which layers draft how much"),
-        (dict(exit_layer=None, policy=DEL(), coupling="none"), "coupling='none' is unknown"),
+        (dict(policy=Fixed(1, 2)), "a policy says which layers draft how much; leave out exit_layer, draft_length and"),
+        (dict(exit_layer=None, policy=Fixed(1, 2), draft_length=2), "a policy says which layers draft how much"),
+        (dict(exit_layer=None, policy=Fixed(1, 2), coupling="none"), "coupling='none' is unknown"),
     ],
     ids=str,
 )

@@ -13,9 +13,8 @@ STRATEGIES = [
     SPECULATIVE,
     SelfSpeculative(1, 1),
     SelfSpeculative(2, 4, coupling="rejection"),
-    SelfSpeculative(policy=DEL(length=4)),
-    SelfSpeculative(policy=Heuristic(2)),
 ]
+POLICIES = {"DEL": DEL(length=4), "heuristic": Heuristic(2)}  # which learn from one test for the next
 
 
 @pytest.fixture
@@ -28,7 +27,11 @@ def counting_up(table_model):
     return table_model(60, after, after, n_layers=4)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+@pytest.mark.parametrize(
+    "strategy",
+    [*STRATEGIES, *(SelfSpeculative(policy=policy) for policy in POLICIES.values())],
+    ids=[*map(str, STRATEGIES), *POLICIES],
+)
 @pytest.mark.parametrize(
     ("stop", "left"),
     [
