@@ -32,11 +32,11 @@ vocab_size: int = 4096 if gpu else 2048  # of the byte-level BPE trained on the 
 seq_len: int = 256 if gpu else 128  # tokens per training sample
 
 # Network
-n_layers: int = 12 if gpu else 10
-n_heads: int = 8 if gpu else 4
+n_layers: int = 12
+n_heads: int = 8 if gpu else 6
 n_kv_heads: int | None = None  # key-value heads; None: half of n_heads, or as many where that is odd
-d_model: int = 512 if gpu else 128
-d_ff: int = 1024 if gpu else 128  # hidden width of one expert
+d_model: int = 512 if gpu else 192
+d_ff: int = 1024 if gpu else 384  # hidden width of one expert
 num_experts: int = 8
 k: int = 2  # experts per token
 moe_layers: Literal["every other", "all"] = "every other"  # the others are dense, k times as wide as one expert
@@ -44,7 +44,7 @@ max_seq_len: int | None = None  # None: 1024 or 4 x seq_len, whichever is larger
 
 # Training
 epochs: float = 1.0  # passes over the text ...
-max_steps: int | None = 300 if gpu else 260  # ... unless this is set, which wins; None: epochs (or give --epochs)
+max_steps: int | None = 300 if gpu else 220  # ... unless this is set, which wins; None: epochs (or give --epochs)
 batch_size: int = 32 if gpu else 8
 learning_rate: float = 1e-3 if gpu else 3e-3
 moe_loss_weight: float = 0.01  # of the load-balance loss

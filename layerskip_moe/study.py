@@ -51,7 +51,7 @@ class StudyConfig:
     max_windows: int = 200
     exit_layer: int | None = None
     draft_length: int | None = None
-    draft_lengths: tuple[int, ...] = (2, 4, 6)
+    draft_lengths: tuple[int, ...] = (1, 2, 4)
     num_prompts: int = 20
     prompt_length: int = 32
     max_new_tokens: int = 128

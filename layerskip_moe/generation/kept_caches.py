@@ -1,12 +1,13 @@
 """Caches kept from one `generate` to the next, with the steps recorded on them, each of which took as long as many
 repeats of it.
 
-A model keeps one, where it is small beside its weights. It serves as many rows again that are no longer, while every
-module and parameter of the model is the one it was.
+A model keeps one, of at most a quarter of its weights' size. It serves as many rows again that are no longer, while
+every module, parameter, buffer and setting of the model is what it was.
 
 Knows nothing of what is recorded. Next: `nn/cache.py`, `nn/steps.py`; `session.py`, which asks.
 """
 
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,18 +16,50 @@ from torch import Tensor
 from layerskip_moe.nn import KVCache, MoEDecoder
 
 _ROUNDING = 256  # capacities are multiples of it, so that texts of about the same length find one that fits
-_kept: "WeakKeyDictionary[MoEDecoder, tuple[KVCache, list[Any]]]" = WeakKeyDictionary()
+_LARGEST = 0.25  # of the weights' bytes
 
 
-def new_cache(model: MoEDecoder, batch_size: int, capacity: int, *, n_layers: int | None = None) -> KVCache:
+@dataclass(eq=False)
+class _Parts:
+    """What recordings depend on. The model itself is not held: its kept cache would keep it.
+
+    Attributes:
+        objects: the modules below the model, their classes, all parameters and buffers, and the settings
+        values: of every module its plain attributes; where weights lie
+    """
+
+    objects: list[Any]
+    values: list[Any]
+
+    @classmethod
+    def of(cls, model: MoEDecoder) -> "_Parts":
+        modules, tensors = list(model.modules())[1:], [*model.parameters(), *model.buffers()]
+        attributes = [value for module in modules for name, value in vars(module).items() if name != "training"]
+        return cls(
+            [*modules, *map(type, modules), *tensors, model.config],
+            [value for value in attributes if value is None or isinstance(value, bool | int | float | str)]
+            + [tensor.data_ptr() for tensor in tensors if type(tensor.data) is Tensor],
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Parts) or len(self.objects) != len(other.objects) or self.values != other.values:
+            return False
+        return all(one is another for one, another in zip(self.objects, other.objects, strict=True))
+
+
+_kept: "WeakKeyDictionary[MoEDecoder, tuple[KVCache, _Parts]]" = WeakKeyDictionary()
+
+
+def take_cache(model: MoEDecoder, batch_size: int, capacity: int, *, n_layers: int | None = None) -> KVCache:
     """An empty cache that fits the first `n_layers` layers of `model`, by default all, and `capacity` positions."""
     n_layers = n_layers or model.config.n_layers
-    cache, parts = _kept.pop(model, (None, []))  # one user at a time
-    if cache is not None and _same(parts, _parts(model)):
+    cache, parts = _kept.pop(model, (None, None))  # one user at a time
+    if cache is not None and parts == _Parts.of(model):
         found = *cache.keys.shape[:2], cache.keys.dtype, cache.keys.device
         if found == (n_layers, batch_size, model.dtype, model.device) and cache.capacity >= capacity:
             cache.clear()
             return cache
+    del cache, parts  # before there is another
     capacity = min(-(-capacity // _ROUNDING) * _ROUNDING, model.config.max_seq_len)
     return KVCache(model.config, batch_size, capacity, n_layers=n_layers, dtype=model.dtype, device=model.device)
 
@@ -34,19 +67,5 @@ def new_cache(model: MoEDecoder, batch_size: int, capacity: int, *, n_layers: in
 def keep_cache(model: MoEDecoder, cache: KVCache) -> None:
     """Keep a cache that nobody uses any more, with what is recorded on it."""
     size = cache.keys.nbytes + cache.values.nbytes
-    if cache.recordings and size <= sum(parameter.nbytes for parameter in model.parameters()):
-        _kept[model] = cache, _parts(model)
-
-
-def _parts(model: MoEDecoder) -> list[Any]:
-    """What recordings depend on: the modules below the model (which would hold itself), its parameters, its settings,
-    and where weights lie."""
-    modules, parameters = list(model.modules())[1:], list(model.parameters())
-    plain = [parameter for parameter in parameters if type(parameter.data) is Tensor]
-    return [*modules, *parameters, model.config, *(parameter.data_ptr() for parameter in plain)]
-
-
-def _same(parts: list[Any], others: list[Any]) -> bool:
-    return len(parts) == len(others) and all(
-        part == other if isinstance(part, int) else part is other for part, other in zip(parts, others, strict=True)
-    )
+    if cache.recordings and size <= _LARGEST * sum(parameter.nbytes for parameter in model.parameters()):
+        _kept[model] = cache, _Parts.of(model)

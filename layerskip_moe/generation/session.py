@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerskip_moe.generation.kept_caches import keep_cache, new_cache
+from layerskip_moe.generation.kept_caches import keep_cache, take_cache
 from layerskip_moe.generation.sampling import Sampling, choose, gumbel_noise, penalize
 from layerskip_moe.generation.statistics import GenerationStats
 from layerskip_moe.generation.text import TextStream
@@ -97,7 +97,7 @@ class Session:
 
     def new_cache(self, model: MoEDecoder, *, n_layers: int | None = None) -> KVCache:
         """An empty cache for this session's rows and the first `n_layers` layers of a model, by default all."""
-        cache = new_cache(model, len(self.rows), self.capacity, n_layers=n_layers)
+        cache = take_cache(model, len(self.rows), self.capacity, n_layers=n_layers)
         self._caches.append((model, cache))
         return cache
 
@@ -147,8 +147,7 @@ class Session:
             layers,
             positions=positions,
             cache=self.cache,
-            noise=noise,
-            temperature=self.sampling.temperature,
+            noise=None if noise is None else noise * self.sampling.temperature,
         )
 
     def noise(self, count: int, *, stream: int = 0) -> Tensor | None:

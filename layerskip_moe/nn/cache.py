@@ -68,6 +68,12 @@ class KVCache:
         part.select(rows)
         return part
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KVCache":
+        """A cache of its own, with nothing recorded on it."""
+        other = copy.copy(self)
+        other.keys, other.values, other.recordings = self.keys.clone(), self.values.clone(), {}
+        return other
+
     def extend(self, counts: Tensor | int) -> None:
         """Count the next counts [B] positions of each row as complete, or as many of every row."""
         self.lengths = self.lengths + counts

@@ -10,8 +10,10 @@ Knows nothing of what a block computes. Next: `block.py`; `decoder.py`, which ca
 
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +21,9 @@ from torch import nn
 
 if TYPE_CHECKING:
     from layerskip_moe.nn.decoder import MoEDecoder
+
+
+_models: ContextVar[frozenset[int]] = ContextVar("compiled_models", default=frozenset())
 
 
 def can_compile(device: torch.device) -> bool:
@@ -29,26 +34,43 @@ def can_compile(device: torch.device) -> bool:
 
 
 def is_watched(model: nn.Module) -> bool:
-    """Whether somebody looks into the model's modules as they are called, by hooks or by another `forward`: then none
-    of their calls may be left out."""
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules()
+    """Whether somebody looks into the model's modules as they are called, by hooks, another `forward` or classes of
+    their own: then none of their calls may be left out."""
+    return has_global_hooks() or any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or "forward" in vars(module)
+        or not type(module).__module__.startswith(("layerskip_moe.", "torch."))
+        for module in model.modules()
     )
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks are registered for the calls of all modules there are."""
+    return bool(torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks)
 
 
 @contextmanager
 def compiling(model: "MoEDecoder", enabled: bool = True) -> Iterator[None]:
     """Let the model repeat recorded steps of few rows (`steps.py`), and take compiled blocks on a GPU and in training,
     for a while, or not; its own setting is back afterwards."""
-    own = model.compiled
+    others = _models.get() - {id(model)}
+    token = _models.set(others | {id(model)} if enabled else others)
     try:
-        model.compiled = enabled
         yield
     finally:
-        model.compiled = own
+        _models.reset(token)
+
+
+def is_compiled(model: "MoEDecoder") -> bool:
+    """Whether `compiling` is on for this model, in this thread."""
+    return id(model) in _models.get()
 
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function compiled, once per process; graphs are made as it meets new kinds of arguments."""
+    print(
+        "compiling, which takes some seconds for each new kind of step, once per process", file=sys.stderr, flush=True
+    )
     return torch.compile(function, dynamic=True, fullgraph=True)

@@ -1,8 +1,8 @@
 """MoEDecoder: embed, run any range of layers, one shared norm and head at any depth.
 
-B batch, T positions, D width, E experts, L layers, V vocabulary. `run` is the only forward pass there is:
-training, prefill, drafting, verification, early exit and layer skipping are calls of it with different
-layers.
+B batch, T positions, D width, E experts, L layers, V vocabulary. There is one way through the network: training,
+prefill, drafting, verification, early exit and layer skipping are `run`, of different layers; `decode` and `draft` are
+several of its calls as one.
 Knows nothing of losses, sampling, or files. Next: `training/loop.py`, `generation/session.py`.
 """
 
@@ -19,7 +19,7 @@ from layerskip_moe.nn.attention import Places, locate
 from layerskip_moe.nn.block import Block
 from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.checks import check_positions, check_run
-from layerskip_moe.nn.compiling import compiled
+from layerskip_moe.nn.compiling import compiled, is_compiled
 from layerskip_moe.nn.config import ModelConfig
 from layerskip_moe.nn.experts import Experts
 from layerskip_moe.nn.linear import Linear, linear
@@ -60,7 +60,6 @@ class MoEDecoder(nn.Module):
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.compiled = False  # whether `run` takes compiled blocks; `compiling` sets it for a while
         # Not nn.Embedding(V, D): its own normal draw would be thrown away, and on the meta device, where a
         # checkpoint is loaded, it costs the import of half of torch.
         weight = torch.empty(config.vocab_size, config.d_model)
@@ -104,6 +103,11 @@ class MoEDecoder(nn.Module):
     def dtype(self) -> torch.dtype:
         """The weights' type."""
         return self.embedding.weight.dtype
+
+    @property
+    def compiled(self) -> bool:
+        """Whether steps are recorded and blocks compiled, as `compiling` says."""
+        return is_compiled(self)
 
     def parameter_counts(self) -> tuple[int, int]:
         """(all parameters, those one token uses: K of the E experts in each MoE layer)."""
@@ -218,24 +222,23 @@ class MoEDecoder(nn.Module):
         positions: Tensor,
         cache: KVCache,
         noise: Tensor | None = None,
-        temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """Draft tokens one after another by some layers and the head; of few rows, compiled, one call.
 
         newest: [A, 1] int64; positions: [A, n + 1] int64, where it stands and where n drafts will; layers, cache: as in
-        `run`; noise: [A, n, V] float64: a draft is then the largest of logits / temperature + noise, else of the logits
+        `run`; noise: [A, n, V] float64, added to the logits; a draft is where they are largest
         -> drafts [A, n], and the states [A, n + 1, D] of newest and all drafts after the last of the layers
         """
         layers, count = list(layers), positions.shape[1] - 1
         if self._repeats(self.dtype, positions[:, :1]):
             length = check_positions(positions, self.config, cache)
             check_run(layers, self.config, len(positions), cache)
-            how: dict[str, Any] = {"noise": noise, "temperature": temperature, "key": ("draft", tuple(layers))}
-            return repeat_draft(self, self._states_of(layers, cache), newest, positions, cache, length=length, **how)
+            how: dict[str, Any] = {"length": length, "noise": noise, "key": ("draft", tuple(layers))}
+            return repeat_draft(self, self._states_of(layers, cache), newest, positions, cache, **how)
         token, drafts, states = newest, [], []
         for place in range(count):
             state, logits = self.decode(token, layers, positions=positions[:, place : place + 1], cache=cache)
-            token = few_rows.choose(logits[:, 0], None if noise is None else noise[:, place], temperature)[:, None]
+            token = few_rows.choose(logits[:, 0], None if noise is None else noise[:, place])[:, None]
             drafts.append(token)
             states.append(state)
         states.append(self.run(self.embed(token), layers, positions=positions[:, count:], cache=cache).hidden)

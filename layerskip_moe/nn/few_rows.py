@@ -121,16 +121,11 @@ def route(logits: Tensor, bias: Tensor | None, top_k: int, normalize: bool) -> t
     return torch.ops.layerskip_moe_few_rows.route.default(logits, bias, top_k, normalize)
 
 
-def choose(logits: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
-    """Tokens [N] for logits [N, V]: the most likely ones; with noise [N, V] in float64 the largest of
-    logits / temperature + noise."""
+def choose(logits: Tensor, noise: Tensor | None) -> Tensor:
+    """Tokens [N] where logits [N, V], plus noise [N, V] in float64 if there is any, are largest."""
     if are_few(logits) and has_kernels():
-        noise = None if noise is None else noise.contiguous()
-        return torch.ops.layerskip_moe_few_rows.choose.default(logits, noise, temperature)
-    if noise is None:
-        return logits.argmax(dim=-1)
-    scores = logits.double()
-    return ((scores - scores.amax(dim=-1, keepdim=True)) / temperature + noise).argmax(dim=-1)
+        return torch.ops.layerskip_moe_few_rows.choose.default(logits, None if noise is None else noise.contiguous())
+    return (logits if noise is None else logits + noise).argmax(dim=-1)
 
 
 def attend(

@@ -46,6 +46,8 @@ class Graph:
         self._captured: tuple[torch.cuda.CUDAGraph, list[Tensor]] | None = None
         try:
             self._captured = _capture(run, self._inputs, pool)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # CUDA's own errors are of this kind, too
             _say_once(str(error).partition("\n")[0])
 

@@ -3,11 +3,11 @@
 A token passes some ten operators per layer, and calling these from Python takes as long as computing them. The first
 run of some layers over N rows of a cache is made as always, its operators noting what they do to which memory; later
 ones do that again, on new states at new positions. Nothing is compiled for it and no number differs: the text may
-grow, rows may come and go, and a new cache or another N is one more recording, which costs one run.
+grow, rows may come and go, and another N is one more recording, which costs two or three runs.
 
-Weights changed in place are seen. A parameter put in another's place is not, by recordings of a cache that is used on:
-take a new cache, as `generate` does. Only this library's few-row operators can be recorded: a run that needs another
-one, as a clamp or an expert mask is, is made as always every time.
+Weights changed in place are seen. A parameter put in another's place is not, by recordings of a cache that is used
+on: then take a new cache, as `generate` does by itself (`generation/kept_caches.py`). Only this library's few-row
+operators can be recorded: a run that needs another one, as a clamp or an expert mask is, is made as always every time.
 
 Knows nothing of layers. Next: `steps.py`, which decides; `cpp/few_rows.cpp`, which notes and repeats.
 """

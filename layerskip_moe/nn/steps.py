@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from layerskip_moe.nn.decoder import MoEDecoder
 
 SLOTS = 256  # a graph for each so many positions of a text; what is read in vain is small beside the weights
+_MOST_RECORDINGS = 256  # of a cache; each holds the states that its step computes
 
 
 def can_repeat(count: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -71,7 +72,7 @@ def repeat(
         below `length`; key: what else the step depends on
     -> the outputs, [B, T, .] each
     """
-    shape, slots = positions.shape, _slots_read(length, cache)
+    shape, slots = positions.shape, _fixed_slots(length, cache)
     if few_rows.serves(start.device):
         start, positions = start.reshape(1, -1, *start.shape[2:]), positions.reshape(1, -1)
 
@@ -93,16 +94,15 @@ def repeat_draft(
     *,
     length: int,
     noise: Tensor | None,
-    temperature: float,
     key: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor]:
     """Tokens drafted one after another, as one step.
 
     states_of: from token ids and their places to states; newest: [A, 1] int64; positions: [A, n + 1], its own and
-    those of n drafts; noise: [A, n, V] float64, or None; temperature: what logits are divided by where there is noise
+    those of n drafts; noise: [A, n, V] float64, or None
     -> drafts [A, n] and states [A, n + 1, D]
     """
-    count, slots = positions.shape[1] - 1, _slots_read(length, cache)
+    count, slots = positions.shape[1] - 1, _fixed_slots(length, cache)
     shape = (1, -1) if few_rows.serves(newest.device) else (-1, 1)
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
@@ -113,13 +113,13 @@ def repeat_draft(
             if place < count:
                 logits = model.unembed(states[-1])
                 drawn = at[count + 1 + place] if noise is not None else None
-                token = few_rows.choose(logits.view(-1, logits.shape[-1]), drawn, temperature).view(shape)
+                token = few_rows.choose(logits.view(-1, logits.shape[-1]), drawn).view(shape)
                 drafts.append(token)
         return [*drafts, *states]
 
     at = [positions[:, place].reshape(shape) for place in range(count + 1)]
     drawn = [] if noise is None else list(noise.unbind(1))
-    key = len(newest), count, slots, noise is None, temperature, *key
+    key = len(newest), count, slots, noise is None, *key
     outputs = _recorded(model, run, [newest.reshape(shape), cache.rows, *at, *drawn], cache, key)
     drafts = torch.cat([newest[:, :0], *(draft.view(-1, 1) for draft in outputs[:count])], dim=1)
     return drafts, torch.stack([states.view(len(newest), -1) for states in outputs[count:]], dim=1)
@@ -132,8 +132,8 @@ def _places(positions: Tensor, rows: Tensor, config: ModelConfig, slots: int) ->
     return locate_within(positions, rows, config, slots)
 
 
-def _slots_read(length: int, cache: KVCache) -> int:
-    """How many slots are read by states below `length`: on a CPU each reads its own."""
+def _fixed_slots(length: int, cache: KVCache) -> int:
+    """`slots_read`; 0 on a CPU, where each position reads its own."""
     return 0 if few_rows.serves(cache.keys.device) else slots_read(length, cache.capacity)
 
 
@@ -157,8 +157,10 @@ def _recorded(
         recording = Recording(run, inputs)
     else:
         # (Not the model itself, which its kept cache would keep.)
-        held = list(model.parameters()), tables
+        held = list(model.parameters()), list(model.buffers()), tables
         recording = Graph(run, inputs, pool=_pool(cache), held=held)
+    if len(cache.recordings) >= _MOST_RECORDINGS:
+        del cache.recordings[next(iter(cache.recordings))]  # the oldest
     cache.recordings[key] = recording
     return recording.take_first()
 

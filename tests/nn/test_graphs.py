@@ -136,6 +136,27 @@ def test_rows_that_are_few_or_leave_or_are_run_apart(tiny_model, as_on_a_gpu):
     assert as_on_a_gpu.made == made
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_drafts_one_after_another_are_one_step(tiny_model, as_on_a_gpu, temperature):
+    model = tiny_model(torch.float64)
+    generator, found = torch.Generator(), []
+    for compiled in (False, True):
+        cache = KVCache(model.config, 2, 29, dtype=model.dtype)
+        generator.manual_seed(0)
+        with torch.no_grad(), compiling(model, compiled):
+            for _ in range(4):
+                newest = torch.randint(23, (2, 1), generator=generator)
+                noise = temperature * torch.randn(2, 3, 23, generator=generator).double() if temperature else None
+                positions = cache.lengths[:, None] + torch.arange(4)
+                how = dict(positions=positions, cache=cache, noise=noise)
+                found.append(model.draft(newest, range(2), **how))
+                cache.extend(torch.tensor([3, 2]))
+    for (drafts, states), (expected, expected_states) in zip(found[4:], found[:4], strict=True):
+        assert torch.equal(drafts, expected)
+        torch.testing.assert_close(states, expected_states)
+    assert as_on_a_gpu.made == 2  # of 8 slots and of 16
+
+
 def test_what_is_not_few_or_is_masked_is_not_captured(tiny_model, as_on_a_gpu):
     model = tiny_model(torch.float64)
     cache = KVCache(model.config, 5, 20, dtype=model.dtype)

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from layerskip_moe.nn import KVCache, decoder, experts, products, steps
+from layerskip_moe.nn.compiling import compiling
 from layerskip_moe.nn.rotary import rotary_table
 
 aten = torch.ops.aten
@@ -87,8 +88,7 @@ def unseen_gpu(monkeypatch):
 def test_nothing_is_waited_for_and_nothing_lies_elsewhere(tiny_model, unseen_gpu, family, capability, dtype):
     unseen_gpu(capability)
     model = tiny_model(torch.float32, **{"d_ff": 16, **FAMILIES[family]})
-    model.compiled = True
-    with torch.no_grad(), FakeTensorMode(), Indexing():
+    with torch.no_grad(), compiling(model), FakeTensorMode(), Indexing():
         for module in model.modules():
             for name, own in module._parameters.items():
                 module._parameters[name] = (

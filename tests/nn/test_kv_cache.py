@@ -1,5 +1,7 @@
 """The cache never shows: however a text is cut into steps, rows and take-backs, the logits are those without it."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from layerskip_moe.nn import KVCache, ModelConfig
 from layerskip_moe.nn.attention import locate, read, write
+from layerskip_moe.nn.compiling import compiling
 
 # In float64 a dense network agrees to the last digits. The router computes in float32 always, so with experts
 # the rounding of another number of rows shows.
@@ -168,6 +171,18 @@ def test_a_subset_keeps_count_for_itself(tiny_model):
     assert part.lengths.tolist() == [6, 4] and cache.lengths.tolist() == [3, 4, 5]
     part.select(torch.tensor([1]))
     assert part.rows.tolist() == [0] and cache.rows.tolist() == [0, 1, 2]
+
+
+@torch.no_grad()
+def test_a_copied_cache_is_its_own(tiny_model):
+    model = tiny_model(torch.float32)
+    cache = KVCache(model.config, 1, 10)
+    places = torch.tensor([[0]])
+    with compiling(model):
+        model.decode(places, range(4), positions=places, cache=cache)
+        other, before = copy.deepcopy(cache), cache.keys.clone()
+        model.decode(places + 1, range(4), positions=places, cache=other)
+    assert torch.equal(cache.keys, before) and not torch.equal(other.keys, before)
 
 
 @torch.no_grad()

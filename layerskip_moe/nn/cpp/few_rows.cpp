@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(layerskip_moe_few_rows, library) {
   library.def("swiglu(Tensor gate_up) -> Tensor");
   library.def("gate(Tensor x, Tensor logits) -> Tensor");
   library.def("route(Tensor logits, Tensor? bias, int top_k, bool normalize) -> (Tensor, Tensor)");
-  library.def("choose(Tensor logits, Tensor? noise, float temperature) -> Tensor");
+  library.def("choose(Tensor logits, Tensor? noise) -> Tensor");
   library.def(
       "attend(Tensor queries, Tensor new_keys, Tensor new_values, Tensor(a!) keys, Tensor(b!) values, Tensor rows, "
       "Tensor positions, int window, float scale) -> Tensor");

@@ -51,7 +51,9 @@ inline int64_t forget(int64_t program) {
 
 inline Program& find_program(int64_t number) {
   const std::lock_guard locked(programs_lock);
-  return programs.at(number);
+  const auto program = programs.find(number);
+  STD_TORCH_CHECK(program != programs.end(), "this recording was forgotten");
+  return program->second;
 }
 
 inline std::vector<Tensor> replay(int64_t number, std::vector<Tensor> inputs) {

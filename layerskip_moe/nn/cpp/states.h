@@ -138,26 +138,18 @@ inline std::tuple<Tensor, Tensor> route(const Tensor& logits, const std::optiona
   return {chosen, weights};
 }
 
-inline Tensor choose(const Tensor& logits, const std::optional<Tensor>& noise, double temperature) {
+inline Tensor choose(const Tensor& logits, const std::optional<Tensor>& noise) {
   if (noise) check_dense(*noise, ScalarType::Double);
   check_sizes(logits.dim() == 2 && (!noise || noise->numel() == logits.numel()));
   Tensor tokens = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Long);
   perform([=] {
     const int64_t rows = logits.size(0), vocabulary = logits.size(1);
     const std::vector<float> floats = as_floats(logits);
+    std::vector<double> scores(floats.begin(), floats.end());
+    for (int64_t i = 0; noise && i < rows * vocabulary; ++i) scores[i] += static_cast<const double*>(noise->data_ptr())[i];
     for (int64_t n = 0; n < rows; ++n) {
-      const float* logit = floats.data() + n * vocabulary;
-      int64_t best = std::max_element(logit, logit + vocabulary) - logit;
-      if (noise) {
-        const double* g = static_cast<const double*>(noise->data_ptr()) + n * vocabulary;
-        const double largest = logit[best];
-        double most = -INFINITY;
-        for (int64_t token = 0; token < vocabulary; ++token) {
-          const double score = (logit[token] - largest) / temperature + g[token];
-          if (score > most) most = score, best = token;
-        }
-      }
-      static_cast<int64_t*>(tokens.data_ptr())[n] = best;
+      const auto first = scores.begin() + n * vocabulary;
+      static_cast<int64_t*>(tokens.data_ptr())[n] = std::max_element(first, first + vocabulary) - first;
     }
   });
   return tokens;

@@ -72,7 +72,10 @@ struct Column {
   float missing = 0;
 
   Column(const std::optional<Tensor>& tensor, float missing) : missing(missing) {
-    if (tensor) data = tensor->data_ptr(), type = tensor->scalar_type();
+    if (!tensor) return;
+    check_dense(*tensor);
+    data = tensor->data_ptr(), type = tensor->scalar_type();
+    with_float_type(type, [](auto) {});  // others are refused
   }
   float operator[](int64_t i) const {
     if (data == nullptr) return missing;
