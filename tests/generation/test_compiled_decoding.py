@@ -5,7 +5,6 @@ Few rows are computed alike whatever their number, so that no tie can be broken 
 """
 
 import copy
-import copy
 import warnings
 
 import pytest

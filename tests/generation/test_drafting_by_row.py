@@ -253,3 +253,13 @@ def test_a_plan_is_asked_for_before_each_round_and_sees_what_is_left(counting_mo
     policy.plan = lambda session: left.append(session.remaining) or [(1, 2)] * len(session.row_numbers)
     decode(counting_model([EVERY, ()]), policy, 4)
     assert left == [[4, 4], [1, 3], [2], [1]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_that_stop_leave_the_others_their_texts(trained_model, random_policy, seed):
+    prompts = [[3, 9, 21], [5], [1, 2, 3, 4, 5], [20, 11]]
+    settings = dict(max_new_tokens=14, stop_tokens=[7, 17, 24], temperature=0.9, seed=seed)
+    plain = generate(trained_model(), prompts, **settings).tokens
+    assert len(set(map(len, plain))) > 1
+    policy = random_policy(seed)
+    assert generate(trained_model(), prompts, SelfSpeculative(policy=policy), **settings).tokens == plain
