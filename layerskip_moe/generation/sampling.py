@@ -97,3 +97,14 @@ def choose(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
     if noise is None:
         return logits.argmax(dim=-1)
     return (log_probabilities(logits, sampling) + noise).argmax(dim=-1)
+
+
+def choose_with_confidence(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What `choose` chooses, and how probable each of those tokens was, [A, T] float: under the distribution it was
+    drawn from, or, when greedy, the softmax of the logits."""
+    if noise is None:
+        tokens, logs = logits.argmax(dim=-1), logits.float().log_softmax(dim=-1)
+    else:
+        logs = log_probabilities(logits, sampling)
+        tokens = (logs + noise).argmax(dim=-1)
+    return tokens, logs.gather(-1, tokens[..., None])[..., 0].exp().float()

@@ -3,20 +3,30 @@
 
 The draft's keys, values and exit states are kept, so verification runs only the layers the draft left out,
 and the early ones for the newest draft, which the draft had no need to run. What is rejected is forgotten
-by not counting it.
+by not counting it. How many layers draft how many tokens is a policy's to say, before each round and for each row.
 
 The early layers of another model may draft instead, such as a quantised copy. Its keys, values and states are not the
 model's, so then every layer verifies: that is `speculative.py`'s way, and is left to it.
 
-Knows nothing of how a session stores its rows. Next: `verification.py`, `session.py`.
+Knows nothing of how a session stores its rows. Next: `drafting.py`, `verification.py`; `policies/policy.py`.
 """
 
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+import time
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 
 from layerskip_moe.generation.autoregressive import check_exit_layer
+from layerskip_moe.generation.drafting import (
+    Watch,
+    draft,
+    draft_and_verify,
+    experts_read,
+    go_together,
+    shadow_tokens,
+    verify,
+)
+from layerskip_moe.generation.policies.fixed import Fixed
+from layerskip_moe.generation.policies.policy import Policy, RoundReport
 from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.speculative import Speculative
 from layerskip_moe.generation.verification import Coupling, Round, check_drafting
@@ -25,74 +35,122 @@ from layerskip_moe.nn import ModelConfig, MoEDecoder
 
 @dataclass(frozen=True)
 class SelfSpeculative:
-    """Draft with the first `exit_layer` layers, verify with the rest.
+    """Draft with the first layers, verify with the rest.
 
     Attributes:
-        exit_layer: n in 1..L; L drafts with the whole model
-        draft_length: tokens drafted per round, 1 or more
+        exit_layer: n in 1..L: the first n layers draft; L drafts with the whole model. With `draft_length` short for
+            the policy `Fixed(exit_layer, draft_length)`.
+        draft_length: tokens drafted per round, 1 or more; 4 where only exit_layer is given
+        policy: decides both anew for each row before each round, and may end a round's drafting early; see `policies/`
         coupling: "shared": draft and full model choose with the same noise, and the full model's choice is
             the output, so the text equals plain decoding's token for token at any temperature.
             "rejection": accept a draft x with probability min(1, p(x) / q(x)), else draw from
             max(p - q, 0) normalised (arXiv 2211.17192); keeps the distribution, not the text, and
-            accepts somewhat more. Greedy decoding is the same under both.
+            accepts somewhat more. Greedy decoding is the same under both. (Noise of a discarded draft is met again at
+            its position: "rejection" is exact where plans do not depend on drafts behind the first refused one.)
         draft_model: another decoder whose first `exit_layer` layers and head draft, such as
             `quantize(model, "int8")`, as in `Speculative`; None: the model itself. It is as lossless: what the draft
-            computed is used at verification only where its embedding and those layers are the model's own.
+            computed is used at verification only where its embedding and those layers are the model's own. It drafts
+            by exit_layer and draft_length, not by a policy.
     """
 
-    exit_layer: int
-    draft_length: int = 4
+    exit_layer: int | None = None
+    draft_length: int | None = None
+    _: KW_ONLY
+    policy: Policy | None = None
     coupling: Coupling = "shared"
     draft_model: MoEDecoder | None = None
 
     def __post_init__(self) -> None:
-        check_drafting(self.draft_length, self.coupling)
+        if self.policy is not None:
+            if self.exit_layer is not None or self.draft_length is not None or self.draft_model is not None:
+                raise ValueError(
+                    "a policy says which layers draft how much; leave out exit_layer, draft_length and draft_model."
+                )
+        elif self.exit_layer is None:  # (the place of a default policy)
+            raise ValueError("SelfSpeculative takes an exit_layer or a policy; give one of them.")
+        elif self.draft_length is None:
+            object.__setattr__(self, "draft_length", 4)
+        check_drafting(1 if self.draft_length is None else self.draft_length, self.coupling)
 
     def check(self, config: ModelConfig) -> None:
         """Raise ValueError where the model, or the draft model, has no such exit layer, and where the two do not share
         a vocabulary."""
-        if self.draft_model is None:
-            check_exit_layer(self.exit_layer, config)
-        else:
+        exit_layer = getattr(self._policy, "exit_layer", None)
+        if self.draft_model is not None:
             self._speculative(self.draft_model).check(config)
+        elif exit_layer is not None:
+            check_exit_layer(exit_layer, config)
 
     def start(self, session: Session) -> None:
         """Run the prompts, through both models where they differ; then raises ValueError as `Speculative.start`."""
-        if self.draft_model is None or _begin_alike(session.model, self.draft_model, self.exit_layer):
+        draft = self.draft_model
+        if draft is None or (self.exit_layer is not None and _begin_alike(session.model, draft, self.exit_layer)):
             session.prefill()
         else:
-            self._speculative(self.draft_model).start(session)
+            self._speculative(draft).start(session)
 
     def step(self, session: Session) -> None:
-        """One round: draft, verify, append what the full model chose."""
-        model, draft = session.model, self.draft_model or session.model
+        """One round: draft, verify, append what the full model chose. Raises ValueError for a plan that cannot be
+        followed."""
+        drafter, policy = self.draft_model or session.model, self._policy
         if session.state is not None:  # the cache of a draft model that differs, which `start` made
-            self._speculative(draft).step(session)
+            self._speculative(drafter).step(session)
             return
-        round_ = Round.begin(session, self.draft_length, self.coupling)
-        positions = session.positions(round_.length + 1)
-        early, late = range(self.exit_layer), range(self.exit_layer, model.config.n_layers)
-        if draft is model and not (round_.rejection or session.sampling.filters):
-            noise = None if round_.noise is None else round_.noise[:, :-1]
-            drafts, states = session.draft(early, positions, noise)
-            round_.drafts = list(drafts.split(1, dim=1))
+        plan = policy.plan(session)
+        _check_plan(plan, session)
+        started = time.perf_counter()
+        watch = Watch(policy.shadow, getattr(policy, "experts", False))
+        stop = policy.should_stop
+        round_ = Round.begin(session, [length for _, length in plan], self.coupling, confident=stop is not None)
+        exit_layers = [layer if limit else 0 for (layer, _), limit in zip(plan, round_.limits, strict=True)]
+        confidences: list[list[float]] = [[] for _ in plan]
+        if go_together(session, round_, exit_layers, drafter, watch):
+            logits = draft_and_verify(session, round_, exit_layers[0], watch)
         else:
-            states = self._draft_one_by_one(session, round_, early, positions)
-        _, logits = session.decode(states, late, positions)
-        round_.verify(logits)
+            drafted, confidences = draft(session, round_, exit_layers, stop, drafter, watch)
+            logits = verify(session, round_, drafted, watch)
+        tokens, accepted = round_.settle(logits)
+        counts, accepted_by_row = accepted + 1, accepted.tolist()  # for which a GPU is waited
+        seconds = time.perf_counter() - started
+        report = RoundReport(
+            rows=session.row_numbers,
+            exit_layers=exit_layers,
+            drafted=round_.limits,
+            accepted=accepted_by_row,
+            confidences=confidences,
+            seconds=seconds,
+            tokens=tokens,
+            counts=counts,
+            experts=experts_read(watch, session.model.config),
+            shadow=shadow_tokens(session, round_, watch, tokens) if watch.shadow else None,
+        )
+        session.append(tokens, counts, drafted=round_.limits)
+        policy.observe(report)
 
-    def _draft_one_by_one(self, session: Session, round_: Round, early: range, positions: Tensor) -> Tensor:
-        """Draft by what the round makes of the logits, which may be another head's: states [A, T, D]."""
-        model, draft = session.model, self.draft_model or session.model
-        token, states = session.newest, []
-        for place in range(round_.length):
-            states.append(session.run(model.embed(token), early, positions[:, place : place + 1]))
-            token = round_.draft(draft.unembed(states[-1]))
-        states.append(session.run(model.embed(token), early, positions[:, -1:]))
-        return torch.cat(states, dim=1)
+    @cached_property
+    def _policy(self) -> Policy:
+        if self.policy is not None:
+            return self.policy
+        assert self.exit_layer is not None and self.draft_length is not None, "settled at construction"
+        return Fixed(self.exit_layer, self.draft_length)
 
     def _speculative(self, draft: MoEDecoder) -> Speculative:
+        assert self.draft_length is not None, "settled at construction"
         return Speculative(draft, self.draft_length, self.coupling, self.exit_layer)
+
+
+def _check_plan(plan: list[tuple[int, int]], session: Session) -> None:
+    """Raise ValueError for a plan of another number of rows, and for layers and lengths that there are not."""
+    n_rows, n_layers = len(session.row_numbers), session.model.config.n_layers
+    if len(plan) != n_rows:
+        raise ValueError(f"the policy planned for {len(plan)} rows, and {n_rows} are active; give one pair for each.")
+    for exit_layer, length in plan:
+        if length < 0 or (length and not 1 <= exit_layer <= n_layers):
+            raise ValueError(
+                f"the policy planned exit layer {exit_layer} and {length} drafts; exit layers are 1 to {n_layers}, "
+                "and 0 drafts or more."
+            )
 
 
 def _begin_alike(model: MoEDecoder, draft: MoEDecoder, exit_layer: int) -> bool:

@@ -116,6 +116,11 @@ class Session:
         """How many more tokens each active row may get: 1 or more."""
         return [self.max_new_tokens - len(self.outputs[row]) for row in self._active]
 
+    @property
+    def row_numbers(self) -> list[int]:
+        """`rows` as plain numbers, which no device is asked for."""
+        return [self._first_row + row for row in self._active]
+
     def positions(self, count: int) -> Tensor:
         """[A, count]: the newest token's position and those after it.
 
@@ -164,18 +169,25 @@ class Session:
         places = torch.tensor(used, device=noise.device)[:, None] + torch.arange(count, device=noise.device)
         return noise[torch.arange(len(used), device=noise.device)[:, None], places]
 
-    def scores(self, logits: Tensor, drafts: Sequence[Tensor] = ()) -> Tensor:
+    def scores(self, logits: Tensor, drafts: Sequence[Tensor] = (), rows: Tensor | None = None) -> Tensor:
         """Logits [A, T, V] after the repetition penalty. The last of the T places has seen the row's text and all
-        of `drafts`, each [A, 1]; every place before it one draft less."""
-        if self._seen is None:
+        of `drafts`, each [A, 1]; every place before it one draft less. rows [R]: whose logits [R, T, V] these are,
+        where they are not everybody's."""
+        seen = self.seen(logits.shape[1], drafts)
+        if seen is None:
             return logits
-        places = logits.shape[1]
+        return penalize(logits, seen if rows is None else seen[rows], self.sampling.repetition_penalty)
+
+    def seen(self, places: int, drafts: Sequence[Tensor] = ()) -> Tensor | None:
+        """[A, places, V] bool: the tokens that each place has seen, as `scores` says; None without a penalty."""
+        if self._seen is None:
+            return None
         seen = self._seen[:, None].repeat(1, places, 1)
         for place in range(places):
             before = drafts[: len(drafts) - (places - 1 - place)]
             if before:
                 seen[:, place].scatter_(1, torch.cat(list(before), dim=1), True)
-        return penalize(logits, seen, self.sampling.repetition_penalty)
+        return seen
 
     def choose(self, scores: Tensor, noise: Tensor | None) -> Tensor:
         """Tokens [A, T] for scores [A, T, V] under this session's sampling."""

@@ -69,7 +69,7 @@ class Speculative:
         model, draft = session.model, self.draft_model
         cache = session.state
         assert isinstance(cache, KVCache)
-        round_ = Round.begin(session, self.draft_length, self.coupling)
+        round_ = Round.begin(session, [self.draft_length] * len(session.rows), self.coupling)
         positions = session.positions(round_.length + 1)
         # The draft model has not run the last draft of a round that was accepted whole: it runs the token before
         # the newest once more in either case, which writes what is there already or what is missing.

@@ -5,13 +5,14 @@ A active rows, T = draft length + 1 places per verification, V vocabulary.
 Knows nothing of where drafts and logits came from. Next: `self_speculative.py`, `speculative.py`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from layerskip_moe.generation.sampling import log_probabilities
+from layerskip_moe.generation.sampling import choose_with_confidence, log_probabilities
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn.noise import hash_uniform
 
@@ -36,49 +37,79 @@ def check_drafting(draft_length: int, coupling: Coupling) -> None:
 class Round:
     """One round of drafting and verifying.
 
-    length:  tokens to draft; limits: how many of them each row has use for
-    noise:   [A, length + 1, V] for the drafts, and for the full model's choices if shared; None when greedy
-    drafts:  tokens drafted so far, each [A, 1]; scores: what they were chosen by, each [A, 1, V]
+    limits:     how many drafts each row gets; who drafts lowers it where a row is to draft no more
+    confident:  whether `confidence` is wanted
+    noise:      [A, most drafts planned + 1, V] for the drafts, and for the full model's choices if shared; None when
+                greedy
+    drafts:     tokens drafted so far, each [A, 1], of no meaning in rows beyond their limit
+    scores:     what they were chosen by, each [A, 1, V]; kept for rejection alone
+    confidence: [R], how probable the newest draft of each row that has one was to who drafted it
     """
 
     session: Session
     rejection: bool
-    length: int
     limits: list[int]
+    confident: bool
     noise: Tensor | None
     drafts: list[Tensor] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
+    confidence: Tensor | None = None
 
     @classmethod
-    def begin(cls, session: Session, draft_length: int, coupling: Coupling) -> "Round":
-        """Settle how much to draft: the full model adds a token of its own, so a row that may get r more has use
-        for r - 1 drafts."""
-        remaining = session.remaining
-        length = min(draft_length, max(remaining) - 1)
+    def begin(cls, session: Session, lengths: Sequence[int], coupling: Coupling, *, confident: bool = False) -> "Round":
+        """Settle how much to draft, at most lengths[r] in row r: the full model adds a token of its own, so a row
+        that may get r more has use for r - 1 drafts."""
+        limits = [min(length, left - 1) for length, left in zip(lengths, session.remaining, strict=True)]
         rejection = coupling == "rejection" and not session.sampling.greedy
-        noise = session.noise(length + 1, stream=_DRAFT if rejection else 0)
-        return cls(session, rejection, length, [min(length, left - 1) for left in remaining], noise)
+        noise = session.noise(max(limits) + 1, stream=_DRAFT if rejection else 0)
+        return cls(session, rejection, limits, confident, noise)
 
-    def draft(self, logits: Tensor) -> Tensor:
-        """Choose the next draft [A, 1] from the drafter's logits [A, 1, V]."""
-        place = len(self.drafts)
-        self.scores.append(self.session.scores(logits, self.drafts))
+    @property
+    def length(self) -> int:
+        """Drafts of the row that gets most."""
+        return max(self.limits)
+
+    def draft(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Choose the next draft of each row, [A, 1], from the drafter's logits [A, 1, V]; or of some rows [R] from
+        logits [R, 1, V]."""
+        session, place = self.session, len(self.drafts)
+        scores = session.scores(logits, self.drafts, rows)
         noise = None if self.noise is None else self.noise[:, place : place + 1]
-        self.drafts.append(self.session.choose(self.scores[-1], noise))
+        noise = noise if noise is None or rows is None else noise[rows]
+        if self.confident:
+            tokens, confidence = choose_with_confidence(scores, session.sampling, noise)
+            self.confidence = confidence[:, 0]
+        else:
+            tokens = session.choose(scores, noise)
+        self.drafts.append(self._spread(tokens, rows))
+        if self.rejection:
+            self.scores.append(self._spread(scores, rows))
         return self.drafts[-1]
 
-    def verify(self, logits: Tensor) -> None:
-        """End the round with the full model's logits [A, T, V] after the newest token and after every draft."""
+    def settle(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """With the full model's logits [A, T, V] after the newest token and after every draft: tokens [A, T], and how
+        many drafts of each row were accepted, [A] <= limits; so many of its tokens and one more are the text."""
         session = self.session
         scores = session.scores(logits, self.drafts)
         limits = torch.tensor(self.limits, device=logits.device)
         if self.rejection and self.drafts:
-            tokens, accepted = _reject(session, torch.cat(self.drafts, 1), torch.cat(self.scores, 1), scores, limits)
-        else:
-            tokens = session.choose(scores, self.noise)
-            proposed = torch.cat([*self.drafts, tokens[:, :0]], dim=1)  # [A, length]
-            accepted = torch.minimum(_leading_true(proposed == tokens[:, :-1]), limits)
-        session.append(tokens, accepted + 1, drafted=self.limits)
+            return _reject(session, torch.cat(self.drafts, 1), torch.cat(self.scores, 1), scores, limits)
+        tokens = session.choose(scores, None if self.noise is None else self.noise[:, : logits.shape[1]])
+        if not self.drafts:
+            return tokens, torch.zeros_like(limits)
+        proposed = torch.cat(self.drafts, dim=1)  # [A, length]
+        return tokens, torch.minimum(_leading_true(proposed == tokens[:, :-1]), limits)
+
+    def verify(self, logits: Tensor) -> None:
+        """`settle`, and end the round."""
+        tokens, accepted = self.settle(logits)
+        self.session.append(tokens, accepted + 1, drafted=self.limits)
+
+    def _spread(self, some: Tensor, rows: Tensor | None) -> Tensor:
+        """[R, ...] of some rows -> [A, ...], zeros in the others."""
+        if rows is None:
+            return some
+        return some.new_zeros(len(self.limits), *some.shape[1:]).index_copy(0, rows, some)
 
 
 def _leading_true(mask: Tensor) -> Tensor:

@@ -40,11 +40,14 @@ class RunOutput:
     collected: layer index -> its output [B, T, D], for the layers asked for
     routing:   layer index -> that MoE layer's Routing, for the tokens that reached it; empty where a recorded run was
                repeated (`compiled`, few rows)
+    chosen:    layer index -> the experts that each of those N tokens was sent to, [N, K] int64; of a recorded run too
+               where `run` was asked for `choices`
     """
 
     hidden: Tensor
     collected: dict[int, Tensor] = field(default_factory=dict)
     routing: dict[int, Routing] = field(default_factory=dict)
+    chosen: dict[int, Tensor] = field(default_factory=dict)
 
 
 class MoEDecoder(nn.Module):
@@ -138,6 +141,7 @@ class MoEDecoder(nn.Module):
         expert_mask: Tensor | None = None,
         top_k: int | None = None,
         collect: Sequence[int] = (),
+        choices: bool = False,
     ) -> RunOutput:
         """Run some layers over hidden states: the one way through the network.
 
@@ -152,6 +156,7 @@ class MoEDecoder(nn.Module):
         expert_mask:  [E] or [len(layers), E] bool: the active experts (expert dropout)
         top_k:        fewer experts per token than the model was built with, for drafting
         collect:      layers (among `layers`) whose output is wanted
+        choices:      whether `RunOutput.chosen` is wanted of a recorded run too
 
         Raises ValueError for layers that do not rise or do not exist, for positions past max_seq_len or the
         cache's end, for masks of another number of layers, and for a mask or top_k that leaves a token without
@@ -167,11 +172,16 @@ class MoEDecoder(nn.Module):
 
             def step(states: Tensor, places: Places) -> list[Tensor]:
                 output = self._run_blocks(states, layers, places, cache, top_k=top_k, collect=collect)
-                return [output.hidden, *(output.collected[layer] for layer in collect)]
+                chosen = output.chosen.values() if choices else ()
+                return [output.hidden, *(output.collected[layer] for layer in collect), *chosen]
 
-            key = "run", tuple(layers), top_k, tuple(collect)
+            key = "run", tuple(layers), top_k, tuple(collect), choices
             last, *others = repeat(self, step, hidden, positions, cache, length=length, key=key)
-            return RunOutput(last, dict(zip(collect, others, strict=True)))
+            collected, chosen = others[: len(collect)], [experts.flatten(0, 1) for experts in others[len(collect) :]]
+            routed = [layer for layer in layers if choices and self.config.is_moe(layer)]
+            result = RunOutput(last, dict(zip(collect, collected, strict=True)))
+            result.chosen = dict(zip(routed, chosen, strict=True))
+            return result
         states, places = lay(hidden, positions, self.config, cache, length=length)
         output = self._run_blocks(states, layers, places, cache, None, None, expert_mask, top_k, collect)
         output.hidden = output.hidden.view(hidden.shape)
@@ -275,7 +285,7 @@ class MoEDecoder(nn.Module):
                     top_k=top_k,
                 )
                 if routing is not None:
-                    output.routing[layer] = routing
+                    output.routing[layer], output.chosen[layer] = routing, routing.chosen
             if layer in collect:
                 output.collected[layer] = output.hidden
         return output

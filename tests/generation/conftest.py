@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import random
 
 import numpy as np
 import pytest
@@ -101,13 +102,17 @@ class _TableModel(torch.nn.Module):
         nothing = torch.zeros_like(tokens)
         return torch.stack([tokens, nothing, nothing], dim=-1)  # token, position, layers run
 
-    def run(self, hidden, layers, *, positions, cache):
+    def run(self, hidden, layers, *, positions, cache, collect=(), choices=False):
         token, _, depth = hidden.unbind(-1)
         if layers:
             assert bool((depth == layers[0]).all()), "layers were skipped or run twice"
             self.calls.append((layers[0], layers[-1] + 1, *positions.shape))
-            depth = torch.full_like(depth, layers[-1] + 1)
-        return RunOutput(torch.stack([token, positions, depth], dim=-1))
+
+        def after(layers):
+            return torch.stack([token, positions, torch.full_like(depth, layers)], dim=-1)
+
+        collected = {layer: after(layer + 1) for layer in collect}
+        return RunOutput(after(layers[-1] + 1) if layers else hidden, collected)
 
     def decode(self, start, layers, *, positions, cache):
         hidden = start if start.is_floating_point() or start.dim() == 3 else self.embed(start)
@@ -129,6 +134,34 @@ class _TableModel(torch.nn.Module):
 def table_model():
     """table_model(vocab_size, full, draft, n_layers=4) -> a stub whose answers are known."""
     return _TableModel
+
+
+class _RandomPolicy:
+    """Plans any legal thing for each row, stops at random, and looks at random at what costs: lossless all the same."""
+
+    def __init__(self, seed=0, longest=4):
+        self._draw, self._longest, self.rounds = random.Random(seed), longest, []
+
+    def plan(self, session):
+        layers = session.model.config.n_layers
+        self.shadow, self.experts = (self._draw.random() < 0.3 for _ in range(2))
+        self.should_stop = self._stop if self._draw.random() < 0.5 else None
+        pairs = [(self._draw.randint(1, layers), self._draw.randint(0, self._longest)) for _ in session.row_numbers]
+        return pairs if self._draw.random() < 0.7 else pairs[:1] * len(pairs)
+
+    def _stop(self, confidence, position):
+        assert bool(((confidence >= 0) & (confidence <= 1.0001)).all())
+        stops = [self._draw.random() < 0.3 for _ in confidence]
+        return torch.tensor(stops) if self._draw.random() < 0.8 else stops[0]
+
+    def observe(self, round):
+        self.rounds.append(round)
+
+
+@pytest.fixture(scope="session")
+def random_policy():
+    """random_policy(seed=0, longest=4) -> a policy without sense; `rounds` are those it observed."""
+    return _RandomPolicy
 
 
 def _find_tie(model, text, row, sampling, between, tolerance=ROUNDING):

@@ -12,6 +12,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from layerskip_moe.generation import Autoregressive, EarlyExit, LayerSkipping, SelfSpeculative, Speculative, generate
+from layerskip_moe.generation.policies import DEL, Cascade, DraftVerify, Heuristic
 from layerskip_moe.nn import kernels, steps
 from layerskip_moe.nn.kernels import has_kernels
 from layerskip_moe.pretrained.quantize import quantize
@@ -25,35 +26,43 @@ MODELS = {
     "sliding window": dict(sliding_window=4),
     "dense": dict(num_experts=0),
 }
-# Whose text is plain decoding's. The draft model is of two layers; `int8` is the model itself, quantised.
-LOSSLESS = {
-    "one layer drafts one": lambda draft, int8: SelfSpeculative(1, 1),
-    "one layer drafts eight": lambda draft, int8: SelfSpeculative(1, 8),
-    "two layers draft three": lambda draft, int8: SelfSpeculative(2, 3),
-    "all layers draft": lambda draft, int8: SelfSpeculative(3, 4),
-    "int8 layers draft": lambda draft, int8: SelfSpeculative(2, 4, draft_model=int8),
-    "a draft model": lambda draft, int8: Speculative(draft, 4),
-    "a draft model's first layer": lambda draft, int8: Speculative(draft, 2, exit_layer=1),
-    "int8 drafts": lambda draft, int8: Speculative(int8, 3),
-    "exits never taken": lambda draft, int8: EarlyExit(1.0),
-    "exits never taken, exact": lambda draft, int8: EarlyExit(1.0, cache="exact"),
+# Whose text is plain decoding's. The draft model is of two layers; `int8` is the model itself, quantised; `chance`
+# makes a policy at random.
+POLICIES = {
+    "heuristic": lambda draft, int8, chance: SelfSpeculative(policy=Heuristic(2, length=3)),
+    "draft & verify": lambda draft, int8, chance: SelfSpeculative(policy=DraftVerify(1, length=3, threshold=0.3)),
+    "DEL": lambda draft, int8, chance: SelfSpeculative(policy=DEL(length=3)),
+    "cascade": lambda draft, int8, chance: SelfSpeculative(policy=Cascade(2, start=2, length=3, trial=1, rounds=3)),
+    "a policy at random": lambda draft, int8, chance: SelfSpeculative(policy=chance(seed=3)),
+}
+LOSSLESS = POLICIES | {
+    "one layer drafts one": lambda draft, int8, chance: SelfSpeculative(1, 1),
+    "one layer drafts eight": lambda draft, int8, chance: SelfSpeculative(1, 8),
+    "two layers draft three": lambda draft, int8, chance: SelfSpeculative(2, 3),
+    "all layers draft": lambda draft, int8, chance: SelfSpeculative(3, 4),
+    "int8 layers draft": lambda draft, int8, chance: SelfSpeculative(2, 4, draft_model=int8),
+    "a draft model": lambda draft, int8, chance: Speculative(draft, 4),
+    "a draft model's first layer": lambda draft, int8, chance: Speculative(draft, 2, exit_layer=1),
+    "int8 drafts": lambda draft, int8, chance: Speculative(int8, 3),
+    "exits never taken": lambda draft, int8, chance: EarlyExit(1.0),
+    "exits never taken, exact": lambda draft, int8, chance: EarlyExit(1.0, cache="exact"),
 }
 LOSSY = {
-    "first layers": lambda draft, int8: Autoregressive(2),
-    "early exit": lambda draft, int8: EarlyExit(0.3),
-    "early exit, exact": lambda draft, int8: EarlyExit(0.3, cache="exact"),
-    "layers left out": lambda draft, int8: LayerSkipping(layers=(1,)),
-    "layers left out at random": lambda draft, int8: LayerSkipping(random=1),
-    "rejection": lambda draft, int8: SelfSpeculative(2, 3, coupling="rejection"),
+    "first layers": lambda draft, int8, chance: Autoregressive(2),
+    "early exit": lambda draft, int8, chance: EarlyExit(0.3),
+    "early exit, exact": lambda draft, int8, chance: EarlyExit(0.3, cache="exact"),
+    "layers left out": lambda draft, int8, chance: LayerSkipping(layers=(1,)),
+    "layers left out at random": lambda draft, int8, chance: LayerSkipping(random=1),
+    "rejection": lambda draft, int8, chance: SelfSpeculative(2, 3, coupling="rejection"),
 }
 
 
 @pytest.fixture(scope="module")
-def helpers(trained_model):
-    """helpers(**ModelConfig fields) -> the draft model and the quantised model that strategies take."""
+def helpers(trained_model, random_policy):
+    """helpers(**ModelConfig fields) -> the draft model, the quantised model and the policy that strategies take."""
 
     def make(**fields):
-        return trained_model(n_layers=2), quantize(trained_model(**fields), "int8")
+        return trained_model(n_layers=2), quantize(trained_model(**fields), "int8"), random_policy
 
     return make
 
@@ -74,9 +83,9 @@ def test_lossless_strategies_give_plain_decoding_s_text(trained_model, helpers, 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
-def test_no_ties_in_half_precision_either(tiny_model, sampling, dtype):
+def test_no_ties_in_half_precision_either(tiny_model, random_policy, sampling, dtype):
     model = tiny_model(seed=2).to(dtype)
-    others = tiny_model(seed=3, n_layers=2).to(dtype), quantize(model, "int8")
+    others = tiny_model(seed=3, n_layers=2).to(dtype), quantize(model, "int8"), random_policy
     for compile in (True, False):
         arguments = dict(max_new_tokens=12 if compile else 5, compile=compile, **sampling)
         plain = generate(model, PROMPTS, **arguments).tokens
@@ -95,13 +104,13 @@ def test_recorded_or_not_is_the_same_text(trained_model, helpers, monkeypatch, s
         with monkeypatch.context() as patch:
             # What is never complete is made anew each time.
             patch.setattr(steps.Recording, "complete", property(lambda self: False, lambda self, value: None), False)
-            one_by_one = generate(model, PROMPTS, made, **arguments)
+            one_by_one = generate(copy.deepcopy(model), PROMPTS, made, **arguments)  # which has no recordings yet
         assert recorded.tokens == one_by_one.tokens and recorded.layers_run == one_by_one.layers_run
 
 
 @pytest.mark.skipif(not has_kernels(), reason="there is no C++ compiler")
-@pytest.mark.parametrize("strategy", ["plain", *LOSSLESS, *LOSSY])
-def test_nothing_is_recorded_as_the_text_grows(trained_model, monkeypatch, strategy):
+@pytest.mark.parametrize("strategy", ["plain", *(name for name in LOSSLESS if name not in POLICIES), *LOSSY])
+def test_nothing_is_recorded_as_the_text_grows(trained_model, random_policy, monkeypatch, strategy):
     given, made = [], []  # the new tokens; how many there were at each recording
 
     class Counted(steps.Recording):
@@ -113,7 +122,7 @@ def test_nothing_is_recorded_as_the_text_grows(trained_model, monkeypatch, strat
     monkeypatch.setattr(steps, "Recording", Counted)
     model = copy.deepcopy(trained_model(max_seq_len=70))  # a model that was decoded before may have its recordings
     draft = copy.deepcopy(trained_model(max_seq_len=70, n_layers=2))
-    one = (LOSSLESS | LOSSY).get(strategy, lambda draft, int8: None)(draft, quantize(model, "int8"))
+    one = (LOSSLESS | LOSSY).get(strategy, lambda *_: None)(draft, quantize(model, "int8"), random_policy)
     generate(model, [[3, 9, 21]], one, max_new_tokens=60, on_token=lambda row, token: given.append(token))
     if strategy.startswith("early exit") or strategy.endswith("random"):
         assert 2 <= len(made) <= 30  # a depth, and how much is to be made up for, may be met late
@@ -124,7 +133,7 @@ def test_nothing_is_recorded_as_the_text_grows(trained_model, monkeypatch, strat
 
 @pytest.mark.parametrize("strategy", ["plain", *LOSSLESS, *LOSSY])
 def test_pytorch_s_compiler_is_not_asked(trained_model, helpers, strategy):
-    one = (LOSSLESS | LOSSY).get(strategy, lambda draft, int8: None)(*helpers())
+    one = (LOSSLESS | LOSSY).get(strategy, lambda *_: None)(*helpers())
     counters.clear()
     generate(trained_model(), PROMPTS, one, max_new_tokens=10)
     assert not counters["stats"] and not counters["frames"] and not counters["inductor"]
@@ -186,7 +195,9 @@ def test_under_autocast(trained_model, compile):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
 @pytest.mark.parametrize("strategy", ["plain", *LOSSLESS])
-def test_on_a_gpu_captured_steps_give_the_text_of_eager_ones(trained_model, monkeypatch, strategy, sampling):
+def test_on_a_gpu_captured_steps_give_the_text_of_eager_ones(
+    trained_model, random_policy, monkeypatch, strategy, sampling
+):
     made = []
 
     class Counted(steps.Graph):
@@ -197,7 +208,7 @@ def test_on_a_gpu_captured_steps_give_the_text_of_eager_ones(trained_model, monk
     monkeypatch.setattr(steps, "Graph", Counted)
     model, draft = trained_model().cuda(), trained_model(n_layers=2).cuda()
     try:
-        one = LOSSLESS.get(strategy, lambda draft, int8: None)(draft, quantize(model, "int8"))
+        one = LOSSLESS.get(strategy, lambda *_: None)(draft, quantize(model, "int8"), random_policy)
         eager = generate(model, PROMPTS, max_new_tokens=12, compile=False, **sampling).tokens
         assert generate(model, PROMPTS, one, max_new_tokens=12, **sampling).tokens == eager and made
         assert all(made) or "int8" in strategy  # whose experts wait for the GPU

@@ -93,7 +93,9 @@ def test_rejection_with_a_quantised_draft_is_as_speculative_s(trained_model, dra
     short.config = dataclasses.replace(draft.config, n_layers=2)
     settings = dict(max_new_tokens=12, temperature=1.0, seed=3)
     whole = generate(model, ragged_prompts(2), Speculative(short, 3, "rejection"), **settings)
-    early = generate(model, ragged_prompts(2), SelfSpeculative(2, 3, "rejection", draft), **settings)
+    early = generate(
+        model, ragged_prompts(2), SelfSpeculative(2, 3, coupling="rejection", draft_model=draft), **settings
+    )
     assert early.tokens == whole.tokens
     assert early.stats.accepted_by_position == whole.stats.accepted_by_position
 

@@ -1,10 +1,13 @@
 """What cannot be decoded is refused before anything runs, in one sentence that names it."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from layerskip_moe.generation import Autoregressive, EarlyExit, Sampling, SelfSpeculative, Speculative, generate
+from layerskip_moe.generation.policies import DEL, Cascade, DraftVerify, Fixed, Heuristic
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,7 @@ def model(tiny_model):
         ([[1]], dict(strategy=SelfSpeculative(0)), "exit_layer=0 must be between 1 and n_layers=3"),
         ([[1]], dict(strategy=SelfSpeculative(4)), "exit_layer=4 must be between 1 and n_layers=3"),
         ([[1]], dict(strategy=SelfSpeculative(-1, coupling="rejection")), "exit_layer=-1"),
+        ([[1]], dict(strategy=SelfSpeculative(policy=Fixed(4, 1))), "exit_layer=4 must be between 1 and n_layers=3"),
     ],
     ids=str,
 )
@@ -72,12 +76,52 @@ def test_generate_refuses(model, monkeypatch, prompts, options, message):
         (dict(draft_length=0), r"draft_length=0 must be 1 or more; plain decoding is Autoregressive\(\)"),
         (dict(draft_length=-4), "draft_length=-4"),
         (dict(coupling="none"), "coupling='none' is unknown; it is 'shared' or 'rejection'"),
+        (dict(exit_layer=None), "SelfSpeculative takes an exit_layer or a policy; give one of them"),
+        (dict(exit_layer=None, draft_length=3), "takes an exit_layer or a policy"),
+        (dict(policy=Fixed(1, 2)), "a policy says which layers draft how much; leave out exit_layer, draft_length and"),
+        (dict(exit_layer=None, policy=Fixed(1, 2), draft_length=2), "a policy says which layers draft how much"),
+        (dict(exit_layer=None, policy=Fixed(1, 2), coupling="none"), "coupling='none' is unknown"),
     ],
     ids=str,
 )
 def test_self_speculative_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
-        SelfSpeculative(2, **arguments)
+        SelfSpeculative(**{"exit_layer": 2, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("plan", "stops", "message"),
+    [
+        ([(1, 2)], False, "the policy planned for 1 rows, and 2 are active; give one pair for each"),
+        ([(1, 2), (4, 1)], False, "the policy planned exit layer 4 and 1 drafts; exit layers are 1 to 3"),
+        ([(1, 2), (0, 1)], False, "exit layer 0 and 1 drafts"),
+        ([(1, 2), (1, -1)], False, "exit layer 1 and -1 drafts; .* and 0 drafts or more"),
+        ([(1, 2), (2, 2)], torch.tensor([True]), r"should_stop returned shape \[1\] for 2 drafts; it must return one"),
+    ],
+    ids=str,
+)
+def test_what_a_policy_may_not_say(model, plan, stops, message):
+    policy = SimpleNamespace(shadow=False, plan=lambda session: plan, should_stop=lambda *_: stops)
+    with pytest.raises(ValueError, match=message) as refused:
+        generate(model, [[1], [2]], SelfSpeculative(policy=policy), max_new_tokens=5)
+    assert str(refused.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Fixed(1, -1), "draft_length=-1 must be 0 or more: it counts tokens"),
+        (lambda: Heuristic(1, length=0), "length=0 must be 1 or more"),
+        (lambda: Heuristic(1, threshold=1.1), r"threshold=1.1 must be between 0 \(never stop\) and 1"),
+        (lambda: DraftVerify(1, threshold=math.nan), "threshold=nan"),
+        (lambda: DEL(decay=-0.1), "decay=-0.1 must be between 0"),
+        (lambda: Cascade(1, start=0), "start=0 must be 1 or more"),
+        (lambda: Cascade(1, rounds=0), "rounds=0 must be 1 or more"),
+    ],
+)
+def test_policies_refuse(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip_moe.generation import Autoregressive, Sampling, SelfSpeculative, Speculative, generate
+from layerskip_moe.generation.policies import DEL, Cascade, DraftVerify, Heuristic
 
 MODELS = {
     "every layer": {},
@@ -71,6 +72,35 @@ def test_self_speculation_equals_plain_decoding(trained_model, assert_same_text,
 
 
 @pytest.fixture(scope="module")
+def policies(random_policy):
+    """By name, a strategy of a new policy that begins with an exit layer and a draft length."""
+    made = {
+        "heuristic": lambda layer, length: Heuristic(layer, length=length, threshold=0.2),
+        "draft & verify": lambda layer, length: DraftVerify(layer, length=length, threshold=0.3),
+        "DEL": lambda layer, length: DEL(length=length),
+        "cascade": lambda layer, length: Cascade(layer, start=length, trial=1, trials=3, rounds=2),
+        "at random": lambda layer, length: random_policy(seed=10 * layer + length, longest=length),
+    }
+    return {name: lambda *pair, make=make: SelfSpeculative(policy=make(*pair)) for name, make in made.items()}
+
+
+POLICIES = ["heuristic", "draft & verify", "DEL", "cascade", "at random"]
+
+
+@pytest.mark.parametrize("start", range(len(POLICIES)), ids=POLICIES)
+def test_under_every_policy(trained_model, assert_same_text, policies, start):
+    model = trained_model(**list(MODELS.values())[start])
+    check_grid(model, CASES[start + 6 :: 36], assert_same_text, policies[POLICIES[start]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", MODELS)
+def test_under_every_policy_in_every_case(trained_model, assert_same_text, policies, name, policy):
+    check_grid(trained_model(**MODELS[name]), CASES, assert_same_text, policies[policy])
+
+
+@pytest.fixture(scope="module")
 def drafting(trained_model, tiny_model):
     """drafting(number, length): a draft model trained on the same, of as many layers; or, for 3, one of other sizes
     that knows nothing."""
@@ -107,18 +137,29 @@ def test_a_draft_model_s_speculation_in_every_case(trained_model, assert_same_te
     draft_length=st.integers(1, 8),
     sampling=st.sampled_from(SAMPLINGS),
     name=st.sampled_from(sorted(MODELS)),
-    draft_name=st.none() | st.sampled_from(sorted(MODELS)),
+    draft_name=st.none() | st.just("at random") | st.sampled_from(sorted(MODELS)),
 )
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_random_weights_and_short_texts(
-    tiny_model, assert_same_text, prompts, max_new_tokens, exit_layer, draft_length, sampling, name, draft_name
+    tiny_model,
+    assert_same_text,
+    policies,
+    prompts,
+    max_new_tokens,
+    exit_layer,
+    draft_length,
+    sampling,
+    name,
+    draft_name,
 ):
     """Fewer tokens than a draft is long, prompts longer than what follows, and so on."""
     model = tiny_model(**MODELS[name])
     arguments = dict(max_new_tokens=max_new_tokens, **asdict(sampling))
     plain = generate(model, prompts, Autoregressive(), **arguments)
     strategy = SelfSpeculative(exit_layer, draft_length)
-    if draft_name is not None:
+    if draft_name == "at random":
+        strategy = policies[draft_name](exit_layer, draft_length)
+    elif draft_name is not None:
         draft = tiny_model(seed=exit_layer, **{**MODELS[draft_name], "n_layers": exit_layer})
         strategy = Speculative(draft, draft_length)
     drafting = generate(model, prompts, strategy, **arguments)

@@ -12,6 +12,7 @@ from layerskip_moe.generation import (
     Speculative,
     generate,
 )
+from layerskip_moe.generation.policies import DEL, Heuristic
 from layerskip_moe.pretrained.quantize import quantize
 
 PROMPTS = [[3, 4, 1], [5], [8, 8, 1, 0, 2]]
@@ -32,7 +33,9 @@ STRATEGIES = {
     "rejection": lambda draft: SelfSpeculative(1, 3, coupling="rejection"),
     "a draft model": lambda draft: Speculative(draft, 3),
     "early layers of a draft model": lambda draft: SelfSpeculative(1, 3, draft_model=draft),
-    "rejection of theirs": lambda draft: SelfSpeculative(1, 3, "rejection", draft),
+    "rejection of theirs": lambda draft: SelfSpeculative(1, 3, coupling="rejection", draft_model=draft),
+    "what was right lately": lambda draft: SelfSpeculative(policy=DEL(length=3)),
+    "heuristic, rejection": lambda draft: SelfSpeculative(policy=Heuristic(1, length=3), coupling="rejection"),
     "propagate": lambda draft: EarlyExit(0.2),
     "exact": lambda draft: EarlyExit(0.2, cache="exact"),
     "state": lambda draft: EarlyExit(0.9, confidence="state"),

@@ -107,16 +107,24 @@ def penalized(network, texts, penalty):
     return logits
 
 
-@pytest.mark.parametrize("drafter", ["its own layers", "a draft model", "a quantised copy's early layers"])
+DRAFTERS = ["its own layers", "a policy at random", "a draft model", "a quantised copy's early layers"]
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize(
     "sampling", [Sampling(0.8, seed=10), Sampling(1.0, top_p=0.9, seed=11, repetition_penalty=2.0)], ids=str
 )
-def test_so_they_do_under_a_penalty_and_whoever_drafts(network, tiny_model, reference_probabilities, sampling, drafter):
+def test_so_they_do_under_a_penalty_and_whoever_drafts(
+    network, tiny_model, random_policy, reference_probabilities, sampling, drafter
+):
     draft = tiny_model(seed=4, vocab_size=VOCABULARY, n_layers=1, d_model=8, n_heads=2, init_std=0.6)
     strategy = {
-        "its own layers": SelfSpeculative(1, 2, "rejection"),
+        "its own layers": SelfSpeculative(1, 2, coupling="rejection"),
+        "a policy at random": SelfSpeculative(policy=random_policy(longest=2), coupling="rejection"),
         "a draft model": Speculative(draft, 2, "rejection"),
-        "a quantised copy's early layers": SelfSpeculative(1, 2, "rejection", quantize(network, "int8")),
+        "a quantised copy's early layers": SelfSpeculative(
+            1, 2, coupling="rejection", draft_model=quantize(network, "int8")
+        ),
     }[drafter]
     prompt, penalty = [1, 4], sampling.repetition_penalty
     joint = exact_joint(

@@ -5,9 +5,16 @@ import torch
 import torch.nn.functional as F
 
 from layerskip_moe.generation import Autoregressive, Sampling, SelfSpeculative, generate
+from layerskip_moe.generation.policies import DEL, Heuristic
 
 SPECULATIVE = SelfSpeculative(2, 4)
-STRATEGIES = [Autoregressive(), SPECULATIVE, SelfSpeculative(1, 1), SelfSpeculative(2, 4, coupling="rejection")]
+STRATEGIES = [
+    Autoregressive(),
+    SPECULATIVE,
+    SelfSpeculative(1, 1),
+    SelfSpeculative(2, 4, coupling="rejection"),
+]
+POLICIES = {"DEL": DEL(length=4), "heuristic": Heuristic(2)}  # which learn from one test for the next
 
 
 @pytest.fixture
@@ -20,7 +27,11 @@ def counting_up(table_model):
     return table_model(60, after, after, n_layers=4)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+@pytest.mark.parametrize(
+    "strategy",
+    [*STRATEGIES, *(SelfSpeculative(policy=policy) for policy in POLICIES.values())],
+    ids=[*map(str, STRATEGIES), *POLICIES],
+)
 @pytest.mark.parametrize(
     ("stop", "left"),
     [

@@ -31,7 +31,7 @@ STRATEGIES = {
     "plain": lambda draft: Autoregressive(),
     "self-speculative": lambda draft: SelfSpeculative(1, 3),
     "a quantised draft": lambda draft: SelfSpeculative(1, 3, draft_model=draft),
-    "rejection of a quantised draft": lambda draft: SelfSpeculative(1, 3, "rejection", draft),
+    "rejection of a quantised draft": lambda draft: SelfSpeculative(1, 3, coupling="rejection", draft_model=draft),
     "a draft model": lambda draft: Speculative(draft, 3),
     "propagate": lambda draft: EarlyExit(0.2),
     "exact": lambda draft: EarlyExit(0.2, cache="exact"),

@@ -1,0 +1,249 @@
+"""The network's part of a self-speculative round: each row drafts with layers of its own, and all are verified
+together, every layer once.
+
+The places of a round are the newest token of each row, place 0, and its drafts after it. A draft's first layers have
+run over all places but the last of its row, whose token nobody had asked about. So verification starts with the last
+place of every row at layer 0, and takes in the others where their drafts left them, on its way up.
+
+A active rows, R or N some of their places, T places of the row that has most, D width, L layers, V vocabulary.
+Knows nothing of choosing tokens. Next: `self_speculative.py`, which calls this; `verification.py`, which chooses.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from layerskip_moe.generation.sampling import penalize
+from layerskip_moe.generation.session import Session
+from layerskip_moe.generation.verification import Round
+from layerskip_moe.nn import KVCache, ModelConfig, MoEDecoder
+
+
+@dataclass
+class States:
+    """The states of some places of a round, all after the same layer.
+
+    rows, places: N numbers each: which active row, and which place of it; hidden: [N, 1, D]
+    """
+
+    rows: list[int]
+    places: list[int]
+    hidden: Tensor
+
+    @classmethod
+    def join(cls, parts: Iterable["States"]) -> "States":
+        """All of them, one after the other."""
+        parts = list(parts)
+        rows = [row for part in parts for row in part.rows]
+        places = [place for part in parts for place in part.places]
+        return cls(rows, places, torch.cat([part.hidden for part in parts]))
+
+
+@dataclass
+class Watch:
+    """What else is kept of a round, for a policy that asks.
+
+    shadow:  whether the states after every layer but the last are
+    experts: whether the choices of verification's routers are
+    seen:    (layer index, its states), each place once for each layer
+    chosen:  layer index -> experts chosen there [N, K]
+    """
+
+    shadow: bool
+    experts: bool
+    seen: list[tuple[int, States]] = field(default_factory=list)
+    chosen: dict[int, Tensor] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return self.shadow or self.experts
+
+
+def go_together(session: Session, round_: Round, exit_layers: list[int], drafter: MoEDecoder, watch: Watch) -> bool:
+    """Whether `draft_and_verify` does for this round: all rows draft alike, and nothing is asked in between."""
+    if len(set(exit_layers)) > 1 or len(set(round_.limits)) > 1 or watch.shadow:
+        return False
+    if round_.length == 0:
+        return True
+    plain = drafter is session.model and not (round_.confident or round_.rejection or session.sampling.filters)
+    return plain and (len(exit_layers) == 1 or not watch.experts)
+
+
+def draft_and_verify(session: Session, round_: Round, exit_layer: int, watch: Watch) -> Tensor:
+    """Draft in one call, as many tokens in every row, and verify in another: the full model's logits [A, T, V].
+    Without drafts it is a step of plain decoding."""
+    model, positions = session.model, session.positions(round_.length + 1)
+    start, layers = session.newest, range(exit_layer, model.config.n_layers)
+    if exit_layer:
+        noise = None if round_.noise is None else round_.noise[:, :-1]
+        drafts, start = session.draft(range(exit_layer), positions, noise)
+        round_.drafts = list(drafts.split(1, dim=1))
+    if not watch.experts:
+        return session.decode(start, layers, positions)[1]
+    hidden = start if exit_layer else model.embed(start)
+    output = model.run(hidden, layers, positions=positions, cache=session.cache, choices=True)
+    watch.chosen |= output.chosen
+    return model.unembed(output.hidden)
+
+
+def draft(
+    session: Session,
+    round_: Round,
+    exit_layers: list[int],
+    should_stop: Callable[[Tensor, int], Tensor | bool] | None,
+    drafter: MoEDecoder,
+    watch: Watch,
+) -> tuple[dict[int, list[States]], list[list[float]]]:
+    """Draft up to round_.limits[r] tokens for row r by its first exit_layers[r] layers; `round_` gets them, and lower
+    limits where `should_stop` says so.
+
+    drafter: the model, or one of the same layers with another head
+    -> by exit layer, rising, the states that verification goes on from; for each row its drafts' confidences
+    """
+    states: dict[int, list[States]] = {layer: [] for layer in sorted(set(exit_layers)) if layer}
+    confidences: list[list[float]] = [[] for _ in exit_layers]
+    place = 0
+    while place < round_.length:
+        drafting: list[int] = []  # the rows that do, by exit layer
+        logits = []
+        for exit_layer, parts in states.items():
+            rows = [row for row, limit in enumerate(round_.limits) if limit > place and exit_layers[row] == exit_layer]
+            if rows:
+                part, told = _draft_with(session, round_, exit_layer, rows, drafter, watch)
+                parts.append(part)
+                logits.append(told)
+                drafting += rows
+        everybody = len(drafting) == len(exit_layers) and len(logits) == 1
+        round_.draft(*logits) if everybody else round_.draft(torch.cat(logits), session.newest.new_tensor(drafting))
+        if should_stop is not None:
+            assert round_.confidence is not None
+            for row, confidence in zip(drafting, round_.confidence.tolist(), strict=True):
+                confidences[row].append(confidence)
+            if place + 1 < round_.length:
+                for row, stops in zip(drafting, _told(should_stop, round_.confidence, place), strict=True):
+                    if stops:
+                        round_.limits[row] = place + 1
+        place += 1
+    return {layer: parts for layer, parts in states.items() if parts}, confidences
+
+
+def _draft_with(
+    session: Session, round_: Round, exit_layer: int, rows: list[int], drafter: MoEDecoder, watch: Watch
+) -> tuple[States, Tensor]:
+    """The next place of some rows through the first layers and the head: states, and logits [R, 1, V]."""
+    place = len(round_.drafts)
+    token = round_.drafts[-1] if place else session.newest
+    if len(rows) == len(token):
+        cache = session.cache
+    else:
+        index = token.new_tensor(rows)
+        token, cache = token[index], session.cache.subset(index)
+    positions, layers, model = cache.lengths[:, None] + place, range(exit_layer), session.model
+    places = [place] * len(rows)
+    if drafter is model and not watch.shadow:
+        hidden, logits = model.decode(token, layers, positions=positions, cache=cache)
+        return States(rows, places, hidden), logits
+    collect = _to_collect(session, layers, watch)
+    output = model.run(model.embed(token), layers, positions=positions, cache=cache, collect=collect)
+    watch.seen += [(layer, States(rows, places, output.collected[layer])) for layer in collect]
+    return States(rows, places, output.hidden), drafter.unembed(output.hidden)
+
+
+def verify(session: Session, round_: Round, drafted: dict[int, list[States]], watch: Watch) -> Tensor:
+    """The full model's logits [A, T, V] after the newest token of each row and after its drafts; zeros beyond."""
+    model, limits, places = session.model, round_.limits, round_.length + 1
+    n_layers = model.config.n_layers
+    text = torch.cat([session.newest, *round_.drafts], dim=1)
+    if min(limits) == round_.length and len(drafted) == 1 and not watch:  # as one [A, T]
+        positions = session.positions(places)
+        [(exit_layer, parts)] = drafted.items()
+        newest = session.run(model.embed(text[:, -1:]), range(exit_layer), positions[:, -1:])
+        hidden = torch.cat([*(part.hidden for part in parts), newest], dim=1)
+        return session.decode(hidden, range(exit_layer, n_layers), positions)[1]
+    last = text.gather(1, text.new_tensor(limits)[:, None])
+    states, done = States(list(range(len(limits))), list(limits), model.embed(last)), 0
+    for exit_layer, parts in drafted.items():
+        states = _run(session, states, range(done, exit_layer), watch)
+        states, done = States.join([states, *parts]), exit_layer
+    if watch:
+        told = model.unembed(_run(session, states, range(done, n_layers), watch).hidden)
+    else:
+        cache, positions = _at(session, states)
+        _, told = model.decode(states.hidden, range(done, n_layers), positions=positions, cache=cache)
+    logits = told.new_zeros(len(limits), places, told.shape[-1])
+    logits[text.new_tensor(states.rows), text.new_tensor(states.places)] = told[:, 0]
+    return logits
+
+
+def _run(session: Session, states: States, layers: range, watch: Watch) -> States:
+    """Places of any rows through some layers: each is run as a row of its own, over its row's cache."""
+    if not layers:  # (of the whole model that drafted)
+        return states
+    cache, positions = _at(session, states)
+    collect = _to_collect(session, layers, watch)
+    output = session.model.run(
+        states.hidden, layers, positions=positions, cache=cache, collect=collect, choices=watch.experts
+    )
+    watch.seen += [(layer, States(states.rows, states.places, output.collected[layer])) for layer in collect]
+    watch.chosen |= output.chosen
+    return States(states.rows, states.places, output.hidden)
+
+
+def _at(session: Session, states: States) -> tuple[KVCache, Tensor]:
+    """The cache and the positions [N, 1] of these places."""
+    rows, places = (torch.tensor(numbers, device=session.newest.device) for numbers in (states.rows, states.places))
+    cache = session.cache.subset(rows)
+    return cache, (cache.lengths + places)[:, None]
+
+
+def _to_collect(session: Session, layers: range, watch: Watch) -> range:
+    """Those of `layers` whose states are kept: what the last one says is known."""
+    return range(layers.start, min(layers.stop, session.model.config.n_layers - 1)) if watch.shadow else range(0)
+
+
+def _told(should_stop: Callable[[Tensor, int], Tensor | bool], confidence: Tensor, place: int) -> list[bool]:
+    """What a policy's `should_stop` says of each row."""
+    stops = torch.as_tensor(should_stop(confidence, place))
+    if stops.shape not in ((), confidence.shape):
+        raise ValueError(
+            f"the policy's should_stop returned shape {list(stops.shape)} for {len(confidence)} drafts; "
+            "it must return one truth value for each, or one for all."
+        )
+    return [bool(stops)] * len(confidence) if stops.dim() == 0 else stops.tolist()
+
+
+def shadow_tokens(session: Session, round_: Round, watch: Watch, tokens: Tensor) -> Tensor:
+    """[A, L, T] int64: what the state after each layer says at each place, with the drafts' noise; the last layer's
+    are `tokens` [A, T]; -1 beyond a row's places. Before the round is appended."""
+    n_rows, places = tokens.shape
+    shadow = tokens.new_full((n_rows, session.model.config.n_layers, places), -1)
+    limits = tokens.new_tensor(round_.limits)[:, None]
+    shadow[:, -1] = tokens.where(torch.arange(places, device=tokens.device) <= limits, -1)
+    if watch.seen:
+        layers = tokens.new_tensor([layer for layer, states in watch.seen for _ in states.rows])
+        states = States.join(states for _, states in watch.seen)
+        rows, at = tokens.new_tensor(states.rows), tokens.new_tensor(states.places)
+        scores, seen = session.model.unembed(states.hidden)[:, 0], session.seen(places, round_.drafts)
+        if seen is not None:
+            scores = penalize(scores, seen[rows, at], session.sampling.repetition_penalty)
+        noise = None if round_.noise is None else round_.noise[rows, at]
+        shadow[rows, layers, at] = session.choose(scores, noise)
+    return shadow
+
+
+def experts_read(watch: Watch, config: ModelConfig) -> list[int] | None:
+    """By MoE layer, rising, how many different experts verification read; None where nobody asked, and in dense
+    models."""
+    layers = [layer for layer in range(config.n_layers) if config.is_moe(layer)]
+    if not (watch.experts and layers):
+        return None
+    read = dict.fromkeys(layers, config.top_k)  # by the one place that a draft ran in the same call
+    if watch.chosen:
+        chosen = [experts.flatten() for experts in watch.chosen.values()]
+        index = torch.repeat_interleave(torch.tensor([len(experts) for experts in chosen]))
+        found = torch.zeros(len(chosen) * config.num_experts, dtype=torch.int64, device=chosen[0].device)
+        found[torch.cat(chosen) + config.num_experts * index.to(found.device)] = 1
+        counts = found.view(len(chosen), config.num_experts).sum(dim=1).tolist()
+        read |= dict(zip(watch.chosen, counts, strict=True))
+    return list(read.values())

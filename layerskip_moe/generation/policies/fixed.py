@@ -1,0 +1,41 @@
+"""Fixed: the same exit layer and draft length in every round.
+
+Next: `heuristic.py`, which adapts the length.
+"""
+
+from dataclasses import dataclass
+
+from layerskip_moe.generation.policies.policy import RoundReport
+from layerskip_moe.generation.session import Session
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Always the same.
+
+    Attributes:
+        exit_layer: the layers that draft, n in 1..L
+        draft_length: tokens drafted per round; 0 is plain decoding
+    """
+
+    exit_layer: int
+    draft_length: int
+
+    shadow = False
+    should_stop = None
+
+    def __post_init__(self) -> None:
+        check_length("draft_length", self.draft_length, least=0)
+
+    def plan(self, session: Session) -> list[tuple[int, int]]:
+        """The same for every row."""
+        return [(self.exit_layer, self.draft_length)] * len(session.row_numbers)
+
+    def observe(self, round: RoundReport) -> None:
+        """Nothing is learnt."""
+
+
+def check_length(name: str, length: int, *, least: int = 1) -> None:
+    """Raise ValueError for a number of drafts below `least`."""
+    if length < least:
+        raise ValueError(f"{name}={length} must be {least} or more: it counts tokens.")

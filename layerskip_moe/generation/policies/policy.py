@@ -1,0 +1,76 @@
+"""Policy: who decides, before a round of self-speculation, how each row drafts, and what it is told afterwards.
+
+A policy changes how fast a text comes, never the text. A active rows, L layers, T places of a round: the newest token
+and the drafts after it.
+Knows nothing of how a round is made. Next: `fixed.py`, the smallest; `../self_speculative.py`, which asks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from layerskip_moe.generation.session import Session
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What came of one round, row by row in the order of the plan.
+
+    Attributes:
+        rows: the number of the prompt that each of A rows continues, counted over all of `generate`'s prompts
+        exit_layers: the layers that drafted; 0 where nothing was drafted
+        drafted: tokens drafted, no more than planned: a row that may get r more has use for r - 1
+        accepted: how many of them the full model agreed with, before the first that it did not
+        confidences: for each row and draft the probability the drafter gave it; no numbers where the policy has no
+            `should_stop`
+        seconds: wall time of drafting and verifying all rows, without `plan` and what `shadow` costs. A GPU is waited
+            for, as every round ends by reading how many drafts were accepted.
+        tokens: [A, T] int64, the full model's choices, of no meaning beyond a row's drafts and one more
+        counts: [A] int64, how many of them were taken: accepted + 1
+        experts: by MoE layer, how many different experts verification read; None where the policy has no `experts`,
+            and in dense models
+        shadow: [A, L, T] int64, the token that the state after each layer says at each place, by the shared head and
+            with the drafts' noise (the last layer's are `tokens`); -1 beyond a row's drafts and one more. None where
+            the policy's `shadow` is False.
+    """
+
+    rows: list[int]
+    exit_layers: list[int]
+    drafted: list[int]
+    accepted: list[int]
+    confidences: list[list[float]]
+    seconds: float
+    tokens: Tensor
+    counts: Tensor
+    experts: list[int] | None = None
+    shadow: Tensor | None = None
+
+
+class Policy(Protocol):
+    """What `SelfSpeculative` asks of a policy. The object lives on: what it learnt in one `generate` serves in the
+    next, so one object is for one model.
+
+    Where the policy has an attribute `exit_layer`, it is checked before anything runs. Where it has an attribute
+    `experts` that is True, `RoundReport.experts` is filled in.
+    """
+
+    @property
+    def shadow(self) -> bool:
+        """Whether `observe` wants `RoundReport.shadow`, which costs the head on every layer's state; asked before each
+        round."""
+
+    @property
+    def should_stop(self) -> Callable[[Tensor, int], Tensor | bool] | None:
+        """None where all that is planned is drafted: then confidences cost nothing. Else a method of (confidence [R],
+        position): the probability that the drafter gives the newest draft of each of R rows, and which draft of
+        the round it was, 0, 1, ...; it returns [R] bool, or one for all: the rows that draft no more in this round. The
+        draft itself stays. One call is for all rows that still draft, by exit layer and then by row."""
+
+    def plan(self, session: Session) -> list[tuple[int, int]]:
+        """Before a round: (exit layer, draft length) for each active row, whose numbers are `session.row_numbers`.
+        Length 0 is plain decoding for this round, whatever the layer."""
+
+    def observe(self, round: RoundReport) -> None:
+        """After a round."""

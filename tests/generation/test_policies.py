@@ -1,0 +1,214 @@
+"""Each policy's rule against sequences worked out by hand, told of rounds that never were; and the README's policy."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from layerskip_moe.generation import SelfSpeculative, generate
+from layerskip_moe.generation.policies import DEL, Cascade, DraftVerify, Fixed, Heuristic, RoundReport
+from layerskip_moe.generation.policies.dynamic_exit_layer import best_pair
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def session(*rows, n_layers=4, greedy=True):
+    config = SimpleNamespace(n_layers=n_layers)
+    model, sampling = SimpleNamespace(config=config), SimpleNamespace(greedy=greedy)
+    return SimpleNamespace(row_numbers=list(rows), model=model, sampling=sampling)
+
+
+def report(drafted, accepted, *, rows=None, seconds=1.0, confidences=None, shadow=None, tokens=None):
+    places = max(drafted) + 1
+    return RoundReport(
+        rows=list(range(len(drafted))) if rows is None else rows,
+        exit_layers=[1] * len(drafted),
+        drafted=drafted,
+        accepted=accepted,
+        confidences=[[] for _ in drafted] if confidences is None else confidences,
+        seconds=seconds,
+        tokens=torch.zeros(len(drafted), places, dtype=torch.int64) if tokens is None else torch.tensor(tokens),
+        counts=torch.tensor(accepted) + 1,
+        shadow=None if shadow is None else torch.tensor(shadow),
+    )
+
+
+def test_fixed():
+    policy = Fixed(3, 2)
+    assert policy.plan(session(0, 7)) == [(3, 2), (3, 2)]
+    policy.observe(report([2, 2], [0, 2]))
+    assert policy.plan(session(7)) == [(3, 2)]
+
+
+def test_exit_layer_and_draft_length_are_short_for_fixed(trained_model):
+    def counts(strategy):
+        out = generate(trained_model(), [[3, 9, 21], [5]], strategy, max_new_tokens=10)
+        return out.tokens, out.stats.rounds, out.stats.accepted_by_position
+
+    assert counts(SelfSpeculative(2, 3)) == counts(SelfSpeculative(policy=Fixed(2, 3)))
+    assert SelfSpeculative(2).draft_length == 4 and SelfSpeculative(2) == SelfSpeculative(2, 4)
+
+
+def test_heuristic_by_hand():
+    policy = Heuristic(2, length=3)
+    lengths = []
+    for drafted, accepted in ((3, 3), (5, 4), (4, 0), (1, 1), (0, 0), (5, 0), (4, 0), (3, 0), (2, 0), (1, 0), (1, 0)):
+        policy.observe(report([drafted], [accepted], rows=[5]))
+        lengths += [length for _, length in policy.plan(session(5))]
+    # All accepted (also of fewer than planned): 2 more. Nothing drafted, nothing learnt. Never below 1.
+    assert lengths == [5, 4, 3, 5, 5, 4, 3, 2, 1, 1, 1]
+    assert policy.plan(session(5, 6)) == [(2, 1), (2, 3)]  # row 6 begins anew
+    assert policy.should_stop(torch.tensor([0.39, 0.41]), 0).tolist() == [True, False]
+    assert Heuristic(1).plan(session(0)) == [(1, 20)]
+
+
+def test_draft_and_verify_by_hand():
+    policy = DraftVerify(1, length=8)
+    assert policy.plan(session(0)) == [(1, 8)] and policy.threshold == 0.8
+    assert policy.should_stop(torch.tensor([0.79, 0.81]), 3).tolist() == [True, False]
+    thresholds = []
+    # AR: 1, then (1 + 1/2) / 2 = 0.75, then (0.75 + 1) / 2 = 0.875, then 0.9375, then 0.96875.
+    for drafted, accepted in ((8, 8), (4, 2), (3, 3), (2, 2), (8, 8), (0, 0)):
+        policy.observe(report([drafted], [accepted]))
+        thresholds.append(policy.threshold)
+    # All 8 drafted: as it was. Below 0.9: up by a tenth of 0.01, twice. Above, and stopped: down. All drafted; nothing.
+    assert thresholds == pytest.approx([0.8, 0.801, 0.802, 0.801, 0.801, 0.801])
+    sampled = DraftVerify(1)
+    sampled.plan(session(0, greedy=False))
+    assert sampled.threshold == 0.5
+    given = DraftVerify(1, threshold=0.3)
+    given.plan(session(0))
+    assert given.threshold == 0.3
+
+
+def test_del_s_best_pair_by_formula():
+    def promised(rate, layer, drafts, n_layers):
+        return sum(rate**k for k in range(drafts + 1)) / (drafts * layer + n_layers)
+
+    for rates in ([0.2, 0.5, 0.9, 1.0], [0.8, 0.8, 0.8, 1.0], [0.0, 0.3, 0.6, 1.0], [0.1, 0.1, 0.1, 1.0], [0.9, 0.95]):
+        pairs = [(layer, drafts) for layer in range(1, len(rates)) for drafts in range(1, 6)]
+        values = {pair: promised(rates[pair[0] - 1], *pair, len(rates)) for pair in pairs}
+        best = max(values, key=values.get)
+        assert best_pair(rates, 5) == (best if values[best] > 1 / len(rates) else (1, 0))
+    assert best_pair([1.0], 5) == (1, 0)
+
+
+def test_del_counts_up_to_the_first_mismatch():
+    """3 layers; row 0 has the right text 5 6 7 8 and 2 of 3 drafts accepted, so that places 0, 1 and 2 count."""
+    policy = DEL(decay=0.5)
+    shadow = [[[5, 6, 0, 8], [0, 6, 7, 8], [5, 6, 7, 8]]]
+    policy.observe(report([3], [2], tokens=[[5, 6, 7, 8]], shadow=shadow, confidences=[[0.9, 0.7, 0.2]]))
+    assert policy.agreed[0] == [0.25 + 2, 0.25 + 2, 0.25 + 3] and policy.places[0] == 0.5 + 3
+    assert policy.accepted == pytest.approx([1.6, 2]) and policy.refused == pytest.approx([0.2, 1])
+    # The mean of 0.8 and 0.2.
+    assert policy.should_stop(torch.tensor([0.49, 0.51]), 0).tolist() == [True, False]
+    policy.observe(report([1], [1], tokens=[[5, 6]], shadow=[[[0, 0], [5, 6], [5, 6]]], confidences=[[0.5]]))
+    assert policy.agreed[0] == [1.125, 1.125 + 2, 1.625 + 2] and policy.places[0] == 1.75 + 2
+    assert policy.accepted == pytest.approx([0.8 + 0.5, 2]) and policy.refused == pytest.approx([0.1, 0.5])
+    rates = [count / 3.75 for count in policy.agreed[0]]
+    assert policy.plan(session(0, n_layers=3)) == [best_pair(rates, 8)]
+
+
+def test_del_draws_no_line_before_it_has_seen_both():
+    policy = DEL()
+    policy.observe(report([1], [1], tokens=[[5, 6]], shadow=[[[5, 6]] * 3], confidences=[[0.9]]))
+    assert policy.should_stop(torch.tensor([0.1]), 0) is False
+
+
+def test_del_decodes_plainly_where_no_layer_is_ever_right(table_model):
+    wrong = table_model(
+        50,
+        lambda tokens, positions: torch.nn.functional.one_hot(positions % 40, 50).float(),
+        lambda tokens, positions: torch.nn.functional.one_hot(positions % 40 + 5, 50).float(),
+    )
+    policy = DEL(decay=0.5)
+    out = generate(wrong, [[0]], SelfSpeculative(policy=policy), max_new_tokens=30)
+    assert out.stats.accepted == 0 and 0 < out.stats.drafted < 20
+    assert policy.plan(session(0)) == [(1, 0)]
+
+
+class Clock:
+    """Rounds of K drafts take seconds[K] and have tokens[K] tokens."""
+
+    def __init__(self, policy, seconds, tokens, rows=1):
+        self.policy, self.seconds, self.tokens, self.rows = policy, seconds, tokens, rows
+
+    def lengths(self, count):
+        """What is planned in so many rounds."""
+        planned = []
+        for _ in range(count):
+            [(_, length), *_] = self.policy.plan(session(*range(self.rows)))
+            planned.append(length)
+            accepted = [self.tokens[length] - 1] * self.rows
+            self.policy.observe(report([length] * self.rows, accepted, seconds=self.seconds[length]))
+        return planned
+
+
+def test_cascade_climbs_to_the_best():
+    """U(2) = 3 / 2, U(3) = 4 / 2.5, U(4) = 4.2 / 3: it falls, and 3 is best."""
+    seconds, tokens = {0: 1.0, 2: 2.0, 3: 2.5, 4: 3.0}, {0: 1, 2: 3, 3: 4, 4: 4.2}
+    clock = Clock(Cascade(1, start=2), seconds, tokens)
+    assert clock.lengths(32) == [0] * 4 + [2] * 4 + [3] * 4 + [4] * 4 + [3] * 16
+    assert clock.lengths(8 + 16) == [3] * 4 + [4] * 4 + [3] * 16  # the next climb begins at 3
+
+
+def test_cascade_stops_climbing_after_its_trials():
+    """U(K) = K: ever up, four times."""
+    clock = Clock(
+        Cascade(1, start=1), dict.fromkeys(range(9), 1.0), {0: 1} | {length: length for length in range(1, 9)}
+    )
+    assert clock.lengths(4 + 16 + 16) == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4 + [4] * 16
+    assert clock.lengths(16 + 16)[-16:] == [7] * 16
+
+
+def test_cascade_switches_itself_off_for_twice_as_long_each_time():
+    """U(3) = 1/4, U(2) = 1/3, U(1) = 1/2, each below 1."""
+    seconds = {0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0}
+    clock = Clock(Cascade(1, start=3), seconds, dict.fromkeys(range(4), 1))
+    assert clock.lengths(16) == [0] * 4 + [3] * 4 + [2] * 4 + [1] * 4
+    assert clock.lengths(16 + 4 + 32 + 4 + 64) == [0] * 16 + [1] * 4 + [0] * 32 + [1] * 4 + [0] * 64
+    seconds[1] = 0.5  # now it pays; and what was doubled is forgotten
+    assert clock.lengths(4 + 4) == [1] * 4 + [2] * 4
+    assert clock.lengths(16) == [1] * 16
+
+
+def test_cascade_knows_plain_time_by_its_median_and_skips_what_is_near_the_end():
+    policy = Cascade(1, start=2, trial=3)
+    for seconds in (50.0, 1.0, 1.0):  # the first was recorded
+        assert policy.plan(session(0)) == [(1, 0)]
+        policy.observe(report([0], [0], seconds=seconds))
+    for drafted in (2, 1, 2, 0, 2):  # U = 3 / 3: it goes on upwards, once three rounds were of length 2
+        assert policy.plan(session(0)) == [(1, 2)]
+        policy.observe(report([drafted], [drafted], seconds=3.0))
+    assert policy.plan(session(0)) == [(1, 3)]
+
+
+def test_cascade_measures_anew_for_another_number_of_rows():
+    policy = Cascade(1, start=2, trial=2)
+    assert Clock(policy, {0: 1.0, 2: 1.0}, {0: 1, 2: 3}, rows=3).lengths(3) == [0, 0, 2]
+    assert Clock(policy, {0: 1.0, 2: 1.0}, {0: 1, 2: 3}, rows=2).lengths(3) == [0, 0, 2]
+
+
+@pytest.mark.parametrize("make", [lambda: Heuristic(1, length=2), lambda: DEL(length=3)])
+def test_what_was_learnt_serves_the_next_text(trained_model, make):
+    policy = make()
+    strategy = SelfSpeculative(policy=policy)
+    generate(trained_model(), [[3, 9, 21]], strategy, max_new_tokens=12)
+    learnt = policy.plan(session(0, n_layers=3))
+    assert learnt != make().plan(session(0, n_layers=3))
+    seen = []
+    policy.plan, plan = lambda session: seen.append(plan(session)) or seen[-1], policy.plan
+    generate(trained_model(), [[4]], strategy, max_new_tokens=3)
+    assert seen[0] == learnt
+
+
+def test_the_readme_s_own_policy_works(trained_model):
+    section = README.read_text(encoding="utf-8").split("## A drafting policy of your own")[1].split("\n## ")[0]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+    names = {"model": trained_model(max_seq_len=60), "prompts": [[3, 9, 21], [5]]}
+    exec(code, names)
+    assert len(code.strip().splitlines()) <= 25
+    plain = generate(names["model"], names["prompts"], max_new_tokens=32)
+    assert names["out"].tokens == plain.tokens and names["out"].stats.accepted > 0
