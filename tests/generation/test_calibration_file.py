@@ -61,7 +61,12 @@ def test_other_settings_than_the_file_s_are_refused(file, own, name):
 
 @pytest.mark.parametrize(
     ("name", "other", "own"),
-    [("confidence", "softmax_diff", "state"), ("decay", False, True), ("cache", "propagate", "exact"), ("tau", 4.0, 5.0)],
+    [
+        ("confidence", "softmax_diff", "state"),
+        ("decay", False, True),
+        ("cache", "propagate", "exact"),
+        ("tau", 4.0, 5.0),
+    ],
 )
 def test_each_setting_is_guarded(file, name, other, own):
     with pytest.raises(ValueError, match=rf"{name}={other!r}, not {own!r}; leave {name} out\."):

@@ -135,7 +135,7 @@ samplings = st.just(Sampling()) | st.builds(
     sampling=samplings,
     stop_tokens=st.sets(st.integers(0, 28), max_size=5),
 )
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 def test_any_batch(
     exact_model, cache, name, prompts, count, threshold, kind, min_layer, decay, tau, sampling, stop_tokens
 ):

@@ -86,7 +86,7 @@ def test_settings_and_probes_come_from_the_files(exact_model, saved):
 
 def test_other_confidences_than_the_file_s_are_refused(saved):
     for other in ("state", probes(seed=9)):
-        with pytest.raises(ValueError, match="was calibrated with confidence=.* leave confidence out"):
+        with pytest.raises(ValueError, match=r"was calibrated with confidence=.* leave confidence out"):
             EarlyExit(saved[0], confidence=other)
 
 
@@ -94,10 +94,10 @@ def test_probes_that_were_exchanged_or_lost_are_refused(saved):
     path, _ = saved
     file = path.with_suffix(".safetensors")
     probes(seed=7).save(file)
-    with pytest.raises(ValueError, match="is not the classifier that .* was calibrated with; calibrate again"):
+    with pytest.raises(ValueError, match=r"is not the classifier that .* was calibrated with; calibrate again"):
         EarlyExit(path)
     file.unlink()
-    with pytest.raises(ValueError, match="needs the classifier .*which is not there"):
+    with pytest.raises(ValueError, match=r"needs the classifier .*which is not there"):
         EarlyExit(path)
 
 
@@ -128,7 +128,7 @@ def test_a_function_fits_in_no_file(tmp_path):
 
 @pytest.mark.parametrize("sizes", [dict(n_layers=4), dict(width=8)])
 def test_probes_of_another_network_are_refused(exact_model, sizes):
-    with pytest.raises(ValueError, match="was trained for .* and the model has 5 of width 16; train one on this model"):
+    with pytest.raises(ValueError, match=r"was trained for .* and the model has 5 of width 16; train one"):
         generate(exact_model(n_layers=5), PROMPTS, EarlyExit(0.5, probes(**sizes)), max_new_tokens=2)
 
 
