@@ -46,9 +46,9 @@ def exit_states(
 
     Nothing of a text is predicted from its own last token, so that one may be no token at all (-1).
     """
-    starts = range(0, len(prompts), batch_size)
+    pairs, starts = list(zip(prompts, texts, strict=True)), range(0, len(prompts), batch_size)
     for start in tqdm(starts, desc=description, disable=not progress, leave=False):
-        rows = list(zip(prompts, texts, strict=True))[start : start + batch_size]
+        rows = pairs[start : start + batch_size]
         width = max(len(prompt) + len(text) for prompt, text in rows) - 1
         # Padded on the right: attention is causal, so what stands after a row's end changes nothing before it.
         inputs = torch.tensor([[*p, *t, *[0] * (width + 1 - len(p) - len(t))][:width] for p, t in rows]).clamp(min=0)

@@ -132,9 +132,16 @@ def run(arguments: list[str]) -> None:
 def _sequences(options: Options, text: Text, tokenizer: "Tokenizer", count: int) -> list[list[int]]:
     """`count` stretches of held-out text, none overlapping another, each a prompt and what truly follows it."""
     length = options.prompt_length + options.max_new_tokens
+    needed = (
+        f"--tolerance {options.tolerance} at --risk {options.risk} takes at least "
+        f"{prompts_needed(options.tolerance, options.risk)}"
+    )
     if options.prompts is None:
         corpus = load_text(text, tokenizer)
-        return corpus.validation_prompts(count, length, seed=options.seed)
+        try:
+            return corpus.validation_prompts(count, length, seed=options.seed)
+        except ValueError as error:
+            raise ValueError(f"{needed} sequences, and {count} were asked for. {error}") from None
     try:
         written = Path(options.prompts).read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
@@ -144,8 +151,7 @@ def _sequences(options: Options, text: Text, tokenizer: "Tokenizer", count: int)
     if len(starts) < count:
         raise ValueError(
             f"{options.prompts} holds {len(starts)} stretches of {length} tokens, not {count}; give a longer text, or "
-            f"fewer --sequences, of which --tolerance {options.tolerance} at --risk {options.risk} takes at least "
-            f"{prompts_needed(options.tolerance, options.risk)}, or shorter ones."
+            f"fewer --sequences, of which {needed}, or shorter ones."
         )
     return [ids[start : start + length] for start in random.Random(options.seed).sample(starts, count)]
 

@@ -1,6 +1,7 @@
 """`layerskip-moe calibrate`: from a checkpoint and a text to a file that generate decodes by."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -67,6 +68,7 @@ def test_held_out_text_is_the_default_and_the_file_lies_beside_the_checkpoint(sh
             "stretches of 904 tokens, not 90; give a longer text, or fewer --sequences, of which",
         ),
         (["--prompt-length", 900], "--tolerance 0.05 at --risk 0.05 takes at least 78, or shorter ones."),
+        (["--prompts", "None"], "takes at least 78 sequences, and 90 were asked for. The validation split of"),
         (["--tolerance", 1.5], "tolerance=1.5 must be above 0 and below 1"),
         (["--min-layer", 9], "min_layer=9 must be between 1 and n_layers=5"),
         (["--prompts", "none.txt"], "--prompts none.txt cannot be read"),
@@ -76,7 +78,20 @@ def test_held_out_text_is_the_default_and_the_file_lies_beside_the_checkpoint(sh
     ids=str,
 )
 def test_a_mistake_is_one_sentence_and_writes_nothing(shell, checkpoint, story, arguments, sentence):
-    given = ["--checkpoint", checkpoint, "--prompts", story, "--sequences", 90, "--out", "out.json", *SMALL]
+    Path("short.txt").write_text("The quick brown foxes.\n" * 20)
+    given = [
+        "--checkpoint",
+        checkpoint,
+        "--prompts",
+        story,
+        "--dataset",
+        "short.txt",
+        "--sequences",
+        90,
+        "--out",
+        "out.json",
+        *SMALL,
+    ]
     code, out, err = shell("calibrate", *given, *arguments)
     assert (code, out) == (1, "")
     assert sentence in err.splitlines()[-1]
