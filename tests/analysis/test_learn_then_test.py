@@ -93,21 +93,21 @@ N, TOLERANCE, RISK, CALIBRATIONS = 600, 0.05, 0.05, 300
 POPULATIONS = {
     "all or nothing": (lambda u, v: torch.ones_like(v), lambda depth: 0.3 * depth),
     "shares": (lambda u, v: v, lambda depth: 0.6 * depth),
-    "one step too far": (lambda u, v: torch.ones_like(v), lambda depth: 0.052 * (depth > 0)),
+    "one step too far": (lambda u, v: torch.ones_like(v), lambda depth: 0.0501 * (depth > 0)),
 }
 
 
 def calibrations(name, rule):
-    """Of 300 calibrations, how many chose a scale whose expected loss is above the tolerance."""
-    size, chance = POPULATIONS[name]
-    generator, broken = torch.Generator().manual_seed(11), 0
+    """The expected loss at the scale that each of 300 calibrations chose."""
+    (size, chance), expected = POPULATIONS[name], []
+    generator = torch.Generator().manual_seed(11)
     for _ in range(CALIBRATIONS):
         u, v = torch.rand(2, N, generator=generator, dtype=torch.float64)
         tests = walk(lambda s, u=u, v=v: (u < chance(1 - s)) * size(u, v), SCALES, tolerance=TOLERANCE, risk=RISK)
         scale = rule(tests)
         mean_size = 0.5 if name == "shares" else 1.0
-        broken += chance(1 - scale) * mean_size > TOLERANCE
-    return broken
+        expected.append(chance(1 - scale) * mean_size)
+    return np.array(expected)
 
 
 def one_before_the_failure(tests):
@@ -119,13 +119,15 @@ def one_before_the_failure(tests):
 def test_of_300_calibrations_at_most_24_break_the_bound(name):
     """Their number is at most Binomial(300, 0.05), of which 24 is the 99% quantile."""
     assert binom.ppf(0.99, CALIBRATIONS, RISK) == 24
-    assert calibrations(name, one_before_the_failure) <= 24
+    expected = calibrations(name, one_before_the_failure)
+    assert (expected > TOLERANCE).sum() <= 24
+    assert name == "one step too far" or np.median(expected) > TOLERANCE / 3, "and it certifies what can be used"
 
 
 @pytest.mark.parametrize("name", POPULATIONS)
 def test_giving_back_the_scale_that_failed_would_break_it(name):
     """As a public copy of CALM does."""
-    assert calibrations(name, lambda tests: tests[-1].scale) > 24
+    assert (calibrations(name, lambda tests: tests[-1].scale) > TOLERANCE).sum() > 24
 
 
 def test_trusting_the_mean_loss_would_break_it():
