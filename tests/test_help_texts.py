@@ -7,7 +7,7 @@ import docstring_parser  # what tyro reads docstrings with
 import pytest
 
 from layerskip_moe.bench.networks import Network
-from layerskip_moe.cli import bench, evaluate, generate, options, report, train
+from layerskip_moe.cli import bench, calibrate, evaluate, generate, options, report, train
 from layerskip_moe.cli.flags import fields_of, parse
 from layerskip_moe.cli.strategies import StrategyName, strategy_flags
 from layerskip_moe.generation import Autoregressive, EarlyExit, LayerSkipping, SelfSpeculative, Speculative
@@ -17,6 +17,7 @@ from layerskip_moe.study import StudyConfig
 from layerskip_moe.training import TrainConfig
 
 COMMANDS = [options.Text, train.Options, generate.Options, evaluate.Options, report.Options, bench.Options]
+COMMANDS += [calibrate.Options]
 CONFIGS = [ModelConfig, TrainConfig, Sampling, StudyConfig, Network, *bench.SETTINGS.values(), *COMMANDS]
 STRATEGIES = [Autoregressive, EarlyExit, LayerSkipping, SelfSpeculative, Speculative]
 FLAGS = {name: strategy_flags(name) for name in typing.get_args(StrategyName)}

@@ -1,9 +1,10 @@
 """What a trained model does, and the report that tells it.
 
 `exits.py`, `early_exit.py`, `expert_use.py`, `expert_choice.py` and `continuations.py` measure, `figures/` shows,
-`report.py` tells. Start reading at `exits.py`.
+`report.py` tells; `calibrate.py` bounds what early exit may lose. Start reading at `exits.py`.
 """
 
+from layerskip_moe.analysis.calibrate import Calibration, calibrate_early_exit
 from layerskip_moe.analysis.continuations import ContinuationScore, score_continuations
 from layerskip_moe.analysis.early_exit import EarlyExitEvaluation, evaluate_early_exit
 from layerskip_moe.analysis.exits import ExitEvaluation, evaluate_exits
@@ -14,11 +15,13 @@ from layerskip_moe.analysis.repetition import distinct_ngrams
 from layerskip_moe.analysis.report import write_report
 
 __all__ = [
+    "Calibration",
     "ContinuationScore",
     "EarlyExitEvaluation",
     "ExitEvaluation",
     "ExpertChoice",
     "ExpertUse",
+    "calibrate_early_exit",
     "distinct_ngrams",
     "evaluate_early_exit",
     "evaluate_exits",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from layerskip_moe.analysis.held_out import chunks, held_out_batches, judge, run_layers
 from layerskip_moe.generation.confidence import Confidence, check_confidence, confidence_of, first_exit
+from layerskip_moe.generation.exit_classifier import ExitClassifier
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.modes import evaluating
 
@@ -98,6 +99,8 @@ def evaluate_early_exit(
     if not 1 <= min_layer <= n_layers:
         raise ValueError(f"min_layer={min_layer} must be between 1 and n_layers={n_layers}.")
     check_confidence(confidence)
+    if isinstance(confidence, ExitClassifier):
+        confidence.check(model.config)
     first = min(first_exit(confidence, min_layer), n_layers)
     loss = torch.zeros(len(thresholds), dtype=torch.float64)
     agreed = torch.zeros(len(thresholds), dtype=torch.int64)
@@ -118,7 +121,7 @@ def evaluate_early_exit(
             states = [model.embed(inputs), *(collected[layer] for layer in range(n_layers))]
             asked = [state.flatten(0, 1) for state in states[first - 1 :]]
             for *hidden, answers in chunks(model, *asked, labels.flatten()):
-                opinions = _ask_layers(model, hidden, answers, confidence)
+                opinions = _ask_layers(model, hidden, answers, confidence, first)
                 confidences.append(opinions.confidence.float().cpu())
                 for index, threshold in enumerate(thresholds):
                     taken = _exits_taken(opinions.confidence, threshold)
@@ -147,13 +150,16 @@ def evaluate_early_exit(
     )
 
 
-def _ask_layers(model: MoEDecoder, hidden: list[Tensor], labels: Tensor, confidence: Confidence) -> _Opinions:
+def _ask_layers(
+    model: MoEDecoder, hidden: list[Tensor], labels: Tensor, confidence: Confidence, first: int
+) -> _Opinions:
     """hidden: C + 1 states [N, D], from before the first allowed exit to after layer L; labels [N]."""
     sure, opinions = [], []
     for place in range(1, len(hidden)):
         logits = model.unembed(hidden[place])
         if place < len(hidden) - 1:
-            sure.append(confidence_of(confidence, hidden[place], hidden[place - 1], logits))
+            layer = first - 1 + place
+            sure.append(confidence_of(confidence, hidden[place], hidden[place - 1], logits, layer=layer))
         opinions.append(judge(logits, labels))
     loss, choice = (torch.stack(part) for part in zip(*opinions, strict=True))
     return _Opinions(torch.stack(sure) if sure else loss[:0], loss, choice)

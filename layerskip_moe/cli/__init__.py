@@ -1,4 +1,5 @@
-"""The shell command: `layerskip-moe train | generate | evaluate | report | export | bench`. Start at `dispatch.py`.
+"""The shell command: `layerskip-moe train | generate | evaluate | report | export | calibrate | bench`.
+Start at `dispatch.py`.
 
 Every command is one file: its options, as dataclasses, and what is done with them. `flags.py` turns options into
 flags. No room imports this one.

@@ -1,11 +1,12 @@
 """layerskip-moe: Mixture-of-Experts decoders trained with the LayerSkip recipe, decoded faster with the same answers.
 
-    layerskip-moe train     text to a trained model
-    layerskip-moe generate  continue a prompt, under any decoding strategy
-    layerskip-moe evaluate  perplexity and agreement with the last layer, at every exit
-    layerskip-moe report    measure a trained model whole, and write it down with pictures
-    layerskip-moe export    write a checkpoint for transformers (vLLM, SGLang) or for llama.cpp
-    layerskip-moe bench     decoding, prompts, training and memory, timed beside transformers and llama.cpp
+    layerskip-moe train      text to a trained model
+    layerskip-moe generate   continue a prompt, under any decoding strategy
+    layerskip-moe evaluate   perplexity and agreement with the last layer, at every exit
+    layerskip-moe report     measure a trained model whole, and write it down with pictures
+    layerskip-moe export     write a checkpoint for transformers (vLLM, SGLang) or for llama.cpp
+    layerskip-moe calibrate  early exit whose loss is bounded, with a guarantee
+    layerskip-moe bench      decoding, prompts, training and memory, timed beside transformers and llama.cpp
 
 `layerskip-moe COMMAND --help` lists a command's options. A mistake is one sentence and exit code 1.
 """
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 
 from layerskip_moe.constants import user_error
 
-COMMANDS = ("train", "generate", "evaluate", "report", "export", "bench")
+COMMANDS = ("train", "generate", "evaluate", "report", "export", "calibrate", "bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

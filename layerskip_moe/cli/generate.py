@@ -21,6 +21,7 @@ from layerskip_moe.cli.options import Precision, json_line, load_network
 from layerskip_moe.cli.strategies import StrategyName, make_strategy, strategy_flags
 from layerskip_moe.cli.streaming import RoundByRound
 from layerskip_moe.generation import Generation, GenerationStats, Sampling, generate
+from layerskip_moe.generation.exit_classifier import ExitClassifier
 from layerskip_moe.generation.text import TextStream
 from layerskip_moe.pretrained import load_tokenizer, stop_tokens
 
@@ -85,6 +86,8 @@ def run(arguments: list[str]) -> None:
     if options.json:
         out = generate(model, [prompt], strategy, **settings)
         described = {"name": name} | {field: getattr(strategy, field, value) for field, value in vars(flags).items()}
+        if isinstance(described.get("confidence"), ExitClassifier):  # a calibration's; its probes are no JSON
+            described["confidence"] = "classifier"
         print(json_line(_told(prompt, out, described)))
         return
     rounds = RoundByRound(strategy, show)

@@ -4,7 +4,8 @@
 N states, D width, V vocabulary. `hidden` is the state after some layer, `previous` the state one layer before,
 `logits` the head's opinion of `hidden`, before temperature and repetition penalty. A confidence is at most 1, where
 1 is sure.
-Knows nothing of thresholds. Next: `early_exit.py`, which compares; `analysis/early_exit.py`, which measures.
+Knows nothing of thresholds. Next: `early_exit.py`, which compares; `exit_classifier.py`, a measure that is trained;
+`analysis/early_exit.py`, which measures.
 """
 
 from collections.abc import Callable
@@ -13,8 +14,10 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-# A name, or a function of (hidden [N, D], previous [N, D], logits [N, V]) to confidences [N].
-Confidence = Literal["softmax_diff", "state"] | Callable[[Tensor, Tensor, Tensor], Tensor]
+from layerskip_moe.generation.exit_classifier import ExitClassifier
+
+# A name, trained probes, or a function of (hidden [N, D], previous [N, D], logits [N, V]) to confidences [N].
+Confidence = Literal["softmax_diff", "state"] | ExitClassifier | Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def softmax_diff(logits: Tensor) -> Tensor:
@@ -29,12 +32,19 @@ def state_similarity(previous: Tensor, hidden: Tensor) -> Tensor:
     return F.cosine_similarity(previous.float(), hidden.float(), dim=-1)
 
 
-def confidence_of(kind: Confidence, hidden: Tensor, previous: Tensor, logits: Tensor | None) -> Tensor:
-    """Confidences [N] of states hidden [N, D]. "state" needs no logits. Raises ValueError for a function that returns
-    another shape."""
+def asks_head(kind: Confidence) -> bool:
+    """Whether a confidence is made from logits."""
+    return kind != "state" and not isinstance(kind, ExitClassifier)
+
+
+def confidence_of(kind: Confidence, hidden: Tensor, previous: Tensor, logits: Tensor | None, *, layer: int) -> Tensor:
+    """Confidences [N] of states hidden [N, D] after the first `layer` layers; logits may be None unless `asks_head`.
+    Raises ValueError for a function that returns another shape."""
     if kind == "state":
         return state_similarity(previous, hidden)
-    assert logits is not None, "only the cosine does without the head"
+    if isinstance(kind, ExitClassifier):
+        return kind.confidence(hidden, layer)
+    assert logits is not None, "only the cosine and the probes do without the head"
     if kind == "softmax_diff":
         return softmax_diff(logits)
     assert callable(kind), "check_confidence refuses other names"
@@ -49,10 +59,10 @@ def confidence_of(kind: Confidence, hidden: Tensor, previous: Tensor, logits: Te
 
 def check_confidence(kind: Confidence) -> None:
     """Raise ValueError for a name that is not known."""
-    if not callable(kind) and kind not in ("softmax_diff", "state"):
+    if not callable(kind) and not isinstance(kind, ExitClassifier) and kind not in ("softmax_diff", "state"):
         raise ValueError(
             f"confidence={kind!r} is unknown; it is 'softmax_diff', 'state', or a function of "
-            "(hidden, previous, logits)."
+            "(hidden, previous, logits), or what load_classifier(path) gives."
         )
 
 

@@ -8,6 +8,7 @@ Knows nothing of how confidence is measured. Next: `confidence.py`; `calibration
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -16,13 +17,12 @@ import torch
 from torch import Tensor
 
 from layerskip_moe.generation.calibration import read_calibration
-from layerskip_moe.generation.confidence import Confidence, check_confidence, confidence_of, first_exit
+from layerskip_moe.generation.confidence import Confidence, asks_head, check_confidence, confidence_of, first_exit
+from layerskip_moe.generation.exit_classifier import ExitClassifier
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import KVCache, ModelConfig
 
 CacheRule = Literal["propagate", "exact"]
-
-_DECAY_TEMPERATURE = 4.0  # tau in CALM's section 3.5
 
 
 @dataclass(frozen=True)
@@ -35,32 +35,44 @@ class EarlyExit:
 
     Attributes:
         threshold: an exit is taken at this confidence or above, 0 to 1; 1 never exits, 0 exits at the first allowed
-            layer, whatever the confidence. A path: of a calibration's JSON, which then says all
-            settings below too, and wins over one that is left at its default here.
+            layer, whatever the confidence. Several: one for each of exit layers 1..L-1. A path: of a calibration's
+            JSON (`layerskip-moe calibrate`), which then says all settings below too, and wins over one that is left
+            at its default here.
         confidence: "softmax_diff", the two largest probabilities' difference; "state", the cosine between the
-            states before and after a layer, from layer 2 on; or a function of (hidden [N, D], previous [N, D],
-            logits [N, V]) to [N] (see `confidence.py`)
+            states before and after a layer, from layer 2 on; an `ExitClassifier`; or a function of (hidden [N, D],
+            previous [N, D], logits [N, V]) to [N] (see `confidence.py`)
         min_layer: the first exit layer that may be taken, 1..L
-        decay: lower the threshold along the text, as CALM does: clip(0.9 threshold + 0.1 exp(-4 t / N), 0, 1) for
-            the t-th of N new tokens (t from 0), because early mistakes cost more
+        decay: lower the threshold along the text, as CALM does: clip(0.9 threshold + 0.1 exp(-tau t / N), 0, 1) for
+            the t-th of N new tokens (t from 0), because early mistakes cost more; thresholds of 0 and 1 stay. This is
+            the paper's form: the code released with it multiplies the second term by the threshold, too.
         cache: the keys and values of layers a token never reached. "propagate": the exit state passed through their
             projections (CALM's, cheap, approximate). "exact": its run is taken up again from the exit state when
             a later token goes deeper, so that a token sees what the full model would have stored.
+        tau: how fast the threshold decays where it does, 0 or more; the paper's is 4
     """
 
-    threshold: float | str | Path
+    threshold: float | Sequence[float] | str | Path
     confidence: Confidence = "softmax_diff"
     min_layer: int = 1
     decay: bool = False
     cache: CacheRule = "propagate"
+    tau: float = 4.0
 
     def __post_init__(self) -> None:
         if isinstance(self.threshold, str | Path):
             self._take(read_calibration(self.threshold), Path(self.threshold))
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float):
-            raise ValueError(f"threshold={self.threshold!r} must be a number between 0 and 1, or a calibration file.")
-        if not 0 <= self.threshold <= 1:  # NaN is not either
-            raise ValueError(f"threshold={self.threshold} must be between 0 (first exit) and 1 (never exit).")
+        if isinstance(self.threshold, list | tuple):
+            object.__setattr__(self, "threshold", tuple(self.threshold))
+        for level in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
+            if isinstance(level, bool) or not isinstance(level, int | float):
+                raise ValueError(
+                    f"threshold={level!r} must be a number between 0 and 1, or a calibration file; or a list of "
+                    "numbers, one for each exit layer."
+                )
+            if not 0 <= level <= 1:  # NaN is not either
+                raise ValueError(f"threshold={level} must be between 0 (first exit) and 1 (never exit).")
+        if isinstance(self.tau, bool) or not isinstance(self.tau, int | float) or not 0 <= self.tau < math.inf:
+            raise ValueError(f"tau={self.tau!r} must be a number of 0 or more; 4 is usual.")
         check_confidence(self.confidence)
         if isinstance(self.min_layer, bool) or not isinstance(self.min_layer, int):
             raise ValueError(f"min_layer={self.min_layer!r} must be a whole number: it counts layers.")
@@ -78,9 +90,17 @@ class EarlyExit:
             object.__setattr__(self, name, value)
 
     def check(self, config: ModelConfig) -> None:
-        """Raise ValueError where the model has no layer min_layer."""
+        """Raise ValueError where the model has no layer min_layer, or other layers than the thresholds or the probes
+        are of."""
         if not 1 <= self.min_layer <= config.n_layers:
             raise ValueError(f"min_layer={self.min_layer} must be between 1 and n_layers={config.n_layers}.")
+        if isinstance(self.threshold, tuple) and len(self.threshold) != config.n_layers - 1:
+            raise ValueError(
+                f"threshold has {len(self.threshold)} numbers, but the model has {config.n_layers - 1} exit layers "
+                "before its last; give one number for each, or a single one."
+            )
+        if isinstance(self.confidence, ExitClassifier):
+            self.confidence.check(config)
 
     def start(self, session: Session) -> None:
         """Run the prompts through all layers."""
@@ -92,19 +112,21 @@ class EarlyExit:
         model, depths = session.model, session.state
         assert isinstance(depths, _Depths)
         n_layers = model.config.n_layers
-        threshold = self._threshold(session)
+        thresholds = self._by_layer(n_layers)
         going = list(range(len(session.newest)))  # the rows that have not left, R of them
         hidden, exit_layers = model.embed(session.newest), [n_layers] * len(going)
         logits = hidden.new_empty(len(going), 1, model.config.vocab_size)
-        done, end = 0, n_layers if threshold == 1 else min(first_exit(self.confidence, self.min_layer), n_layers)
+        done, end = 0, self._first_exit(thresholds)
         while going:
             hidden, previous = depths.run(session, hidden, going, range(done, end), self.cache)
-            last = end == n_layers or threshold == 0  # nobody is asked
-            told = None if self.confidence == "state" and not last else model.unembed(hidden)
-            leaves = [True] * len(going)
-            if not last:
+            threshold, told = thresholds[end - 1], None
+            if threshold in (0, 1):  # nobody is asked
+                leaves = [threshold == 0] * len(going)
+            else:
+                told = model.unembed(hidden) if asks_head(self.confidence) else None
                 asked = None if told is None else told[:, 0]
-                leaves = (confidence_of(self.confidence, hidden[:, 0], previous[:, 0], asked) >= threshold).tolist()
+                sure = confidence_of(self.confidence, hidden[:, 0], previous[:, 0], asked, layer=end)
+                leaves = (sure >= self._decayed(threshold, session)).tolist()
             if any(leaves):
                 left = [index for index, leave in enumerate(leaves) if leave]
                 stay = [index for index, leave in enumerate(leaves) if not leave]
@@ -118,13 +140,23 @@ class EarlyExit:
         depths.newest = [position + 1 for position in depths.newest]
         session.append(session.choose(session.scores(logits), session.noise(1)), layers_run=exit_layers)
 
-    def _threshold(self, session: Session) -> float:
+    def _by_layer(self, n_layers: int) -> tuple[float, ...]:
+        """The thresholds of exit layers 1..L before they decay; at layer L, 0: everybody leaves."""
+        assert isinstance(self.threshold, int | float | tuple), "a path was read at construction"
+        levels = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * (n_layers - 1)
+        return (*levels, 0)
+
+    def _first_exit(self, thresholds: tuple[float, ...]) -> int:
+        """The first exit layer, up to L, that may be taken and ever is."""
+        first = min(first_exit(self.confidence, self.min_layer), len(thresholds))
+        return next(layer for layer in range(first, len(thresholds) + 1) if thresholds[layer - 1] < 1)
+
+    def _decayed(self, threshold: float, session: Session) -> float:
         """This round's threshold. Every active row has got equally many tokens, t of N."""
-        assert isinstance(self.threshold, int | float), "a path was read at construction"
-        if not self.decay or self.threshold in (0, 1):
-            return self.threshold
+        if not self.decay:
+            return threshold
         t = session.max_new_tokens - session.remaining[0]
-        decayed = 0.9 * self.threshold + 0.1 * math.exp(-_DECAY_TEMPERATURE * t / session.max_new_tokens)
+        decayed = 0.9 * threshold + 0.1 * math.exp(-self.tau * t / session.max_new_tokens)
         return min(max(decayed, 0.0), 1.0)
 
 

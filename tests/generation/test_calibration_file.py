@@ -6,8 +6,9 @@ import pytest
 
 from layerskip_moe.generation import EarlyExit, generate
 
-SETTINGS = {"threshold": 0.75, "confidence": "state", "min_layer": 2, "decay": True, "cache": "exact"}
-CALIBRATED = EarlyExit(0.75, confidence="state", min_layer=2, decay=True, cache="exact")
+OWN = {"threshold": 0.75, "confidence": "state", "min_layer": 2, "decay": True, "cache": "exact", "tau": 3.0}
+SETTINGS = {**OWN, "classifier": None}
+CALIBRATED = EarlyExit(**OWN)
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_decoding_is_that_of_the_same_settings(trained_model, file):
 
 def test_settings_that_agree_may_be_said_again(file):
     path = file({"early_exit": SETTINGS})
-    assert EarlyExit(path, confidence="state", min_layer=2, decay=True, cache="exact") == CALIBRATED
+    assert EarlyExit(path, confidence="state", min_layer=2, decay=True, cache="exact", tau=3) == CALIBRATED
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,12 @@ def test_other_settings_than_the_file_s_are_refused(file, own, name):
 
 @pytest.mark.parametrize(
     ("name", "other", "own"),
-    [("confidence", "softmax_diff", "state"), ("decay", False, True), ("cache", "propagate", "exact")],
+    [
+        ("confidence", "softmax_diff", "state"),
+        ("decay", False, True),
+        ("cache", "propagate", "exact"),
+        ("tau", 4.0, 5.0),
+    ],
 )
 def test_each_setting_is_guarded(file, name, other, own):
     with pytest.raises(ValueError, match=rf"{name}={other!r}, not {own!r}; leave {name} out\."):
@@ -83,7 +89,7 @@ def without(name):
         ({}, "is no calibration"),
         (SETTINGS, "is no calibration"),
         ({"early_exit": 0.5}, "is no calibration"),
-        ({"early_exit": {}}, "must state threshold, confidence, min_layer, decay, cache"),
+        ({"early_exit": {}}, "must state threshold, confidence, min_layer, decay, cache, tau"),
         *(({"early_exit": without(name)}, "is no calibration") for name in SETTINGS),
         ({"early_exit": {**SETTINGS, "temperature": 1.0}}, "is no calibration"),
         ({"early_exit": {**SETTINGS, "threshold": "0.5"}}, "threshold='0.5', which is not of the right kind"),

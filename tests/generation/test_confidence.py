@@ -46,14 +46,14 @@ def test_measures_are_taken_in_float32(dtype):
 
 def test_confidence_of_each_kind():
     hidden, previous, logits = states(4, 16), states(4, 16, seed=1), states(4, 9, seed=2)
-    assert torch.equal(confidence_of("softmax_diff", hidden, previous, logits), softmax_diff(logits))
-    assert torch.equal(confidence_of("state", hidden, previous, logits), state_similarity(previous, hidden))
+    assert torch.equal(confidence_of("softmax_diff", hidden, previous, logits, layer=1), softmax_diff(logits))
+    assert torch.equal(confidence_of("state", hidden, previous, logits, layer=1), state_similarity(previous, hidden))
 
     def own(*given):
         assert all(a is b for a, b in zip(given, (hidden, previous, logits), strict=True))
         return given[0][:, 0]
 
-    assert torch.equal(confidence_of(own, hidden, previous, logits), hidden[:, 0])
+    assert torch.equal(confidence_of(own, hidden, previous, logits, layer=1), hidden[:, 0])
 
 
 def test_first_exits():

@@ -40,13 +40,13 @@ def confidence(kind, hidden, previous, logits):
 
 def leaves(strategy, layer, hidden, previous, logits, t, count):
     """Whether the t-th of `count` new tokens is taken after `layer` layers; states [D], logits [V]."""
-    threshold = strategy.threshold
+    threshold = strategy.threshold[layer - 1] if isinstance(strategy.threshold, tuple) else strategy.threshold
     if threshold >= 1 or layer < strategy.min_layer or (layer == 1 and strategy.confidence == "state"):
         return False
     if threshold <= 0:
         return True
     if strategy.decay:
-        threshold = min(max(0.9 * threshold + 0.1 * math.exp(-4 * t / count), 0), 1)
+        threshold = min(max(0.9 * threshold + 0.1 * math.exp(-strategy.tau * t / count), 0), 1)
     return confidence(strategy.confidence, hidden, previous, logits) >= threshold
 
 
@@ -116,6 +116,7 @@ def check(model, prompts, strategy, sampling, count, stop_tokens=()):
     return out
 
 
+levels = st.floats(0, 1) | st.sampled_from([0.0, 1.0])
 samplings = st.just(Sampling()) | st.builds(
     Sampling, st.floats(0.3, 1.5), st.none(), st.none() | st.just(0.8), st.integers(0, 9)
 )
@@ -126,25 +127,33 @@ samplings = st.just(Sampling()) | st.builds(
     name=st.sampled_from(sorted(MODELS)),
     prompts=st.lists(st.lists(st.integers(0, 28), min_size=1, max_size=7), min_size=1, max_size=4),
     count=st.integers(1, 12),
-    threshold=st.floats(0, 1) | st.sampled_from([0.0, 1.0]),
+    threshold=levels | st.lists(levels, min_size=LAYERS - 1, max_size=LAYERS - 1),
     kind=st.sampled_from(["softmax_diff", "state", logits_gap]),
     min_layer=st.integers(1, LAYERS),
     decay=st.booleans(),
+    tau=st.sampled_from([0.0, 1.5, 4.0]),
     sampling=samplings,
     stop_tokens=st.sets(st.integers(0, 28), max_size=5),
 )
 @settings(max_examples=15, deadline=None, derandomize=True)
-def test_any_batch(exact_model, cache, name, prompts, count, threshold, kind, min_layer, decay, sampling, stop_tokens):
-    if kind == "state" and 0 < threshold < 1:
+def test_any_batch(
+    exact_model, cache, name, prompts, count, threshold, kind, min_layer, decay, tau, sampling, stop_tokens
+):
+    if kind == "state" and not isinstance(threshold, list) and 0 < threshold < 1:
         threshold = 1 - threshold / 4  # neighbouring states are seldom further apart
-    strategy = EarlyExit(threshold, kind, min_layer, decay, cache)
+    strategy = EarlyExit(threshold, kind, min_layer, decay, cache, tau)
     check(exact_model(n_layers=LAYERS, **MODELS[name]), prompts, strategy, sampling, count, stop_tokens)
 
 
 @pytest.mark.parametrize(
     "strategy",
-    [EarlyExit(0.8), EarlyExit(0.95, "state", decay=True), EarlyExit(0.9, logits_gap, min_layer=2)],
-    ids=["softmax_diff", "state, decaying", "a function"],
+    [
+        EarlyExit(0.8),
+        EarlyExit(0.95, "state", decay=True),
+        EarlyExit(0.9, logits_gap, min_layer=2),
+        EarlyExit([0.9, 1.0, 0.7, 0.5], decay=True, tau=1.0),
+    ],
+    ids=["softmax_diff", "state, decaying", "a function", "by layer, one never"],
 )
 @pytest.mark.parametrize("cache", ["exact", "propagate"])
 @pytest.mark.parametrize("name", MODELS)
@@ -260,6 +269,10 @@ def test_where_exact_text_is_taken_up_again_it_goes_on_as_it_would_have(exact_mo
         (dict(threshold=1.01), "threshold=1.01 must be between 0"),
         (dict(threshold=-0.1), "threshold=-0.1 must be between 0"),
         (dict(confidence="entropy"), r"confidence='entropy' is unknown; it is 'softmax_diff', 'state', or a function"),
+        (dict(threshold=[0.5, 1.5]), "threshold=1.5 must be between 0"),
+        (dict(threshold=[0.5, "a"]), "threshold='a' must be a number between 0 and 1"),
+        (dict(tau=-1.0), "tau=-1.0 must be a number of 0 or more"),
+        (dict(tau=math.nan), "tau=nan must be a number of 0 or more"),
         (dict(cache="none"), "cache='none' is unknown; it is 'propagate' or 'exact'"),
     ],
     ids=str,
@@ -268,3 +281,9 @@ def test_early_exit_refuses(arguments, message):
     with pytest.raises(ValueError, match=message) as refused:
         EarlyExit(**{"threshold": 0.5, **arguments})
     assert str(refused.value).endswith(".")
+
+
+@pytest.mark.parametrize("given", [[], [0.5] * LAYERS])
+def test_there_is_a_threshold_for_every_exit_before_the_last(exact_model, given):
+    with pytest.raises(ValueError, match=rf"threshold has {len(given)} numbers, but the model has 4 exit layers"):
+        generate(exact_model(n_layers=LAYERS), PROMPTS, EarlyExit(given), max_new_tokens=2)

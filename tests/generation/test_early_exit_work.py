@@ -106,3 +106,18 @@ def test_no_row_pays_for_what_another_makes_up_for(watched, cache):
         copied = sum(len(rows) * len(rows[0]) for n, rows in filled if n == layer)
         assert (positions, copied) == ((deep + shallow, 0) if cache == "exact" else (deep, shallow))
     assert len({tuple(exits) for exits in out.layers_run}) == len(PROMPTS)
+
+
+def test_a_layer_that_is_never_left_is_not_asked(watched):
+    """Layers before the first exit run together, and the head is asked after layers 3 and 5 alone."""
+    model, _, _ = watched
+    asked = []
+    model.norm.register_forward_hook(lambda _, inputs, output: asked.append(len(output)))
+    try:
+        generate(model, [PROMPTS[0]], EarlyExit([1.0, 1.0, 0.999999, 1.0]), max_new_tokens=6)
+        assert 6 < len(asked) <= 12
+        asked.clear()
+        generate(model, [PROMPTS[0]], EarlyExit([1.0] * 4), max_new_tokens=6)
+        assert len(asked) == 6
+    finally:
+        model.norm._forward_hooks.clear()

@@ -1,0 +1,216 @@
+"""Calibrating early exit so that its loss is bounded: the shape of per-layer thresholds is chosen on one set of
+sequences, and one number that scales them is certified on another (CALM, arXiv 2207.07061, section 4).
+
+L layers, n sequences. Next: `consistency.py`, the losses; `exit_shape.py`; `learn_then_test.py`, the statistics.
+"""
+
+import random
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from layerskip_moe.analysis.consistency import Consistency, Measured, Sequences, full_model, measure
+from layerskip_moe.analysis.exit_shape import choose_shape, thresholds_at
+from layerskip_moe.analysis.exit_states import exit_opinions
+from layerskip_moe.analysis.learn_then_test import Trial, certified, p_value, sequences_needed, walk
+from layerskip_moe.generation import EarlyExit, check_prompts
+from layerskip_moe.generation.calibration import write_calibration
+from layerskip_moe.generation.confidence import first_exit
+from layerskip_moe.nn import MoEDecoder
+
+SHAPE_SHARE = 4  # one sequence in so many chooses the shape; the others certify
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was certified.
+
+    The promise: with probability at least 1 - risk over the draw of the certifying sequences, the expected loss of a
+    new sequence is at most tolerance. It holds for prompts drawn as those were, from one and the same source and
+    independently; for this model, decoded greedily, for max_new_tokens new tokens, under the strategy's own settings
+    (its cache rule too). It is about the mean over sequences, not about each of them.
+
+    Attributes:
+        strategy: early exit with the certified thresholds, one for each of layers 1..L-1
+        consistency: which loss: "textual", "token" or "risk"; see `consistency.py`
+        tolerance: the expected loss allowed
+        risk: how often the promise may fail
+        scale: the certified number: thresholds are 1 - shape (1 - scale); 1: nothing could be certified but the full
+            model, and no layer is left early
+        shape: by layer 1..L-1, 0 (never left) to 1
+        sequences: n, how many certified it
+        shape_sequences: how many others chose the shape
+        max_new_tokens: how long the texts were, at most
+        mean_loss: at this scale, of the n sequences
+        p_value: of "the expected loss is above the tolerance", at this scale
+        agreement: share of places where early exit's token was the full model's, 0 to 1
+        mean_layers: layers run per token, 1 to L
+        tests: every scale tested, in order
+    """
+
+    strategy: EarlyExit
+    consistency: Consistency
+    tolerance: float
+    risk: float
+    scale: float
+    shape: list[float]
+    sequences: int
+    shape_sequences: int
+    max_new_tokens: int
+    mean_loss: float
+    p_value: float
+    agreement: float
+    mean_layers: float
+    tests: list[Trial]
+
+    def save(self, path: str | Path, **more: Any) -> None:
+        """Write the JSON that `EarlyExit(path)` reads, and trained probes beside it; `more` plain values for people.
+        Raises ValueError where the confidence is a function."""
+        names = ("threshold", "confidence", "min_layer", "decay", "cache", "tau")
+        told = {name: value for name, value in vars(self).items() if name != "strategy"}
+        told["tests"] = [vars(test) for test in self.tests]
+        write_calibration(path, {name: getattr(self.strategy, name) for name in names}, told | more)
+
+
+def prompts_needed(tolerance: float, risk: float) -> int:
+    """How many prompts `calibrate_early_exit` takes at least: enough to certify on, and those for the shape."""
+    n = sequences_needed(tolerance, risk)
+    return n + max(1, n // (SHAPE_SHARE - 1))
+
+
+def calibrate_early_exit(
+    model: MoEDecoder,
+    prompts: Sequence[Sequence[int]],
+    strategy: EarlyExit | None = None,
+    *,
+    references: Sequence[Sequence[int]] | None = None,
+    consistency: Consistency = "textual",
+    tolerance: float = 0.05,
+    risk: float = 0.05,
+    max_new_tokens: int = 64,
+    stop_tokens: Collection[int] = (),
+    steps: int = 12,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> Calibration:
+    """Find thresholds for early exit whose expected loss is at most `tolerance`, except with probability `risk`; the
+    promise in full is `Calibration`'s.
+
+    prompts:     token ids, drawn independently from what is to be decoded later; a quarter of them, drawn by `seed`,
+                 chooses the shape, and the others certify
+    strategy:    confidence, min_layer, decay, tau and cache to calibrate; its threshold is not looked at. None:
+                 EarlyExit's defaults. A function may be its confidence; a trained one is `train_classifier`'s, on
+                 texts that are none of the prompts'
+    references:  for consistency "risk": what truly follows each prompt, 1 token or more; of long ones the first
+                 max_new_tokens count
+    consistency: the loss that is bounded; see `consistency.py`
+    stop_tokens: ids that end a text
+    steps:       scales tried: 1 - (1 / steps)^2, 1 - (2 / steps)^2, ..., 0, in this order, up to the first that fails;
+                 they lie closer near 1, where a long text of its own goes astray
+
+    Every scale is decoded for real, so the bound holds whatever the approximations of the cache are. Raises ValueError,
+    with the number needed, where there are too few prompts to certify anything at all.
+    """
+    strategy = EarlyExit(1.0) if strategy is None else replace(strategy, threshold=1.0)
+    strategy.check(model.config)
+    check_prompts(prompts, model.config, max_new_tokens)
+    asked = [list(prompt) for prompt in prompts]
+    texts = _check(len(asked), references, consistency, tolerance, risk, max_new_tokens, steps)
+    order = random.Random(seed).sample(range(len(prompts)), len(prompts))
+    count = max(1, len(prompts) // SHAPE_SHARE)
+
+    decoding: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_tokens": stop_tokens, "batch_size": batch_size}
+    total = len(prompts) * max_new_tokens + steps * (len(prompts) - count) * max_new_tokens
+    with tqdm(total=total, desc="the full model's texts", unit="token", disable=not progress, leave=False) as bar:
+        decoding["on_token"] = lambda row, token: bar.update()
+
+        def full(chosen: list[int]) -> Sequences:
+            references = None if texts is None else [texts[i] for i in chosen]
+            return full_model(model, [asked[i] for i in chosen], references, consistency, **decoding)
+
+        shape = _shape(model, strategy, full(order[:count]), tolerance, batch_size, progress)
+        certifying = full(order[count:])
+        n, n_layers = len(certifying.prompts), model.config.n_layers
+        measured = {1.0: Measured(torch.zeros(n), 1.0, float(n_layers))}  # the full model itself
+
+        def losses_at(scale: float) -> Tensor:
+            bar.set_description(f"early exit at scale {scale:.3g}")
+            early = replace(strategy, threshold=thresholds_at(shape, scale))
+            measured[scale] = measure(model, early, certifying, consistency, **decoding)
+            return measured[scale].losses
+
+        # Where the shape lets nobody leave, every scale is the full model.
+        scales = [1 - ((step + 1) / steps) ** 2 for step in range(steps)] if any(shape) else []
+        tests = walk(losses_at, scales, tolerance=tolerance, risk=risk)
+    found = certified(tests, risk=risk) or Trial(1.0, 0.0, p_value(measured[1.0].losses, tolerance))
+    return Calibration(
+        strategy=replace(strategy, threshold=thresholds_at(shape, found.scale)),
+        consistency=consistency,
+        tolerance=tolerance,
+        risk=risk,
+        scale=found.scale,
+        shape=shape,
+        sequences=n,
+        shape_sequences=count,
+        max_new_tokens=max_new_tokens,
+        mean_loss=found.mean_loss,
+        p_value=found.p_value,
+        agreement=measured[found.scale].agreement,
+        mean_layers=measured[found.scale].mean_layers,
+        tests=tests,
+    )
+
+
+def _check(
+    n_prompts: int,
+    references: Sequence[Sequence[int]] | None,
+    consistency: str,
+    tolerance: float,
+    risk: float,
+    max_new_tokens: int,
+    steps: int,
+) -> list[list[int]] | None:
+    """The references that are used, cut; ValueError as `calibrate_early_exit` says."""
+    if consistency not in get_args(Consistency):
+        raise ValueError(f"consistency={consistency!r} is unknown; it is 'textual', 'token' or 'risk'.")
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be 1 or more: how many scales are tried.")
+    needed, left = sequences_needed(tolerance, risk), n_prompts - max(1, n_prompts // SHAPE_SHARE)
+    if left < needed:
+        raise ValueError(
+            f"{n_prompts} prompts leave {left} to certify on, but tolerance={tolerance} at risk={risk} takes at "
+            f"least {needed}, even without any loss; give {prompts_needed(tolerance, risk)} or more."
+        )
+    if consistency != "risk":
+        return None
+    texts = [list(reference)[:max_new_tokens] for reference in references or ()]
+    if len(texts) != n_prompts or not all(texts):
+        raise ValueError("consistency='risk' needs one reference for each prompt, of 1 token or more.")
+    return texts
+
+
+def _shape(
+    model: MoEDecoder, strategy: EarlyExit, sequences: Sequences, tolerance: float, batch_size: int, progress: bool
+) -> list[float]:
+    """By layer 1..L-1, from what every exit says along the texts of these sequences."""
+    n_layers = model.config.n_layers
+    first = min(first_exit(strategy.confidence, strategy.min_layer), n_layers)
+    opinions = exit_opinions(
+        model,
+        sequences.prompts,
+        sequences.texts,
+        confidence=strategy.confidence,
+        first=first,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    # Along its own text the full model says what stands there; along a reference, more or less often.
+    right = opinions.labels if sequences.full is not sequences.texts else opinions.choice[-1]
+    wrong = (opinions.choice != right).float()
+    return [0.0] * (first - 1) + choose_shape(opinions.confidence, wrong[:-1] - wrong[-1], tolerance)

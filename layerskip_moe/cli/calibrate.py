@@ -1,0 +1,179 @@
+"""Calibrate early exit: find thresholds whose mean loss is bounded, and write them to a JSON that decodes by them.
+
+    layerskip-moe calibrate --checkpoint runs/main/model --tolerance 0.05 --risk 0.05
+    layerskip-moe calibrate --checkpoint runs/main/model --consistency risk --confidence classifier --prompts story.txt
+    layerskip-moe generate --checkpoint runs/main/model --prompt "def " --strategy early-exit \\
+        --threshold runs/main/early_exit.json
+
+Promised is this: with probability 1 - risk over the draw of the sequences, the mean loss of greedy decoding is at most
+the tolerance, for prompts like these and as many new tokens as here.
+"""
+
+# Next: `analysis/calibrate.py`, which does it and says what exactly is promised.
+
+import random
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import arg
+
+from layerskip_moe.analysis.calibrate import Calibration, calibrate_early_exit, prompts_needed
+from layerskip_moe.analysis.consistency import Consistency
+from layerskip_moe.analysis.train_classifier import train_classifier
+from layerskip_moe.cli.flags import fields_of, parse
+from layerskip_moe.cli.options import Precision, Text, load_network, load_text
+from layerskip_moe.generation import EarlyExit
+from layerskip_moe.pretrained import load_tokenizer, stop_tokens
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_CONFIDENCE = (
+    '"softmax_diff", the two largest probabilities\' difference; "state", the cosine between the states before and '
+    'after a layer, from layer 2 on; "classifier", probes of the states, trained on sequences of their own'
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is promised, of which model, on what.
+
+    Attributes:
+        checkpoint: folder of a model and its tokenizer, such as train's <out-dir>/model, or owner/name on the Hugging
+            Face hub
+        tolerance: the mean loss allowed, above 0 and below 1
+        risk: how often the promise may fail, over the draw of the sequences, above 0 and below 1
+        consistency: the loss of a sequence. textual: the share of places where early exit's text is not the full
+            model's; token: the same, where each token is asked for after the full model's own text; risk: by how much
+            more often than the full model it misses the next token of the true text
+        prompts: a text file that the sequences are cut from; None: the held-out part of the dataset
+        sequences: how many, drawn by the seed; a quarter of them chooses the thresholds' shape, the others certify
+        classifier_sequences: how many more, which train the probes of --confidence classifier
+        prompt_length: tokens of each prompt
+        max_new_tokens: tokens decoded after it
+        steps: scales of the shape to try, from never leaving on down
+        batch_size: sequences decoded together
+        seed: of the draw of the sequences
+        out: the JSON to write, with the probes beside it; None: early_exit.json beside the checkpoint's folder
+        device: cpu, cuda, cuda:1, ...; None: a GPU where there is one
+        dtype: what to compute in; None: as the weights are stored
+    """
+
+    checkpoint: str
+    tolerance: float = 0.05
+    risk: float = 0.05
+    consistency: Consistency = "textual"
+    prompts: str | None = None
+    sequences: int = 400
+    classifier_sequences: int = 100
+    prompt_length: int = 32
+    max_new_tokens: int = 64
+    steps: int = 12
+    batch_size: int = 32
+    seed: int = 0
+    out: str | None = None
+    device: str | None = None
+    dtype: Precision | None = None
+
+
+def run(arguments: list[str]) -> None:
+    """`layerskip-moe calibrate`."""
+    rules = Literal["softmax_diff", "state", "classifier"]
+    confidence = (Annotated[rules, arg(help=_CONFIDENCE)], "softmax_diff")
+    exits = fields_of(EarlyExit, without=("threshold",), confidence=confidence)
+    groups = {"calibration": Options, "text": Text, "exits": exits}
+    options, text, flags = parse("layerskip-moe calibrate", __doc__, groups, arguments)
+    trains = flags.confidence == "classifier"
+    named = "softmax_diff" if trains else flags.confidence
+    strategy = EarlyExit(**{**vars(flags), "threshold": 1.0, "confidence": named})  # refused before anything is loaded
+    needed = prompts_needed(options.tolerance, options.risk)
+    if options.sequences < needed:
+        raise ValueError(
+            f"--sequences {options.sequences} are too few to certify anything: --tolerance {options.tolerance} at "
+            f"--risk {options.risk} takes at least {needed}, a quarter of them for the shape, even without any loss."
+        )
+    tokenizer = load_tokenizer(options.checkpoint)
+    more = options.classifier_sequences if trains else 0
+    drawn = _sequences(options, text, tokenizer, options.sequences + more)
+    model = load_network(options.checkpoint, options.device, options.dtype)
+    if trains:
+        classifier = train_classifier(model, drawn[options.sequences :], batch_size=options.batch_size)
+        strategy = replace(strategy, confidence=classifier)
+    sequences = drawn[: options.sequences]
+    found = calibrate_early_exit(
+        model,
+        [tokens[: options.prompt_length] for tokens in sequences],
+        strategy,
+        references=[tokens[options.prompt_length :] for tokens in sequences],
+        consistency=options.consistency,
+        tolerance=options.tolerance,
+        risk=options.risk,
+        max_new_tokens=options.max_new_tokens,
+        stop_tokens=stop_tokens(options.checkpoint),
+        steps=options.steps,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    out = _out(options)
+    found.save(
+        out,
+        confidence=flags.confidence,
+        checkpoint=options.checkpoint,
+        text=options.prompts or text.dataset,
+        prompt_length=options.prompt_length,
+        command=shlex.join(["layerskip-moe", "calibrate", *arguments]),
+    )
+    print(_told(found, model.config.n_layers))
+    print(out)
+
+
+def _sequences(options: Options, text: Text, tokenizer: "Tokenizer", count: int) -> list[list[int]]:
+    """`count` stretches of held-out text, none overlapping another, each a prompt and what truly follows it."""
+    length = options.prompt_length + options.max_new_tokens
+    needed = (
+        f"--tolerance {options.tolerance} at --risk {options.risk} takes at least "
+        f"{prompts_needed(options.tolerance, options.risk)}"
+    )
+    if options.prompts is None:
+        corpus = load_text(text, tokenizer)
+        try:
+            return corpus.validation_prompts(count, length, seed=options.seed)
+        except ValueError as error:
+            raise ValueError(f"{needed} sequences, and {count} were asked for. {error}") from None
+    try:
+        written = Path(options.prompts).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"--prompts {options.prompts} cannot be read as text in UTF-8 ({error}).") from None
+    ids = tokenizer.encode(written, add_special_tokens=False).ids
+    starts = range(0, len(ids) - length + 1, length)
+    if len(starts) < count:
+        raise ValueError(
+            f"{options.prompts} holds {len(starts)} stretches of {length} tokens, not {count}; give a longer text, or "
+            f"fewer --sequences, of which {needed}, or shorter ones."
+        )
+    return [ids[start : start + length] for start in random.Random(options.seed).sample(starts, count)]
+
+
+def _out(options: Options) -> Path:
+    """Where the JSON goes."""
+    if options.out is not None:
+        return Path(options.out)
+    folder = Path(options.checkpoint).resolve()  # of ".", or of a link, the run is where it really lies
+    return (folder.parent if folder.is_dir() else Path()) / "early_exit.json"
+
+
+def _told(found: Calibration, n_layers: int) -> str:
+    loss = {"textual": "text that differs", "token": "tokens that differ", "risk": "more errors than the full model"}
+    if found.scale == 1:
+        first = "certified: nothing but the full model, so no layer is left early; try a larger --tolerance"
+    else:
+        first = f"certified: lambda {found.scale:.3g}"
+    return (
+        f"{first}\n"
+        f"promise: at most {found.tolerance:.3g} of {loss[found.consistency]} on average, at risk {found.risk:.3g}, "
+        f"over {found.max_new_tokens} new tokens, greedy\n"
+        f"on {found.sequences} sequences: {found.mean_loss:.4f}, p-value {found.p_value:.4f}, agreement with the full "
+        f"model {found.agreement:.1%}, mean exit layer {found.mean_layers:.2f} of {n_layers}"
+    )

@@ -1,0 +1,98 @@
+"""`layerskip-moe calibrate`: from a checkpoint and a text to a file that generate decodes by."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from layerskip_moe.generation import EarlyExit
+
+SMALL = ["--prompt-length", 4, "--max-new-tokens", 4, "--steps", 3]
+TINY = [*SMALL, "--tolerance", 0.5, "--risk", 0.3, "--sequences", 12]
+
+
+@pytest.fixture
+def story(tmp_path):
+    path = tmp_path / "story.txt"
+    path.write_text("The quick brown foxes jump over the lazy dogs, again and again.\n" * 200)
+    return path
+
+
+@pytest.mark.parametrize("confidence", ["softmax_diff", "classifier"])
+@pytest.mark.parametrize("consistency", ["textual", "token", "risk"])
+def test_what_is_written_decodes(shell, checkpoint, story, tmp_path, confidence, consistency):
+    given = ["--checkpoint", checkpoint, "--prompts", story, "--consistency", consistency, "--out", "found/exit.json"]
+    more = ["--confidence", confidence, "--classifier-sequences", 3, "--cache", "exact", "--decay"]
+    code, out, err = shell("calibrate", *given, *TINY, *more)
+    assert code == 0, err
+    told = json.loads((tmp_path / "found" / "exit.json").read_text())
+    found = told["calibration"]
+    assert (found["sequences"], found["shape_sequences"], found["consistency"]) == (9, 3, consistency)
+    assert found["confidence"] == confidence and found["text"] == str(story)
+    assert found["command"].startswith("layerskip-moe calibrate --checkpoint ")
+    assert (told["early_exit"]["cache"], told["early_exit"]["decay"]) == ("exact", True)
+    assert (tmp_path / "found" / "exit.safetensors").exists() == (confidence == "classifier")
+    lines = out.splitlines()
+    assert lines[0].startswith("certified: ") and lines[-1] == "found/exit.json"
+    assert "promise: at most 0.5 of " in out and "at risk 0.3, over 4 new tokens, greedy" in out
+    assert f"on 9 sequences: {found['mean_loss']:.4f}, p-value {found['p_value']:.4f}" in out
+    assert f"mean exit layer {found['mean_layers']:.2f} of 5" in out
+    EarlyExit(tmp_path / "found" / "exit.json")
+
+    asked = ["--checkpoint", checkpoint, "--prompt", "The", "--max-new-tokens", 3, "--json"]
+    code, out, err = shell("generate", *asked, "--strategy", "early-exit", "--threshold", "found/exit.json")
+    assert code == 0, err
+    strategy = json.loads(out)["strategy"]
+    assert (strategy["confidence"], strategy["threshold"]) == (confidence, told["early_exit"]["threshold"])
+
+
+def test_held_out_text_is_the_default_and_the_file_lies_beside_the_checkpoint(shell, checkpoint, text):
+    code, out, err = shell("calibrate", "--checkpoint", checkpoint, "--dataset", text, *TINY)
+    assert code == 0, err
+    path = checkpoint.parent / "early_exit.json"
+    assert out.splitlines()[-1] == str(path)
+    assert json.loads(path.read_text())["calibration"]["text"] == str(text)
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--sequences", 77],
+            "--sequences 77 are too few to certify anything: --tolerance 0.05 at --risk 0.05 takes at",
+        ),
+        (["--sequences", 77], "at least 78, a quarter of them for the shape, even without any loss."),
+        (
+            ["--prompt-length", 900],
+            "stretches of 904 tokens, not 90; give a longer text, or fewer --sequences, of which",
+        ),
+        (["--prompt-length", 900], "--tolerance 0.05 at --risk 0.05 takes at least 78, or shorter ones."),
+        (["--prompts", "None"], "takes at least 78 sequences, and 90 were asked for. The validation split of"),
+        (["--tolerance", 1.5], "tolerance=1.5 must be above 0 and below 1"),
+        (["--min-layer", 9], "min_layer=9 must be between 1 and n_layers=5"),
+        (["--prompts", "none.txt"], "--prompts none.txt cannot be read"),
+        (["--confidence", "entropy"], "--confidence entropy does not fit"),
+        (["--threshold", 0.5], "--threshold is no option"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_sentence_and_writes_nothing(shell, checkpoint, story, arguments, sentence):
+    Path("short.txt").write_text("The quick brown foxes.\n" * 20)
+    given = [
+        "--checkpoint",
+        checkpoint,
+        "--prompts",
+        story,
+        "--dataset",
+        "short.txt",
+        "--sequences",
+        90,
+        "--out",
+        "out.json",
+        *SMALL,
+    ]
+    code, out, err = shell("calibrate", *given, *arguments)
+    assert (code, out) == (1, "")
+    assert sentence in err.splitlines()[-1]
+    assert not story.with_name("out.json").exists()
