@@ -5,6 +5,7 @@
     layerskip-moe evaluate  perplexity and agreement with the last layer, at every exit
     layerskip-moe report    measure a trained model whole, and write it down with pictures
     layerskip-moe export    write a checkpoint for transformers (vLLM, SGLang) or for llama.cpp
+    layerskip-moe ablate    what changes of network and recipe cost and buy, over several seeds
     layerskip-moe bench     decoding, prompts, training and memory, timed beside transformers and llama.cpp
 
 `layerskip-moe COMMAND --help` lists a command's options. A mistake is one sentence and exit code 1.
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 
 from layerskip_moe.constants import user_error
 
-COMMANDS = ("train", "generate", "evaluate", "report", "export", "bench")
+COMMANDS = ("train", "generate", "evaluate", "report", "export", "ablate", "bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
