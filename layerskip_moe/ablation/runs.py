@@ -85,7 +85,7 @@ def ablate(
         "variants": {name: asdict(variant) for name, variant in variants.items()},
     }
     bar = tqdm(runs, desc="ablation", unit="run", disable=not progress)
-    for index, (run, setting) in enumerate(zip(bar, settings, strict=False)):
+    for index, (run, setting) in enumerate(zip(bar, settings, strict=True)):
         if results[index] is None:
             results[index] = _make(run, setting, corpus, measures, torch.device(device), progress)
             if progress:
@@ -154,7 +154,7 @@ def _finished(run: _Run, setting: Mapping[str, Any]) -> dict[str, Any] | None:
         if saved[part] != values:
             raise ValueError(
                 f"{path} is of another {part}{_difference(saved[part], values)}; "
-                "give the same settings again, or another --out-dir."
+                "give the same settings again, or another out_dir."
             )
     return result
 

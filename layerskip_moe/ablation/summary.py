@@ -22,6 +22,7 @@ def measures_of(result: Mapping[str, Any]) -> dict[str, float | None]:
         of the layers, rounded up
     union_<span>: experts that so many adjacent rows need over those of one row, a shared expert among both
     speed_up_<temperature>, acceptance_<temperature>, tokens_per_second_<temperature>: of the fastest pair
+    distinct_4grams_<temperature>: of what it wrote; text that loops is easy to draft
     """
     exits, union, network = result["exits"], result["union"], result["setting"]["network"]
     n_layers = len(exits["perplexity"])
@@ -38,6 +39,7 @@ def measures_of(result: Mapping[str, Any]) -> dict[str, float | None]:
         found[f"speed_up_{at}"] = decoding["speed_up"]
         found[f"acceptance_{at}"] = decoding["acceptance_rate"]
         found[f"tokens_per_second_{at}"] = decoding["tokens_per_second"]
+        found[f"distinct_4grams_{at}"] = decoding["distinct_4grams"]
     return found
 
 

@@ -18,7 +18,13 @@ from layerskip_moe.analysis.report_text.markdown import code, counted, figure, l
 from layerskip_moe.files import plain, replacing
 
 _QUALITY = ("perplexity", "agreement")
-_SPEED = {"speed_up": "speed-up", "acceptance": "drafts accepted", "tokens_per_second": "tokens/s"}
+_SPEED = {
+    "speed_up": "speed-up",
+    "acceptance": "drafts accepted",
+    "tokens_per_second": "tokens/s",
+    "distinct_4grams": "distinct 4-grams",
+}
+_SHARES = ("agreement", "acceptance", "distinct_4grams")
 
 
 def write_ablation(out_dir: Path, about: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> Path:
@@ -129,7 +135,7 @@ def _differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
         f"Paired by seed, at most {counted(most, 'pair')}: mean, and Student's 95% interval in brackets where there "
         "are two or more; bold where that leaves out 0, as one in twenty does by chance. Perplexities in % of the "
-        "base's, agreement and drafts accepted in percentage points.",
+        "base's, shares in percentage points.",
         "",
     ]
     for measures in _measures(rows, "difference"):
@@ -161,7 +167,7 @@ def _title(measure: str) -> str:
 
 
 def _value(measure: str, value: float | None) -> str:
-    if measure.startswith(("agreement", "acceptance")):
+    if measure.startswith(_SHARES):
         return percent(value)
     return number(value, 1 if measure.startswith(("perplexity", "tokens")) else 2)
 
@@ -170,7 +176,7 @@ def _difference(measure: str, of: Mapping[str, Any] | None) -> str:
     """ "+1.2 [0.3, 2.1]", bold where the interval leaves out 0."""
     if of is None:
         return "-"
-    shares = measure.startswith((*_QUALITY, "acceptance"))
+    shares = measure.startswith((*_QUALITY, *_SHARES))
     factor, digits = (100, 1) if shares else (1, 0 if measure.startswith("tokens") else 2)
     unit = "%" if measure.startswith("perplexity") else ""
     told = f"{factor * of['mean']:+.{digits}f}{unit}"

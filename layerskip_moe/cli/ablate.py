@@ -1,6 +1,6 @@
 """Train many variants of one network and recipe, each with several seeds, and tell what each change costs and buys.
 
-    layerskip-moe ablate                                        # all of it: two hours on two cores
+    layerskip-moe ablate                                        # all of it, sized for two hours on two cores
     layerskip-moe ablate --variants paper drafting+coherence-0.1 --seeds 0 1
     layerskip-moe ablate --n-layers 4 --d-model 96 --max-steps 100 --out-dir runs/small
 

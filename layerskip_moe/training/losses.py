@@ -110,11 +110,16 @@ def _router_coherence(routing: Mapping[int, Routing], labels: Tensor, keep: Tens
     all of them."""
     counted = labels != IGNORED
     losses = [
-        router_coherence_loss(routed.logits, counted if keep is None else counted[keep[layer].to(counted.device)])
+        router_coherence_loss(routed.logits, counted if keep is None else counted[_places(keep[layer], counted.device)])
         for layer, routed in routing.items()
         if len(routed.chosen)
     ]
     return sum(losses, zero) / max(len(losses), 1)
+
+
+def _places(mask: Tensor, device: torch.device) -> Tensor:
+    """Where a mask on the CPU is True, on the device; a GPU need not tell the CPU how many there are."""
+    return mask.nonzero()[:, 0].to(device)
 
 
 def _draw_dropout(

@@ -42,7 +42,7 @@ def result():
 
     def build(variant, seed, *, perplexity=20.0, speed_up=1.2, union=(1.5, 2.0), network=None, **fields):
         sizes = {"top_k": 2, "d_ff": 16, "shared_expert_d_ff": 0} | (network or {})
-        decoding = {"acceptance_rate": 0.75, "tokens_per_second": 100.0, "exit_layer": 1, "draft_length": 2}
+        decoding = {"acceptance_rate": 0.75, "tokens_per_second": 100.0, "distinct_4grams": 0.25}
         whole = {
             "variant": variant, "seed": seed, "parameters": 2_340_000, "active_parameters": 1_230_000, "failed": None,
             "steps": 4, "tokens": 256, "training_seconds": 60.0, "measuring_seconds": 15.0,

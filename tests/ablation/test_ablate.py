@@ -147,7 +147,7 @@ def test_results_of_other_settings_are_not_mixed(
             corpus, parts["network"], parts["recipe"], only, tmp_path, seeds=(0,), measures=parts["measures"],
             progress=False,
         )  # fmt: skip
-    assert str(error.value).endswith("or another --out-dir.")
+    assert str(error.value).endswith("or another out_dir.")
 
 
 def test_a_damaged_result_is_not_taken(corpus, network, recipe, tmp_path, measured, no_training):

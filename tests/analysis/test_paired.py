@@ -1,7 +1,7 @@
 """Paired differences: by hand, and against scipy."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -22,6 +22,7 @@ def test_one_pair_has_no_interval():
     assert (found.mean, found.low, found.high, found.pairs) == (-1.0, None, None, 1)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(-50, 50), st.integers(-50, 50)), min_size=2, max_size=31))
 def test_the_interval_is_students(pairs):
     values, baseline = zip(*pairs, strict=True)

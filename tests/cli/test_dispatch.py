@@ -44,7 +44,7 @@ def test_a_closed_pipe_is_no_error():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "there is no command; give one of train, generate, evaluate, report, export, bench, or --help."),
+        ([], "there is no command; give one of train, generate, evaluate, report, export, ablate, bench, or --help."),
         (["trian"], "'trian' is no command of layerskip-moe; did you mean train?"),
         (["--checkpoint", "x"], "'--checkpoint' is no command of layerskip-moe; give one of"),
     ],

@@ -66,7 +66,7 @@ def ablation_unions(rows: Sequence[Mapping[str, Any]], independent: Mapping[int,
     }
     if not bars:
         raise ValueError("There are no unions to draw: no variant has experts.")
-    figure, (axes,) = new_panels(1, width=9.5, height=1.6 + 0.17 * len(independent) * len(bars))
+    figure, (axes,) = new_panels(1, width=9.5, height=1.9 + 0.17 * len(independent) * len(bars))
     width = 0.8 / len(independent)
     handles = []
     for place, (span, colour) in enumerate(zip(independent, shades(len(independent)), strict=True)):
@@ -78,7 +78,7 @@ def ablation_unions(rows: Sequence[Mapping[str, Any]], independent: Mapping[int,
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
     axes.set(
-        title="Experts that adjacent rows need together (dashed: the base, if each row chose at random)",
+        title="Experts that adjacent rows need together\n(dashed: the base, if each row chose at random)",
         xlabel="experts / those of one row",
         ylabel="variant",
         xlim=(1, None),
