@@ -39,7 +39,7 @@ d_model: int = 512 if gpu else 192
 d_ff: int = 1024 if gpu else 384  # hidden width of one expert
 num_experts: int = 8
 k: int = 2  # experts per token
-moe_layers: Literal["every other", "all"] = "every other"  # the others are dense, k times as wide as one expert
+moe_layers: Literal["every other", "all", "first half", "last half"] = "every other"  # others: dense, k times as wide
 max_seq_len: int | None = None  # None: 1024 or 4 x seq_len, whichever is larger
 
 # Training
@@ -48,11 +48,13 @@ max_steps: int | None = 300 if gpu else 220  # ... unless this is set, which win
 batch_size: int = 32 if gpu else 8
 learning_rate: float = 1e-3 if gpu else 3e-3
 moe_loss_weight: float = 0.01  # of the load-balance loss
+router_coherence_weight: float = 0.0  # of a loss that pulls neighbouring tokens to the same experts
 resume: bool = False  # go on from <out_dir>/checkpoint.pt
 
 # The LayerSkip recipe
 layer_dropout_max: float = 0.1  # how often the last layer is dropped at the end of training
-exit_weights: Literal["equal", "paper"] = "equal"  # how much each exit's loss weighs
+exit_weights: Literal["equal", "paper", "drafting"] = "equal"  # how much each exit's loss weighs
+drafting_exit: int | None = None  # the exit that "drafting" concentrates on; None: a quarter of the layers
 exit_loss_scale: float = 1.0  # e_scale, of the early exits against the last layer
 exit_curriculum: Literal["rotational", "gradual", "all", "none"] = "rotational"  # which exits a step supervises
 exit_rotation: int = 4  # every how many layers one is supervised at a step
@@ -135,8 +137,10 @@ recipe = TrainConfig(
     batch_size=batch_size,
     learning_rate=learning_rate,
     moe_loss_weight=moe_loss_weight,
+    router_coherence_weight=router_coherence_weight,
     layer_dropout_max=layer_dropout_max,
     exit_weights=exit_weights,
+    drafting_exit=drafting_exit,
     exit_loss_scale=exit_loss_scale,
     exit_curriculum=exit_curriculum,
     exit_rotation=exit_rotation,

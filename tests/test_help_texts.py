@@ -6,8 +6,9 @@ import typing
 import docstring_parser  # what tyro reads docstrings with
 import pytest
 
+from layerskip_moe.ablation import MeasureConfig, Variant
 from layerskip_moe.bench.networks import Network
-from layerskip_moe.cli import bench, calibrate, evaluate, generate, options, report, train
+from layerskip_moe.cli import ablate, bench, calibrate, evaluate, generate, options, report, train
 from layerskip_moe.cli.flags import fields_of, parse
 from layerskip_moe.cli.strategies import StrategyName, strategy_flags
 from layerskip_moe.generation import Autoregressive, EarlyExit, LayerSkipping, SelfSpeculative, Speculative
@@ -16,9 +17,17 @@ from layerskip_moe.nn import ModelConfig
 from layerskip_moe.study import StudyConfig
 from layerskip_moe.training import TrainConfig
 
-COMMANDS = [options.Text, train.Options, generate.Options, evaluate.Options, report.Options, bench.Options]
-COMMANDS += [calibrate.Options]
-CONFIGS = [ModelConfig, TrainConfig, Sampling, StudyConfig, Network, *bench.SETTINGS.values(), *COMMANDS]
+COMMANDS = [
+    options.Text,
+    ablate.Options,
+    calibrate.Options,
+    train.Options,
+    generate.Options,
+    evaluate.Options,
+    report.Options,
+    bench.Options,
+]
+CONFIGS = [ModelConfig, TrainConfig, Sampling, StudyConfig, MeasureConfig, Network, *bench.SETTINGS.values(), *COMMANDS]
 STRATEGIES = [Autoregressive, EarlyExit, LayerSkipping, SelfSpeculative, Speculative]
 FLAGS = {name: strategy_flags(name) for name in typing.get_args(StrategyName)}
 
@@ -40,7 +49,7 @@ def help_of(config, capsys, monkeypatch):
     return words(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, *STRATEGIES, FLAGS["speculative"]])
+@pytest.mark.parametrize("config", [*CONFIGS, Variant, *STRATEGIES, FLAGS["speculative"]])
 def test_every_field_has_a_help_text(config):
     texts = texts_of(config)
     assert list(texts) == [field.name for field in dataclasses.fields(config)]

@@ -8,7 +8,7 @@ import pytest
 import layerskip_moe
 
 PACKAGE = Path(layerskip_moe.__file__).parent
-ROOMS = ["nn", "data", "training", "generation", "pretrained", "analysis", "bench"]
+ROOMS = ["nn", "data", "training", "generation", "pretrained", "analysis", "bench", "ablation"]
 MAY_IMPORT = {room: set(ROOMS[: place + 1]) for place, room in enumerate(ROOMS)}
 MAY_IMPORT["generation"] = {"nn", "generation"}
 MAY_IMPORT["pretrained"] = {"nn", "pretrained"}

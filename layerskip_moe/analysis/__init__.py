@@ -1,7 +1,7 @@
 """What a trained model does, and the report that tells it.
 
-`exits.py`, `early_exit.py`, `expert_use.py`, `expert_choice.py` and `continuations.py` measure, `figures/` shows,
-`report.py` tells; `calibrate.py` bounds what early exit may lose. Start reading at `exits.py`.
+`exits.py`, `early_exit.py`, `expert_use.py`, `expert_choice.py`, `expert_union.py` and `continuations.py` measure,
+`figures/` shows, `report.py` tells; `calibrate.py` bounds what early exit may lose. Start reading at `exits.py`.
 """
 
 from layerskip_moe.analysis.calibrate import Calibration, calibrate_early_exit
@@ -9,6 +9,7 @@ from layerskip_moe.analysis.continuations import ContinuationScore, score_contin
 from layerskip_moe.analysis.early_exit import EarlyExitEvaluation, evaluate_early_exit
 from layerskip_moe.analysis.exits import ExitEvaluation, evaluate_exits
 from layerskip_moe.analysis.expert_choice import ExpertChoice, expert_choice
+from layerskip_moe.analysis.expert_union import ExpertUnion, expert_union
 from layerskip_moe.analysis.expert_use import ExpertUse, expert_use
 from layerskip_moe.analysis.metrics_file import read_metrics
 from layerskip_moe.analysis.repetition import distinct_ngrams
@@ -20,12 +21,14 @@ __all__ = [
     "EarlyExitEvaluation",
     "ExitEvaluation",
     "ExpertChoice",
+    "ExpertUnion",
     "ExpertUse",
     "calibrate_early_exit",
     "distinct_ngrams",
     "evaluate_early_exit",
     "evaluate_exits",
     "expert_choice",
+    "expert_union",
     "expert_use",
     "read_metrics",
     "score_continuations",

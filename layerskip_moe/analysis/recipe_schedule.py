@@ -62,7 +62,9 @@ def recipe_schedule(recipe: Mapping[str, Any]) -> RecipeSchedule:
         active_exits(step, steps, n_layers, curriculum=config["exit_curriculum"], rotation=config["exit_rotation"])
         for step in curriculum_steps
     ]
-    weights = [exit_weights(row, kind=config["exit_weights"], scale=config["exit_loss_scale"]) for row in active]
+    shape = {"kind": config["exit_weights"], "scale": config["exit_loss_scale"]}
+    drafting_exit = config.get("drafting_exit")  # which runs of before there was one did not write down
+    weights = [exit_weights(row, **shape, drafting_exit=drafting_exit) for row in active]
     return RecipeSchedule(
         dropout_steps=even,
         rates=[row.tolist() for row in rates],

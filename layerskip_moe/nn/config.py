@@ -81,7 +81,8 @@ class ModelConfig:
         num_experts: E; 0 gives a dense network
         top_k: K, experts chosen per token
         moe_layers: which layers hold experts: "all", "every other" (layers 1, 3, 5, ..., as Qwen3-MoE's
-            decoder_sparse_step=2 has it), or the layers' indices
+            decoder_sparse_step=2 has it), "first half" or "last half" (as many as every other, the first or last
+            ones; kept as their indices), or the layers' indices
         shared_expert_d_ff: hidden width of an expert that every token passes through; 0: none
         shared_expert_gate: scale the shared expert by a sigmoid gate, as Qwen2-MoE does
         normalize_top_k: divide the chosen weights by their sum (Mixtral, Qwen3-MoE yes; OLMoE no)
@@ -116,7 +117,7 @@ class ModelConfig:
     dense_d_ff: int | None = None
     num_experts: int = 8
     top_k: int = 2
-    moe_layers: Literal["all", "every other"] | tuple[int, ...] = "all"
+    moe_layers: Literal["all", "every other", "first half", "last half"] | tuple[int, ...] = "all"
     shared_expert_d_ff: int = 0
     shared_expert_gate: bool = False
     normalize_top_k: bool = True
@@ -158,6 +159,7 @@ class ModelConfig:
         self._fill("d_ff", 2 * self.d_model)
         self._fill("dense_d_ff", self.d_ff)
         self._fill("init_std", self.d_model**-0.5)
+        self._name_half()
         if self.n_heads % self.kv_heads:
             raise ValueError(
                 f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}, "
@@ -189,6 +191,14 @@ class ModelConfig:
         if getattr(self, name) is None:
             object.__setattr__(self, name, value)
 
+    def _name_half(self) -> None:
+        """Name the layers of a half by their indices, as every layout does that has no word for it."""
+        layers, half = range(self.n_layers), self.n_layers // 2
+        if self.moe_layers == "first half":
+            object.__setattr__(self, "moe_layers", tuple(layers[:half]))
+        elif self.moe_layers == "last half":
+            object.__setattr__(self, "moe_layers", tuple(layers[self.n_layers - half :]))
+
     def _check_layers(self, name: str) -> None:
         outside = [i for i in getattr(self, name) if type(i) is not int or not 0 <= i < self.n_layers]
         if outside:
@@ -209,7 +219,8 @@ class ModelConfig:
             self._check_layers("moe_layers")
         elif self.moe_layers not in ("all", "every other"):
             raise ValueError(
-                f"moe_layers={self.moe_layers!r} is unknown; it is 'all', 'every other' or a list of layer indices."
+                f"moe_layers={self.moe_layers!r} is unknown; it is 'all', 'every other', 'first half', 'last half' or "
+                "a list of layer indices."
             )
         if self.num_experts == 0:
             if self.shared_expert_d_ff or self.shared_expert_gate or self.bias_balancing:

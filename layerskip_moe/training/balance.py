@@ -1,4 +1,4 @@
-"""Keeping experts busy: the balance losses, the loss-free bias step, and the metrics of balance.
+"""Keeping experts busy: the losses on routers' logits, the loss-free bias step, and the metrics of balance.
 
 Everything is for one MoE layer; callers average over layers. (Pooling layers first would let the imbalance of
 one cancel that of another.) N counts the tokens the layer saw, which layer dropout can make zero.
@@ -41,6 +41,25 @@ def router_z_loss(logits: Tensor) -> Tensor:
     if logits.shape[0] == 0:
         return logits.sum()
     return logits.logsumexp(dim=-1).square().mean()
+
+
+def router_coherence_loss(logits: Tensor, counted: Tensor) -> Tensor:
+    """How much router probability moves to other experts from one position to the next: a scalar, 0 to 1.
+
+    With p_{b,t} the softmax of sample b's logits at position t, the total variation distance of neighbours,
+        mean over b and t of 1/2 sum_e |p_{b,t,e} - p_{b,t-1,e}|,
+    0 where a sample's probabilities stay what they are. A verification reads the union of its rows' experts, which
+    are neighbours in a text; being a sum of absolute values, it lets a few jumps stand and levels the rest, where
+    squares would shrink all alike.
+    logits [B * T, E]: the router's, sample after sample, of which some columns may be -inf (expert dropout).
+    counted [B, T], bool: False at padding; a pair counts where both positions do. Without pairs, 0.
+    """
+    if counted.numel() == 0:
+        return logits.sum()  # 0, still attached to the graph
+    probability = logits.softmax(dim=-1).view(*counted.shape, -1)
+    moved = 0.5 * (probability[:, 1:] - probability[:, :-1]).abs().sum(dim=-1)
+    pairs = counted[:, 1:] & counted[:, :-1]
+    return moved.masked_fill(~pairs, 0.0).sum() / pairs.sum().clamp(min=1)
 
 
 def bias_update(load: Tensor, active: Tensor | None = None) -> Tensor:

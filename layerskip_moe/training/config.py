@@ -44,7 +44,9 @@ class TrainConfig:
         layer_dropout_part: "block" drops whole layers, "experts" only the MLP or expert sublayer
         expert_dropout: probability that an expert sits out a step
 
-        exit_weights: "paper" or "equal" (see `exit_weights` in exit_loss.py)
+        exit_weights: "paper", "equal" or "drafting" (see `exit_weights` in exit_loss.py)
+        drafting_exit: the exit layer, 1 to L-1, that "drafting" concentrates on; None: a quarter of the layers,
+            rounded up
         exit_loss_scale: e_scale
         exit_curriculum: "rotational", "gradual", "all" or "none" (only the last layer)
         exit_rotation: every how many layers one is supervised, under "rotational"
@@ -52,6 +54,8 @@ class TrainConfig:
 
         moe_loss_weight: of the load-balance loss, mean over layers; set it to 0 for balancing by the bias alone
         router_z_loss_weight: of the router z-loss, mean over layers
+        router_coherence_weight: of the loss that pulls neighbouring positions to the same experts, mean over layers
+            (see `router_coherence_loss` in balance.py); 0: none
         bias_update_rate: step of the choice bias, where ModelConfig.bias_balancing is on
 
         precision: "auto": bfloat16 where the hardware has it, float16 on an older GPU, else float32
@@ -90,6 +94,7 @@ class TrainConfig:
 
     # Early-exit loss
     exit_weights: WeightKind = "equal"
+    drafting_exit: int | None = None
     exit_loss_scale: float = 1.0
     exit_curriculum: Curriculum = "rotational"
     exit_rotation: int = 2
@@ -98,6 +103,7 @@ class TrainConfig:
     # Experts
     moe_loss_weight: float = 0.01
     router_z_loss_weight: float = 0.001
+    router_coherence_weight: float = 0.0
     bias_update_rate: float = 0.001
 
     # Run
@@ -113,9 +119,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch_size", "accumulation", "exit_rotation", "validation_windows", "log_every"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("max_steps", "warmup_steps", "validate_every", "checkpoint_every"):
+        for name in ("max_steps", "drafting_exit", "warmup_steps", "validate_every", "checkpoint_every"):
             if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 1 if name == "max_steps" else 0)
+                _at_least(name, getattr(self, name), 1 if name in ("max_steps", "drafting_exit") else 0)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed={self.seed!r} must be a whole number.")
         if not isinstance(self.keep_best, bool):
@@ -137,6 +143,7 @@ class TrainConfig:
             "exit_loss_scale",
             "moe_loss_weight",
             "router_z_loss_weight",
+            "router_coherence_weight",
             "bias_update_rate",
         ):
             if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < math.inf):

@@ -21,7 +21,7 @@ from layerskip_moe.nn.decoder import MoEDecoder
 IGNORED = -100  # the label of a position without a target, as in torch's cross_entropy
 
 Curriculum = Literal["rotational", "gradual", "all", "none"]
-WeightKind = Literal["paper", "equal"]
+WeightKind = Literal["paper", "equal", "drafting"]
 
 
 class ExitLosses(NamedTuple):
@@ -65,18 +65,24 @@ def active_exits(
     return active
 
 
-def exit_weights(active: Tensor, *, kind: WeightKind = "paper", scale: float = 1.0) -> Tensor:
+def exit_weights(
+    active: Tensor, *, kind: WeightKind = "paper", scale: float = 1.0, drafting_exit: int | None = None
+) -> Tensor:
     """How much each exit's loss weighs, normalised over the active exits: float64 [L], sum 1.
 
     active [L], bool: from `active_exits`; its last entry must be True.
     kind: "paper"  e(l) = scale * l(l+1)/2 for l < L-1, e(L-1) = L-1 + scale * (L-2)(L-1)/2, which leaves the
                    first layer's output unsupervised: e(0) = 0;
-          "equal"  scale for each early exit, 2 for the last layer.
+          "equal"  scale for each early exit, 2 for the last layer;
+          "drafting"  scale for the one exit that is to draft, 2 for the last layer, 0 for the others, which then
+                   cost no logits: e(n-1) = scale with n = drafting_exit.
     scale: 0 or more (e_scale in the paper, which takes 0.1 to 1.0); 0 leaves only the last layer.
+    drafting_exit: n, 1 to L-1, how many layers draft; None: `usual_drafting_exit`. Only "drafting" reads it.
     A network of one layer has weight 1. The ratio of two exits' weights does not depend on which others are
     active; in torchtune's `sum_l_loss_scale` it does, since that accumulates over the active layers, counts
     them from 1, and has no L-1 term. Its `uniform_loss_scale(e_scale=s)` is "equal" with scale = 2s.
-    Raises ValueError for an unknown kind, a negative scale, or a last layer that is not active.
+    Raises ValueError for an unknown kind, a negative scale, a drafting exit that is none, or a last layer that is
+    not active.
     """
     n_layers = len(active)
     if n_layers == 0 or not bool(active[-1]):
@@ -91,10 +97,23 @@ def exit_weights(active: Tensor, *, kind: WeightKind = "paper", scale: float = 1
     elif kind == "equal":
         weights = torch.full_like(layers, scale)
         weights[-1] = 2.0
+    elif kind == "drafting":
+        if drafting_exit is not None and not 1 <= drafting_exit < n_layers:
+            raise ValueError(
+                f"drafting_exit={drafting_exit} must be an early exit, 1 to {n_layers - 1} of {n_layers} layers."
+            )
+        weights = torch.zeros_like(layers)
+        weights[(drafting_exit or usual_drafting_exit(n_layers)) - 1] = scale
+        weights[-1] = 2.0
     else:
         raise ValueError(f"unknown exit weights {kind!r}: choose one of {', '.join(get_args(WeightKind))}")
     weights = weights * active.cpu()
     return weights / weights.sum()
+
+
+def usual_drafting_exit(n_layers: int) -> int:
+    """The exit layer that is to draft where none is named: a quarter of the layers, rounded up."""
+    return -(-n_layers // 4)
 
 
 def exit_loss(

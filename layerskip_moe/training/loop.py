@@ -28,7 +28,7 @@ from layerskip_moe.nn.noise import hash_uniform
 from layerskip_moe.training.balance import bias_update
 from layerskip_moe.training.checkpoint import check_same_run, fingerprint, load_checkpoint, save_checkpoint
 from layerskip_moe.training.config import TrainConfig
-from layerskip_moe.training.losses import Losses, step_losses, training_losses, validation_losses
+from layerskip_moe.training.losses import Losses, step_exit_weights, step_losses, training_losses, validation_losses
 from layerskip_moe.training.metrics import MetricsWriter, train_record, write_recipe
 from layerskip_moe.training.optimizer import autocast_dtype, compiles, make_optimizer, set_learning_rate
 from layerskip_moe.training.step_timer import StepTimer
@@ -167,6 +167,7 @@ class _Run:
     """Model, optimizer and best weights so far: what changes from step to step, and what a checkpoint holds."""
 
     def __init__(self, model: MoEDecoder, config: TrainConfig, max_steps: int, corpus: _Text) -> None:
+        step_exit_weights(config, model.config.n_layers, 0, max_steps)  # exits that it lacks are refused now
         self.model, self.config, self.max_steps = model, config, max_steps
         self.text = fingerprint(corpus.train, corpus.validation)
         self.timer = StepTimer(model.device)

@@ -5,7 +5,7 @@ Knows nothing of optimizers or files. Next: `exit_loss.py`, `layer_dropout.py`, 
 parts, `loop.py` for what is done with the result.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor
 from layerskip_moe.data import windows
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.modes import evaluating
-from layerskip_moe.training.balance import load_balance_loss, router_z_loss
+from layerskip_moe.nn.router import Routing
+from layerskip_moe.training.balance import load_balance_loss, router_coherence_loss, router_z_loss
 from layerskip_moe.training.config import TrainConfig
-from layerskip_moe.training.exit_loss import active_exits, exit_loss, exit_weights
+from layerskip_moe.training.exit_loss import IGNORED, active_exits, exit_loss, exit_weights
 from layerskip_moe.training.expert_dropout import expert_mask
 from layerskip_moe.training.layer_dropout import (
     BLOCK_STREAM,
@@ -37,6 +38,7 @@ class Losses(NamedTuple):
     router_z: Tensor  # mean over MoE layers
     load: dict[int, Tensor]  # MoE layer -> [E] choices per expert
     active_experts: Tensor | None  # [L, E] bool, on the CPU; None without expert dropout
+    router_coherence: Tensor | None = None  # mean over MoE layers; None where it has no weight
 
 
 def training_losses(
@@ -58,10 +60,9 @@ def training_losses(
         of its logits on the way.
     """
     timer = timer or StepTimer(inputs.device)  # one that nobody reads
-    n_layers, curriculum = model.config.n_layers, config.exit_curriculum
+    n_layers = model.config.n_layers
     with timer.part("forward"):
-        active = active_exits(step, max_steps, n_layers, curriculum=curriculum, rotation=config.exit_rotation)
-        weights = exit_weights(active, kind=config.exit_weights, scale=config.exit_loss_scale)
+        weights = step_exit_weights(config, n_layers, step, max_steps)
         keep, keep_experts, experts = _draw_dropout(model, sample_ids, config, step, max_steps)
         out = model.run(
             model.embed(inputs),
@@ -79,15 +80,46 @@ def training_losses(
         routed = [routing for routing in out.routing.values() if len(routing.chosen)]
         balance = sum((load_balance_loss(r.logits, r.chosen) for r in routed), zero) / max(len(routed), 1)
         router_z = sum((router_z_loss(r.logits) for r in routed), zero) / max(len(routed), 1)
+        total = exits.total + config.moe_loss_weight * balance + config.router_z_loss_weight * router_z
+        coherence = None
+        if config.router_coherence_weight > 0:
+            coherence = _router_coherence(out.routing, labels, keep if keep is not None else keep_experts, zero)
+            total = total + config.router_coherence_weight * coherence
         return Losses(
-            total=exits.total + config.moe_loss_weight * balance + config.router_z_loss_weight * router_z,
+            total=total,
             exits={layer + 1: loss for layer, loss in exits.cross_entropy.items()},
             distillation={layer + 1: loss for layer, loss in exits.distillation.items()},
             balance=balance.detach(),
             router_z=router_z.detach(),
             load={layer: routing.load for layer, routing in out.routing.items()},
             active_experts=experts,
+            router_coherence=None if coherence is None else coherence.detach(),
         )
+
+
+def step_exit_weights(config: TrainConfig, n_layers: int, step: int, max_steps: int) -> Tensor:
+    """How much each layer's output weighs in the loss of a step: float64 [L], sum 1; see `exit_weights`."""
+    active = active_exits(step, max_steps, n_layers, curriculum=config.exit_curriculum, rotation=config.exit_rotation)
+    return exit_weights(
+        active, kind=config.exit_weights, scale=config.exit_loss_scale, drafting_exit=config.drafting_exit
+    )
+
+
+def _router_coherence(routing: Mapping[int, Routing], labels: Tensor, keep: Tensor | None, zero: Tensor) -> Tensor:
+    """`router_coherence_loss`, mean over MoE layers that saw a token. keep [L, B]: the samples each layer saw; None:
+    all of them."""
+    counted = labels != IGNORED
+    losses = [
+        router_coherence_loss(routed.logits, counted if keep is None else counted[_places(keep[layer], counted.device)])
+        for layer, routed in routing.items()
+        if len(routed.chosen)
+    ]
+    return sum(losses, zero) / max(len(losses), 1)
+
+
+def _places(mask: Tensor, device: torch.device) -> Tensor:
+    """Where a mask on the CPU is True, on the device; a GPU need not tell the CPU how many there are."""
+    return mask.nonzero()[:, 0].to(device)
 
 
 def _draw_dropout(
@@ -142,6 +174,9 @@ def step_losses(parts: Sequence[Losses]) -> Losses:
         router_z=mean(part.router_z for part in parts),
         load=load,
         active_experts=first.active_experts,
+        router_coherence=None
+        if first.router_coherence is None
+        else mean(part.router_coherence for part in parts if part.router_coherence is not None),
     )
 
 

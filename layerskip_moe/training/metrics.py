@@ -51,6 +51,8 @@ def train_record(
     }
     if losses.distillation:
         record["distillation"] = {str(layer): float(loss) for layer, loss in losses.distillation.items()}
+    if losses.router_coherence is not None:
+        record["router_coherence_loss"] = float(losses.router_coherence)
     if violations:
         record["max_violation"] = sum(violations) / len(violations)
     return record

@@ -28,6 +28,16 @@ HELD_OUT = {
 }  # fmt: skip
 RECORD = {"split": "train", "step": 0, "exit_losses": {"1": 3.0}, "load": {"0": [4]}, "seconds": {"forward": 0.1}}
 RUN = {"name": "a run", "perplexity": [None], "experts": {"0": {"max_violation": None}}, "decoding": [ONE]}
+VARIANTS = [
+    {
+        "variant": name,
+        "mean": {
+            "perplexity": 40.0 + place, "speed_up_0": 1.0 + place / 40, "speed_up_0.8": 0.9 + place / 50,
+            "union_2": 1.6, "union_4": 2.4 - place / 50, "union_8": 3.1 - place / 40,
+        },
+    }
+    for place, name in enumerate(["base", *(f"changed-{n}+and-again" for n in range(18))])
+]  # fmt: skip
 
 # The figure of a full report (with its train records), and the same of a single entry, or of gaps alone.
 WHOLE = {
@@ -50,6 +60,8 @@ WHOLE = {
     "step_parts": lambda _, train: figures.step_parts(train),
     "quality": lambda report, _: figures.quality(report["strategies"] * 2),
     "comparison": lambda report, _: figures.comparison(report["comparison"]),
+    "ablation_tradeoff": lambda *_: figures.ablation_tradeoff(VARIANTS, tolerated=0.02),
+    "ablation_unions": lambda *_: figures.ablation_unions(VARIANTS, {2: 1.75, 4: 2.73, 8: 3.6}),
 }
 LITTLE = {
     "loss": lambda: figures.loss_curves([RECORD]),
@@ -77,6 +89,11 @@ LITTLE = {
     "step_parts": lambda: figures.step_parts([RECORD]),
     "quality": lambda: figures.quality([ONE]),
     "comparison": lambda: figures.comparison({"steps": 1, "runs": [RUN]}),
+    "ablation_tradeoff": lambda: figures.ablation_tradeoff(VARIANTS[:1], tolerated=0.02),
+    "ablation_tradeoff with gaps": lambda: figures.ablation_tradeoff(
+        [VARIANTS[0], {"variant": "untimed", "mean": {"perplexity": 20.0, "speed_up_0": None}}], tolerated=0.02
+    ),
+    "ablation_unions": lambda: figures.ablation_unions([*VARIANTS[:1], {"variant": "dense", "mean": {}}], {2: 1.75}),
 }
 EMPTY = {
     "speed_up_contour": lambda: figures.speed_up_contour(
@@ -99,6 +116,8 @@ EMPTY = {
     "step_parts": lambda: figures.step_parts([{**RECORD, "seconds": None}]),
     "quality": lambda: figures.quality([{**ONE, "strategies": [DRAFTED]}]),
     "comparison": lambda: figures.comparison({"steps": 1, "runs": []}),
+    "ablation_tradeoff": lambda: figures.ablation_tradeoff([{"variant": "base", "mean": {}}], tolerated=0.02),
+    "ablation_unions": lambda: figures.ablation_unions([{"variant": "base", "mean": {}}], {2: 1.75}),
 }
 
 

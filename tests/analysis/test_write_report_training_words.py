@@ -82,6 +82,11 @@ def test_token_dependence_is_judged_against_chance(written, dependence, said):
         ),
         ({}, "each early exit 0.75, the last layer 2."),
         ({"exit_weights": "paper"}, "scaled by 0.75; layer 1 has weight 0"),
+        (
+            {"exit_weights": "drafting", "drafting_exit": None},
+            "exit layer 1, which is to draft, 0.75, the last",
+        ),
+        ({"exit_weights": "drafting", "drafting_exit": 2}, "exit layer 2, which is to draft, 0.75, the last layer 2"),
         ({"exit_loss_scale": 0.0}, "only the last layer learns"),
     ],
 )

@@ -19,7 +19,7 @@ ALONE = "import sys; from layerskip_moe.cli import main; print(main(['--help']),
 def test_help_lists_the_commands_and_imports_only_the_library():
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=True)
     told, _, modules = done.stdout.rpartition("\n0 ")
-    for command in ("train", "generate", "evaluate", "report", "bench"):
+    for command in ("train", "generate", "evaluate", "report", "ablate", "bench"):
         assert f"layerskip-moe {command} " in told
     heavy = {"tyro", "torchtune", "torchao", "datasets", "transformers", "matplotlib", "tokenizers"}
     assert "layerskip_moe.cli.dispatch" in modules.split()
@@ -44,7 +44,7 @@ def test_a_closed_pipe_is_no_error():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "there is no command; give one of train, generate, evaluate, report, export, calibrate, bench, or"),
+        ([], "there is no command; give one of train, generate, evaluate, report, export, calibrate, ablate, bench, or"),
         (["trian"], "'trian' is no command of layerskip-moe; did you mean train?"),
         (["--checkpoint", "x"], "'--checkpoint' is no command of layerskip-moe; give one of"),
     ],

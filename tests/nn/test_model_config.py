@@ -110,6 +110,8 @@ def test_head_dim_is_free_of_d_model_when_given():
         (dict(), [0, 1, 2, 3, 4]),
         (dict(moe_layers="all"), [0, 1, 2, 3, 4]),
         (dict(moe_layers="every other"), [1, 3]),
+        (dict(moe_layers="first half"), [0, 1]),
+        (dict(moe_layers="last half"), [3, 4]),
         (dict(moe_layers=(0, 3)), [0, 3]),
         (dict(moe_layers=[4, 2]), [2, 4]),
         (dict(moe_layers=()), []),
@@ -130,3 +132,9 @@ def test_a_config_survives_its_own_fields():
     assert hash(config) == hash(ModelConfig(**dataclasses.asdict(config)))
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.n_layers = 3
+
+
+def test_a_half_is_kept_as_its_indices():
+    assert ModelConfig(vocab_size=10, n_layers=6, moe_layers="first half").moe_layers == (0, 1, 2)
+    assert ModelConfig(vocab_size=10, n_layers=6, moe_layers="last half").moe_layers == (3, 4, 5)
+    assert ModelConfig(vocab_size=10, n_layers=1, moe_layers="last half").moe_layers == ()

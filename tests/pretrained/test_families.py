@@ -271,7 +271,9 @@ def networks(draw, family):
         fields |= dict(num_experts=experts, top_k=draw(st.integers(1, experts)))
         fields |= dict(normalize_top_k=family == "mixtral" or draw(st.booleans()))
     if family in ("qwen2_moe", "qwen3_moe"):
-        fields |= dict(moe_layers=draw(st.sampled_from(["all", "every other"]) | some_layers))
+        fields |= dict(
+            moe_layers=draw(st.sampled_from(["all", "every other", "first half", "last half"]) | some_layers)
+        )
     if family == "qwen2_moe":
         fields |= dict(
             shared_expert_d_ff=draw(st.integers(1, 9)), shared_expert_gate=True, qkv_bias=draw(st.booleans())
@@ -369,6 +371,7 @@ OBSTACLES = {
     "window": ({"num_experts": 0, "qk_norm": None, "sliding_window": 4}, "llama", "sliding_window=4"),
     "weights as they are": ({"qk_norm": None, "normalize_top_k": False}, "mixtral", "normalize_top_k=False"),
     "some dense layers": ({"qk_norm": None, "moe_layers": "every other"}, "mixtral", "moe_layers='every other'"),
+    "dense layers first": ({"qk_norm": None, "n_layers": 4, "moe_layers": "last half"}, "mixtral", "moe_layers=(2, 3)"),
     "wide heads": ({"qk_norm": "full", "head_dim": 10}, "olmoe", "head_dim=10"),
     "uneven heads": ({"num_experts": 0, "qk_norm": None, "n_heads": 3, "head_dim": 4}, "llama", "n_heads=3"),
 }  # fmt: skip

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerskip_moe.training.balance import balance_metrics, bias_update, load_balance_loss, router_z_loss
+from layerskip_moe.training.balance import (
+    balance_metrics,
+    bias_update,
+    load_balance_loss,
+    router_coherence_loss,
+    router_z_loss,
+)
 
 
 def routed(logits, top_k):
@@ -141,3 +147,45 @@ def test_an_even_load_is_perfect(each, n):
 def test_impossible_loads_are_refused(load):
     with pytest.raises(ValueError, match="one count"):
         balance_metrics(torch.tensor(load))
+
+
+def everywhere(*shape):
+    return torch.ones(shape, dtype=torch.bool)
+
+
+def test_coherence_by_hand():
+    # One sample: 0.5 (0.2 + 0.1 + 0.1) = 0.2, then 0.5 (0.6 + 0 + 0.6) = 0.6; another that stays: 0, 0.
+    first = torch.tensor([[0.5, 0.3, 0.2], [0.7, 0.2, 0.1], [0.1, 0.2, 0.7]])
+    second = torch.tensor([[0.1, 0.1, 0.8]] * 3)
+    logits = torch.cat([first, second]).log()
+    assert router_coherence_loss(logits, everywhere(2, 3)).item() == pytest.approx(0.8 / 4)
+    padded = torch.tensor([[True, True, False], [False, True, True]])
+    assert router_coherence_loss(logits, padded).item() == pytest.approx(0.2 / 2)
+
+
+def test_coherence_is_0_where_nothing_moves_and_1_where_everything_does():
+    still = torch.tensor([[3.0, 1.0, -2.0]]).repeat(6, 1) + torch.arange(6.0)[:, None]  # shifts change no probability
+    assert router_coherence_loss(still, everywhere(2, 3)).item() == pytest.approx(0, abs=1e-6)
+    jumping = 100 * torch.eye(3).repeat(2, 1)
+    assert router_coherence_loss(jumping, everywhere(1, 6)).item() == pytest.approx(1)
+    # The same rows as samples of one position: nobody has a neighbour.
+    assert router_coherence_loss(jumping, everywhere(6, 1)).item() == 0
+
+
+def test_coherence_without_pairs_is_0_and_has_gradients():
+    for n, counted in [(0, everywhere(0, 4)), (4, ~everywhere(1, 4)), (4, everywhere(4, 1))]:
+        logits = torch.randn(n, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        loss = router_coherence_loss(logits, counted)
+        loss.backward()
+        assert loss == 0 and logits.grad.equal(torch.zeros(n, 3))
+
+
+def test_coherence_gradient():
+    logits = torch.randn(10, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    counted = torch.tensor([[True] * 5, [True, True, False, True, True]])
+    assert torch.autograd.gradcheck(lambda z: router_coherence_loss(z, counted), logits)
+    dropped = logits.detach().clone().requires_grad_()
+    router_coherence_loss(
+        dropped.masked_fill(torch.tensor([False, True, False, False]), -torch.inf), counted
+    ).backward()
+    assert dropped.grad.isfinite().all() and dropped.grad[:, 1].eq(0).all() and dropped.grad.abs().sum() > 0

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerskip_moe.training.exit_loss import active_exits, exit_weights
+from layerskip_moe.training.exit_loss import active_exits, exit_weights, usual_drafting_exit
 
 ALL_4 = torch.ones(4, dtype=torch.bool)
 
@@ -28,7 +28,25 @@ def test_equal_weights_by_hand():
     assert exit_weights(ALL_4, kind="equal", scale=0.5).tolist() == pytest.approx([1 / 7, 1 / 7, 1 / 7, 4 / 7])
 
 
-@pytest.mark.parametrize("kind", ["paper", "equal"])
+def test_drafting_weights_by_hand():
+    eight = torch.ones(8, dtype=torch.bool)  # a quarter of 8 layers: exit layer 2, which is index 1
+    assert exit_weights(eight, kind="drafting").tolist() == pytest.approx([0, 1 / 3, 0, 0, 0, 0, 0, 2 / 3])
+    assert exit_weights(ALL_4, kind="drafting", scale=0.5).tolist() == pytest.approx([0.2, 0, 0, 0.8])
+    third = exit_weights(ALL_4, kind="drafting", scale=6.0, drafting_exit=3)
+    assert third.tolist() == pytest.approx([0, 0, 0.75, 0.25])
+    off = exit_weights(torch.tensor([True, True, False, True]), kind="drafting", drafting_exit=3)
+    assert off.tolist() == [0, 0, 0, 1]  # it is not the exit's turn
+    assert [usual_drafting_exit(n) for n in (1, 2, 4, 5, 8, 9, 24)] == [1, 1, 1, 2, 2, 3, 6]
+
+
+@pytest.mark.parametrize("drafting_exit", [0, -1, 4, 5])
+def test_a_drafting_exit_is_an_early_one(drafting_exit):
+    with pytest.raises(ValueError, match=f"drafting_exit={drafting_exit} must be an early exit, 1 to 3 of 4"):
+        exit_weights(ALL_4, kind="drafting", drafting_exit=drafting_exit)
+    assert exit_weights(ALL_4, kind="equal", drafting_exit=drafting_exit).equal(exit_weights(ALL_4, kind="equal"))
+
+
+@pytest.mark.parametrize("kind", ["paper", "equal", "drafting"])
 @pytest.mark.parametrize("scale", [0.0, 0.2, 1.0])
 def test_the_smallest_networks(kind, scale):
     assert exit_weights(torch.tensor([True]), kind=kind, scale=scale).tolist() == [1.0]
@@ -39,7 +57,7 @@ def test_the_smallest_networks(kind, scale):
 
 @given(
     early=st.lists(st.booleans(), max_size=30),
-    kind=st.sampled_from(["paper", "equal"]),
+    kind=st.sampled_from(["paper", "equal", "drafting"]),
     scale=st.floats(0.01, 10),
 )
 def test_weights_are_the_full_ones_renormalised(early, kind, scale):

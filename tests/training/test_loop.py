@@ -233,3 +233,17 @@ def test_a_step_that_is_not_finite_ends_the_run_and_harms_nothing(decoder, text,
     assert_same_weights(weights_of(model), saved["model"])
     assert all(tensor.isfinite().all() for tensor in saved["model"].values())
     assert not model.training
+
+
+def test_an_exit_that_the_model_lacks_is_refused_before_anything_is_written(decoder, text, recipe, tmp_path):
+    config = recipe(exit_weights="drafting", drafting_exit=L)
+    with pytest.raises(ValueError, match=f"drafting_exit={L} must be an early exit"):
+        train(decoder(), text(), config, tmp_path, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_drafting_weights_teach_one_exit_and_the_last(decoder, text, recipe, tmp_path):
+    config = recipe(exit_weights="drafting", drafting_exit=2, exit_curriculum="all", router_coherence_weight=0.1)
+    result = train(decoder(), text(), config, tmp_path, progress=False)
+    assert [list(record["exit_losses"]) for record in of(result, "train")] == [["2", str(L)]] * 3
+    assert all(0 < record["router_coherence_loss"] < 1 for record in of(result, "train"))

@@ -45,7 +45,7 @@ def layer_by_layer(model, inputs):
     return torch.stack(logits), routing
 
 
-@pytest.mark.parametrize("kind", ["equal", "paper"])
+@pytest.mark.parametrize("kind", ["equal", "paper", "drafting"])
 @pytest.mark.parametrize("curriculum", CURRICULA)
 @pytest.mark.parametrize("distillation", [0.0, 0.3])
 def test_the_total_is_the_naive_sum_of_its_weighted_parts(decoder, batch, recipe, kind, curriculum, distillation):
@@ -245,3 +245,64 @@ def test_validation_is_every_exits_cross_entropy_without_dropout(decoder, recipe
     logits, _ = layer_by_layer(model.eval(), tokens[:48].view(6, 8))
     expected = [F.cross_entropy(exit_logits.flatten(0, 1), tokens[1:49]).item() for exit_logits in logits]
     assert losses == pytest.approx(expected, rel=1e-9)
+
+
+def moved_probability(probability):
+    """The mean total variation of neighbours, one pair after the other; probability [B, T, E]."""
+    pairs = [(b, t) for b in range(len(probability)) for t in range(1, probability.shape[1])]
+    probability = probability.detach()
+    return sum(0.5 * float((probability[b, t] - probability[b, t - 1]).abs().sum()) for b, t in pairs) / len(pairs)
+
+
+def test_router_coherence_is_the_mean_over_moe_layers_and_adds_to_the_total(decoder, batch, recipe):
+    model = decoder(moe_layers=(1, 3))
+    losses = at(model, batch, recipe(router_coherence_weight=0.4))
+    _, routing = layer_by_layer(model, batch[0])
+    by_layer = [moved_probability(routed.logits.softmax(-1).view(B, T, E)) for routed in routing]
+    assert losses.router_coherence.item() == pytest.approx(sum(by_layer) / 2, rel=1e-5)
+    without = at(model, batch, recipe())
+    assert without.router_coherence is None
+    assert (losses.total - without.total).item() == pytest.approx(0.4 * losses.router_coherence.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("part", ["block", "experts"])
+def test_router_coherence_leaves_out_samples_that_a_layer_did_not_see_and_padding(decoder, batch, recipe, part):
+    model = decoder(moe_layers=(2,))
+    config = recipe(**HALF, layer_dropout_part=part, router_coherence_weight=1.0, seed=9)
+    rates = layer_dropout_rates(3, 8, L, p_max=0.5, depth="uniform", time="uniform")
+    stream = BLOCK_STREAM if part == "block" else EXPERT_SUBLAYER_STREAM
+    stay = layer_keep(rates, seed=9, step=3, sample_ids=batch[2], stream=stream)[2]
+    assert 2 < stay.sum() < B
+    first, second = stay.nonzero()[:2, 0].tolist()
+    inputs, labels, ids = batch
+    labels = labels.clone()
+    labels[first, 3:] = -100  # padded from there on
+    labels[second] = -100
+    seen = []
+    model.blocks[2].mlp.router.register_forward_hook(lambda module, given, routing: seen.append(routing.logits))
+    losses = at(model, (inputs, labels, ids), config)
+    probability = seen[0].detach().softmax(-1).view(int(stay.sum()), T, E)
+    pairs = [(0, t) for t in range(1, 3)] + [(b, t) for b in range(2, len(probability)) for t in range(1, T)]
+    moved = sum(0.5 * float((probability[b, t] - probability[b, t - 1]).abs().sum()) for b, t in pairs)
+    assert len(pairs) == 2 + 7 * (int(stay.sum()) - 2)
+    assert losses.router_coherence.item() == pytest.approx(moved / len(pairs), rel=1e-5)
+
+
+def test_router_coherence_teaches_routers_to_stay(decoder, batch, recipe):
+    model = decoder()
+    config = recipe(router_coherence_weight=50.0, moe_loss_weight=0.0, router_z_loss_weight=0.0)
+    routers = [block.mlp.router.weight for block in model.blocks]
+    before = at(model, batch, config)
+    optimizer = torch.optim.SGD(routers, lr=0.05)
+    for _ in range(20):
+        optimizer.zero_grad()
+        at(model, batch, config).total.backward()
+        optimizer.step()
+    assert at(model, batch, config).router_coherence < 0.9 * before.router_coherence
+
+
+def test_a_batchs_router_coherences_are_averaged(decoder, batch, recipe):
+    one = at(decoder(), batch, recipe(router_coherence_weight=0.1))
+    other = one._replace(router_coherence=one.router_coherence + 0.5)
+    assert step_losses([one, other]).router_coherence.item() == pytest.approx(one.router_coherence.item() + 0.25)
+    assert step_losses([one._replace(router_coherence=None)] * 2).router_coherence is None

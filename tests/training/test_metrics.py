@@ -57,6 +57,8 @@ def test_a_train_record_holds_what_was_measured():
         "load": {"1": [6, 2, 0, 8], "3": [4, 4, 4, 4]},
         "max_violation": 0.5,  # mean over layers
     }
+    coherent = train_record(some_losses(router_coherence=torch.tensor(0.25)), 1e-3, 0.7, 1000.0, seconds)
+    assert coherent == record | {"router_coherence_loss": 0.25}
     taught = train_record(some_losses(distillation={2: torch.tensor(2.75)}), 1e-3, 0.7, 1000.0, seconds)
     assert taught["distillation"] == {"2": 2.75}
 

@@ -7,6 +7,7 @@ Knows nothing of where the data came from: a report's section, or what a noteboo
 `drawing.py`, which the others share; `report_figures.py` calls them.
 """
 
+from layerskip_moe.analysis.figures.ablation import ablation_tradeoff, ablation_unions
 from layerskip_moe.analysis.figures.decoding import (
     acceptance_by_position,
     quality,
@@ -26,6 +27,8 @@ from layerskip_moe.analysis.figures.training import loss_curves, step_parts
 from layerskip_moe.analysis.figures.two_runs import comparison
 
 __all__ = [
+    "ablation_tradeoff",
+    "ablation_unions",
     "acceptance_by_position",
     "balance_over_training",
     "comparison",

@@ -4,6 +4,7 @@ Next: `training/config.py`, which documents the recipe's dials.
 """
 
 from layerskip_moe.analysis.report_text.markdown import Report, figure, number, percent, short, table
+from layerskip_moe.training.exit_loss import usual_drafting_exit
 
 
 def training_lines(report: Report) -> list[str]:
@@ -117,6 +118,9 @@ def _curriculum(config: Report, n_layers: int) -> str:
         return f"{lines} But the early exits' losses are scaled by 0, so that only the last layer learns to be an exit."
     if config["exit_weights"] == "equal":
         weights = f"each early exit {short(scale)}, the last layer 2"
+    elif config["exit_weights"] == "drafting":
+        drafting = config["drafting_exit"] or usual_drafting_exit(n_layers)
+        weights = f"exit layer {drafting}, which is to draft, {short(scale)}, the last layer 2, the others 0"
     else:
         weights = f"they grow with depth, the early exits' scaled by {short(scale)}; layer 1 has weight 0, so that it "
         weights += "is never supervised"

@@ -1,0 +1,114 @@
+"""The results of an ablation's runs side by side: means over seeds, and paired differences from the base.
+
+L layers. Knows nothing of how anything was trained or measured. Next: `write.py`, which tells it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from statistics import mean
+from typing import Any
+
+from layerskip_moe.ablation.variants import BASE
+from layerskip_moe.analysis.paired import paired_difference
+
+TOLERATED = 0.02  # of final perplexity: what a change may cost that buys speed
+
+
+def measures_of(result: Mapping[str, Any]) -> dict[str, float | None]:
+    """The numbers that a run is compared by; None for one that could not be measured.
+
+    perplexity: of the whole model
+    perplexity_quarter, perplexity_half, agreement_quarter, agreement_half: at the exit after a quarter and a half
+        of the layers, rounded up
+    union_<span>: experts that so many adjacent rows need over those of one row, a shared expert among both
+    speed_up_<temperature>, acceptance_<temperature>, tokens_per_second_<temperature>: of the fastest pair
+    distinct_4grams_<temperature>: of what it wrote; text that loops is easy to draft
+    """
+    exits, union, network = result["exits"], result["union"], result["setting"]["network"]
+    n_layers = len(exits["perplexity"])
+    found: dict[str, float | None] = {"perplexity": exits["perplexity"][-1]}
+    for name, layer in (("quarter", -(-n_layers // 4)), ("half", -(-n_layers // 2))):
+        found[f"perplexity_{name}"] = exits["perplexity"][layer - 1]
+        found[f"agreement_{name}"] = exits["agreement"][layer - 1]
+    over_top_k = union["over_top_k"] or [None] * len(union["spans"])  # of a dense model, nothing
+    shared = network["shared_expert_d_ff"] / (network["top_k"] * network["d_ff"])
+    for span, value in zip(union["spans"], over_top_k, strict=True):
+        found[f"union_{span}"] = None if value is None else (value + shared) / (1 + shared)
+    for decoding in result["decoding"]:
+        at = f"{decoding['temperature']:g}"
+        found[f"speed_up_{at}"] = decoding["speed_up"]
+        found[f"acceptance_{at}"] = decoding["acceptance_rate"]
+        found[f"tokens_per_second_{at}"] = decoding["tokens_per_second"]
+        found[f"distinct_4grams_{at}"] = decoding["distinct_4grams"]
+    return found
+
+
+def summarise(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each variant, in the order in which they first occur:
+
+    variant, parameters, active_parameters, seeds: those with a result, failed: those whose training diverged
+    mean: {measure: mean over seeds}, see `measures_of`
+    difference: {measure: `PairedDifference` from the base over the seeds that both have}, of perplexities as
+        shares of the base's; {} for the base, and where there are no pairs
+    pays: temperatures at which its speed-up is above the base's, the whole interval, at a mean of less than
+        TOLERATED of final perplexity; None where no interval is known
+    """
+    by_variant: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for result in results:
+        by_variant.setdefault(result["variant"], {})[result["seed"]] = result
+    rows = []
+    base = _measured(by_variant.get(BASE, {}))
+    for name, of in by_variant.items():
+        found = _measured(of)
+        difference = {} if name == BASE else _differences(found, base)
+        first = next(iter(of.values()))
+        rows.append(
+            {
+                "variant": name,
+                "parameters": first["parameters"],
+                "active_parameters": first["active_parameters"],
+                "seeds": list(found),
+                "failed": [seed for seed, result in of.items() if result["failed"]],
+                "mean": _means(list(found.values())),
+                "difference": difference,
+                "pays": _pays(difference),
+            }
+        )
+    return rows
+
+
+def _measured(of: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, float | None]]:
+    return {seed: measures_of(result) for seed, result in of.items() if not result["failed"]}
+
+
+def _means(found: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Of each measure, over the seeds; None where one of them lacks it."""
+    columns = {name: [of[name] for of in found] for name in (found[0] if found else {})}
+    return {
+        name: None if None in values else mean(value for value in values if value is not None)
+        for name, values in columns.items()
+    }
+
+
+def _differences(
+    found: Mapping[int, Mapping[str, float | None]], base: Mapping[int, Mapping[str, float | None]]
+) -> dict[str, dict[str, Any]]:
+    seeds = [seed for seed in found if seed in base]
+    differences = {}
+    for name in found[seeds[0]] if seeds else ():
+        pairs = [(found[seed][name], base[seed].get(name)) for seed in seeds]
+        both = [(one, other) for one, other in pairs if one is not None and other is not None]
+        if both:
+            values, baseline = zip(*both, strict=True)
+            relative = name.startswith("perplexity")
+            differences[name] = asdict(paired_difference(values, baseline, relative=relative))
+    return differences
+
+
+def _pays(difference: Mapping[str, Mapping[str, Any]]) -> list[str] | None:
+    speed_ups = {name: of for name, of in difference.items() if name.startswith("speed_up_")}
+    if not speed_ups or any(of["low"] is None for of in speed_ups.values()):
+        return None
+    if "perplexity" not in difference or difference["perplexity"]["mean"] >= TOLERATED:
+        return []
+    return [name.removeprefix("speed_up_") for name, of in speed_ups.items() if of["low"] > 0]

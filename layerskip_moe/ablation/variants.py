@@ -1,0 +1,98 @@
+"""What an ablation changes: named sets of fields of the network and of the recipe, alone or together.
+
+L layers, D width, H heads, F hidden width of an expert, K experts chosen.
+Knows nothing of training. Next: `runs.py`.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from layerskip_moe.nn import ModelConfig
+
+BASE = "base"
+# Tried together by default, beside every variant alone.
+COMBINATIONS = ("paper+distilled", "drafting+distilled", "drafting+coherence-0.1", "deep+every-other")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is changed, and nothing else.
+
+    Attributes:
+        network: fields of ModelConfig
+        recipe: fields of TrainConfig
+    """
+
+    network: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+def usual_variants(base: ModelConfig) -> dict[str, Variant]:
+    """Every variant that is known by name, as changes of that network. Those that it leaves no room for are absent:
+    a shared expert where one expert is chosen, depth against width where experts are in layers given by number."""
+    half = max(base.n_layers // 2, 1)
+    variants = {
+        BASE: Variant(),
+        "paper": Variant(recipe={"exit_weights": "paper", "exit_loss_scale": 0.2}),
+        "drafting": Variant(recipe={"exit_weights": "drafting", "exit_curriculum": "all"}),
+        "all-exits": Variant(recipe={"exit_curriculum": "all"}),
+        "gradual": Variant(recipe={"exit_curriculum": "gradual"}),
+        "distilled": Variant(recipe={"exit_distillation": 0.7}),
+        "coherence-0.1": Variant(recipe={"router_coherence_weight": 0.1}),
+        "coherence-0.5": Variant(recipe={"router_coherence_weight": 0.5}),
+        "every-other": Variant(network={"moe_layers": "every other"}),
+        "first-half": Variant(network={"moe_layers": "first half"}),
+        "last-half": Variant(network={"moe_layers": "last half"}),
+        "expert-dropout": Variant(recipe={"expert_dropout": 0.2}),
+    }
+    if base.top_k > 1:  # at equal active parameters: the shared expert takes the place of a chosen one
+        variants["shared"] = Variant(network={"top_k": base.top_k - 1, "shared_expert_d_ff": base.expert_d_ff})
+    if isinstance(base.moe_layers, str) and base.n_layers > 1:
+        variants["deep"] = Variant(network=_reshaped(base, 2 * base.n_layers))
+        variants["wide"] = Variant(network=_reshaped(base, half))
+    return variants
+
+
+def named_variants(names: Sequence[str], known: Mapping[str, Variant]) -> dict[str, Variant]:
+    """The variants of these names, the base first, which all are compared with; without names, all of `known` and
+    `COMBINATIONS`.
+
+    A name is one of `known`, or several of them joined by +, whose changes are made together. Raises ValueError for
+    another name, and for a combination that changes the same field twice.
+    """
+    usual = [*known, *(name for name in COMBINATIONS if set(name.split("+")) <= known.keys())]
+    chosen = dict.fromkeys([BASE, *(names or usual)])
+    return {name: _together(name, known) for name in chosen}
+
+
+def _together(name: str, known: Mapping[str, Variant]) -> Variant:
+    network: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
+    for part in name.split("+"):
+        if part not in known:
+            close = difflib.get_close_matches(part, known, n=1)
+            advice = f"did you mean {close[0]}?" if close else f"they are {', '.join(known)}, or several joined by +."
+            raise ValueError(f"{part!r} is no variant; {advice}")
+        twice = (network.keys() & known[part].network.keys()) | (recipe.keys() & known[part].recipe.keys())
+        if twice:
+            raise ValueError(f"{name!r} changes {', '.join(sorted(twice))} twice; leave out one of its parts.")
+        network |= known[part].network
+        recipe |= known[part].recipe
+    return Variant(network, recipe)
+
+
+def _reshaped(base: ModelConfig, n_layers: int) -> dict[str, Any]:
+    """Another depth at about the same parameters in the layers, active ones too: those are L D^2 and L D F times
+    something, so D and F go with 1 / sqrt(L). D is a multiple of 2 H, for heads of an even width."""
+    ratio = (base.n_layers / n_layers) ** 0.5
+    width = max(round(ratio * base.d_model / (2 * base.n_heads)), 1) * 2 * base.n_heads
+    return {
+        "n_layers": n_layers,
+        "d_model": width,
+        "head_dim": width // base.n_heads,
+        "d_ff": max(round(ratio * base.expert_d_ff), 1),
+        "dense_d_ff": max(round(ratio * (base.dense_d_ff or base.expert_d_ff)), 1),
+        "init_std": None,  # follows from the width
+    }
