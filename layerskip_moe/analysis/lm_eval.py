@@ -137,6 +137,8 @@ class LayerSkipLM(TemplateLM):
         strategy = self.generation_strategy
         settings = {} if strategy is None else vars(strategy)
         told = {name: _about(value) if isinstance(value, MoEDecoder) else value for name, value in settings.items()}
+        if told.get("policy") is not None:
+            told["policy"] = type(told["policy"]).__name__
         return {
             **{f"model_{name}": value for name, value in _about(self.model).items()},
             "score_exit_layer": self.score_exit_layer,

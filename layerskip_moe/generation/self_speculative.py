@@ -13,7 +13,6 @@ Knows nothing of how a session stores its rows. Next: `drafting.py`, `verificati
 
 import time
 from dataclasses import KW_ONLY, dataclass
-from functools import cached_property
 
 from layerskip_moe.generation.autoregressive import check_exit_layer
 from layerskip_moe.generation.drafting import (
@@ -62,7 +61,14 @@ class SelfSpeculative:
     draft_model: MoEDecoder | None = None
 
     def __post_init__(self) -> None:
+        for name, value in (("exit_layer", self.exit_layer), ("draft_length", self.draft_length)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{name}={value!r} must be a whole number; a policy is given as policy=.")
         if self.policy is not None:
+            if isinstance(self.policy, str | type) or not hasattr(self.policy, "plan"):
+                raise ValueError(
+                    f"policy={self.policy!r} is not a policy; give an object, such as Cascade(exit_layer=2)."
+                )
             if self.exit_layer is not None or self.draft_length is not None or self.draft_model is not None:
                 raise ValueError(
                     "a policy says which layers draft how much; leave out exit_layer, draft_length and draft_model."
@@ -128,7 +134,7 @@ class SelfSpeculative:
         session.append(tokens, counts, drafted=round_.limits)
         policy.observe(report)
 
-    @cached_property
+    @property
     def _policy(self) -> Policy:
         if self.policy is not None:
             return self.policy

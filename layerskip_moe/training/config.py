@@ -122,6 +122,10 @@ class TrainConfig:
         for name in ("max_steps", "drafting_exit", "warmup_steps", "validate_every", "checkpoint_every"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1 if name in ("max_steps", "drafting_exit") else 0)
+        if self.drafting_exit is not None and self.exit_weights != "drafting":
+            raise ValueError(
+                f"drafting_exit={self.drafting_exit} is for exit_weights='drafting', not {self.exit_weights!r}."
+            )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed={self.seed!r} must be a whole number.")
         if not isinstance(self.keep_best, bool):

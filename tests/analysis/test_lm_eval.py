@@ -295,7 +295,7 @@ def test_results_tell_the_draft_model_and_how_each_model_is_quantised(pairs):
             "model_quantization": quantization,
             "score_exit_layer": None,
             "generation_strategy": {
-                "name": "SelfSpeculative", "exit_layer": 2, "draft_length": 4, "coupling": "shared",
+                "name": "SelfSpeculative", "exit_layer": 2, "draft_length": 4, "policy": None, "coupling": "shared",
                 "draft_model": {**facts, "quantization": "int8"},
             },
         }  # fmt: skip

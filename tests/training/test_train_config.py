@@ -92,9 +92,16 @@ def test_a_value_that_makes_no_sense_is_refused_by_name(name, value):
 
 @pytest.mark.parametrize("name, value", pairs(ACCEPTED))
 def test_a_value_at_the_edge_is_taken(name, value):
-    assert getattr(TrainConfig(**{name: value}), name) == value
+    others = {"exit_weights": "drafting"} if name == "drafting_exit" else {}
+    assert getattr(TrainConfig(**{name: value}, **others), name) == value
 
 
 def test_a_recipe_does_not_change_under_a_run():
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainConfig().learning_rate = 1.0
+
+
+def test_a_drafting_exit_is_for_drafting_weights():
+    with pytest.raises(ValueError, match=r"drafting_exit=2 is for exit_weights='drafting', not 'equal'\."):
+        TrainConfig(max_steps=1, exit_weights="equal", drafting_exit=2)
+    TrainConfig(max_steps=1, exit_weights="drafting", drafting_exit=2)

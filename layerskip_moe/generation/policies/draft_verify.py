@@ -24,7 +24,7 @@ class DraftVerify:
 
     exit_layer: the layers that draft, 1..L
     length:     the most drafts in a round, the paper's d_max
-    threshold:  to begin with; None: the paper's, 0.8 for greedy decoding and 0.5 for sampling
+    threshold:  to begin with; None: the paper's, 0.8 where the first text is greedy and 0.5 where it is sampled
     """
 
     shadow = False

@@ -1,7 +1,7 @@
 """Policy: who decides, before a round of self-speculation, how each row drafts, and what it is told afterwards.
 
-A policy changes how fast a text comes, never the text. A active rows, L layers, T places of a round: the newest token
-and the drafts after it.
+A policy changes how fast a text comes, never the text (under `coupling="shared"`). A active rows, L layers, T places of
+a round: the newest token and the drafts after it.
 Knows nothing of how a round is made. Next: `fixed.py`, the smallest; `../self_speculative.py`, which asks.
 """
 
@@ -25,10 +25,11 @@ class RoundReport:
         accepted: how many of them the full model agreed with, before the first that it did not
         confidences: for each row and draft the probability the drafter gave it; no numbers where the policy has no
             `should_stop`
-        seconds: wall time of drafting and verifying all rows, without `plan` and what `shadow` costs. A GPU is waited
+        seconds: wall time of drafting and verifying all rows, without `plan` and the head on shadow states. Rounds with
+            `shadow`, `experts` or `should_stop` are made of more calls than others, and take longer. A GPU is waited
             for, as every round ends by reading how many drafts were accepted.
         tokens: [A, T] int64, the full model's choices, of no meaning beyond a row's drafts and one more
-        counts: [A] int64, how many of them were taken: accepted + 1
+        counts: [A] int64, accepted + 1: how many of them are the row's, though it ends at a stop token among them
         experts: by MoE layer, how many different experts verification read; None where the policy has no `experts`,
             and in dense models
         shadow: [A, L, T] int64, the token that the state after each layer says at each place, by the shared head and
