@@ -156,8 +156,8 @@ def _recorded(
     if few_rows.serves(weight.device):
         recording = Recording(run, inputs)
     else:
-        # (Not the model itself, which its kept cache would keep.)
-        held = list(model.parameters()), list(model.buffers()), tables
+        # The memory itself: a parameter that `model.to` moves would let go of it, and what comes next lie there.
+        held = [tensor.data for tensor in (*model.parameters(), *model.buffers())], tables
         recording = Graph(run, inputs, pool=_pool(cache), held=held)
     if len(cache.recordings) >= _MOST_RECORDINGS:
         del cache.recordings[next(iter(cache.recordings))]  # the oldest

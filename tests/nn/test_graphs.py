@@ -320,8 +320,9 @@ def test_weights_that_moved_are_another_graph(tiny_model, as_on_a_gpu):
         return as_on_a_gpu.made
 
     assert graphs_made() == graphs_made() == 1
-    model.float().double()  # other memory, of the same type
-    assert graphs_made() == 2
+    for made in range(2, 12):  # often: what was let go would lie at an old address sooner or later
+        model.float().double()  # other memory, of the same type
+        assert graphs_made() == made
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
