@@ -33,7 +33,7 @@ class Autoregressive:
     def step(self, session: Session) -> None:
         """One round: the layers over the newest token of each row, then one new token."""
         layers = self._layers(session)
-        _, logits = session.decode(session.newest, layers, session.positions(1))
+        logits = session.decode(session.newest, layers, session.positions(1))
         tokens = session.choose(session.scores(logits), session.noise(1))
         session.append(tokens, layers_run=[len(layers)] * len(tokens))
 

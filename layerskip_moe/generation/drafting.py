@@ -9,7 +9,7 @@ A active rows, R or N some of their places, T places of the row that has most, D
 Knows nothing of choosing tokens. Next: `self_speculative.py`, which calls this; `verification.py`, which chooses.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from layerskip_moe.generation.sampling import penalize
 from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.verification import Round
-from layerskip_moe.nn import KVCache, ModelConfig, MoEDecoder
+from layerskip_moe.nn import Drafted, KVCache, ModelConfig, MoEDecoder, few_rows
 
 
 @dataclass
@@ -45,46 +45,84 @@ class States:
 class Watch:
     """What else is kept of a round, for a policy that asks.
 
-    shadow:  whether the states after every layer but the last are
-    experts: whether the choices of verification's routers are
-    seen:    (layer index, its states), each place once for each layer
-    chosen:  layer index -> experts chosen there [N, K]
+    exits:       exit layers, below L, after which the states are
+    experts:     whether the choices of verification's routers are
+    seen:        (layer index, its states), each place once for each layer
+    chosen:      layer index -> experts chosen there [N, K]
+    certainties: of each row's drafts, and of the one that was given up; where there are floors
     """
 
-    shadow: bool
+    exits: Sequence[int]
     experts: bool
     seen: list[tuple[int, States]] = field(default_factory=list)
     chosen: dict[int, Tensor] = field(default_factory=dict)
+    certainties: list[list[float]] | None = None
 
     def __bool__(self) -> bool:
-        return self.shadow or self.experts
+        return bool(self.exits) or self.experts
+
+    def collect(self, layers: range) -> list[int]:
+        """Those of some layers whose states are kept."""
+        return [exit_layer - 1 for exit_layer in self.exits if exit_layer - 1 in layers]
 
 
-def go_together(session: Session, round_: Round, exit_layers: list[int], drafter: MoEDecoder, watch: Watch) -> bool:
-    """Whether `draft_and_verify` does for this round: all rows draft alike, and nothing is asked in between."""
-    if len(set(exit_layers)) > 1 or len(set(round_.limits)) > 1 or watch.shadow:
-        return False
+def go_together(session: Session, round_: Round, exit_layers: list[int], drafter: MoEDecoder) -> bool:
+    """Whether `draft_and_verify` does for this round: all rows that draft do so by the same layers, and nothing is
+    asked in between."""
     if round_.length == 0:
         return True
     plain = drafter is session.model and not (round_.confident or round_.rejection or session.sampling.filters)
-    return plain and (len(exit_layers) == 1 or not watch.experts)
+    return plain and len({layer for layer in exit_layers if layer}) == 1
 
 
-def draft_and_verify(session: Session, round_: Round, exit_layer: int, watch: Watch) -> Tensor:
-    """Draft in one call, as many tokens in every row, and verify in another: the full model's logits [A, T, V].
-    Without drafts it is a step of plain decoding."""
-    model, positions = session.model, session.positions(round_.length + 1)
-    start, layers = session.newest, range(exit_layer, model.config.n_layers)
-    if exit_layer:
+def draft_and_verify(
+    session: Session, round_: Round, exit_layer: int, floors: Sequence[float] | None, watch: Watch
+) -> Tensor:
+    """Draft in one call, and verify in another: the full model's logits [A, T, V], of no meaning beyond a row's drafts
+    and one more; `round_` gets lower limits where floors, by row, end a row's drafting. Without drafts it is a step of
+    plain decoding."""
+    n_layers, start, early = session.model.config.n_layers, session.newest, []
+    positions = session.positions(round_.length + 1)
+    if round_.length:
         noise = None if round_.noise is None else round_.noise[:, :-1]
-        drafts, start = session.draft(range(exit_layer), positions, noise)
-        round_.drafts = list(drafts.split(1, dim=1))
-    if not watch.experts:
-        return session.decode(start, layers, positions)[1]
-    hidden = start if exit_layer else model.embed(start)
-    output = model.run(hidden, layers, positions=positions, cache=session.cache, choices=True)
+        early = watch.collect(range(exit_layer))
+        drafted = session.draft(range(exit_layer), positions, noise, round_.limits, floors, early)
+        if floors is not None:
+            round_.limits, watch.certainties = drafted.counts.tolist(), _made(drafted, round_.limits)
+        start, *collected = (states[:, : round_.length + 1] for states in drafted.states)
+        round_.drafts = list(drafted.tokens[:, : round_.length].split(1, dim=1))
+    else:
+        exit_layer = 0
+    places, n_rows = round_.length + 1, len(round_.limits)
+    rows = [row for row, limit in enumerate(round_.limits) for _ in range(limit + 1)]
+    at = [place for limit in round_.limits for place in range(limit + 1)]
+    # Of rows with fewer drafts no more places are run, where any number of places is as good as another.
+    ragged = len(rows) < n_rows * places and few_rows.serves(start.device)
+    index = torch.tensor(rows), torch.tensor(at)
+    positions, cache = positions[:, :places], session.cache
+    if ragged:
+        start, positions, cache = start[index][:, None], positions[index][:, None], cache.subset(index[0])
+    late = watch.collect(range(exit_layer, n_layers))
+    output, logits = session.model.decode(
+        start, range(exit_layer, n_layers), positions=positions, cache=cache, collect=late, choices=watch.experts
+    )
     watch.chosen |= output.chosen
-    return model.unembed(output.hidden)
+    if watch.exits:
+        for layer, states in (*zip(early, collected if early else (), strict=True), *output.collected.items()):
+            some = states if ragged and layer in late else states[index][:, None]
+            watch.seen.append((layer, States(rows, at, some)))
+    if not ragged:
+        return logits
+    return logits.new_zeros(n_rows, places, logits.shape[-1]).index_put(index, logits[:, 0])
+
+
+def _made(drafted: Drafted, limits: list[int]) -> list[list[float]]:
+    """The certainties of each row's drafts, and of the one that was given up."""
+    counts = drafted.counts.tolist()
+    return [
+        certainties[: min(count + 1, limit)]
+        for certainties, count, limit in zip(drafted.certainties.tolist(), counts, limits, strict=True)
+    ]
 
 
 def draft(
@@ -141,10 +179,10 @@ def _draft_with(
         token, cache = token[index], session.cache.subset(index)
     positions, layers, model = cache.lengths[:, None] + place, range(exit_layer), session.model
     places = [place] * len(rows)
-    if drafter is model and not watch.shadow:
-        hidden, logits = model.decode(token, layers, positions=positions, cache=cache)
-        return States(rows, places, hidden), logits
-    collect = _to_collect(session, layers, watch)
+    if drafter is model and not watch.exits:
+        output, logits = model.decode(token, layers, positions=positions, cache=cache)
+        return States(rows, places, output.hidden), logits
+    collect = watch.collect(layers)
     output = model.run(model.embed(token), layers, positions=positions, cache=cache, collect=collect)
     watch.seen += [(layer, States(rows, places, output.collected[layer])) for layer in collect]
     return States(rows, places, output.hidden), drafter.unembed(output.hidden)
@@ -160,7 +198,7 @@ def verify(session: Session, round_: Round, drafted: dict[int, list[States]], wa
         [(exit_layer, parts)] = drafted.items()
         newest = session.run(model.embed(text[:, -1:]), range(exit_layer), positions[:, -1:])
         hidden = torch.cat([*(part.hidden for part in parts), newest], dim=1)
-        return session.decode(hidden, range(exit_layer, n_layers), positions)[1]
+        return session.decode(hidden, range(exit_layer, n_layers), positions)
     last = text.gather(1, text.new_tensor(limits)[:, None])
     states, done = States(list(range(len(limits))), list(limits), model.embed(last)), 0
     for exit_layer, parts in drafted.items():
@@ -181,7 +219,7 @@ def _run(session: Session, states: States, layers: range, watch: Watch) -> State
     if not layers:  # (of the whole model that drafted)
         return states
     cache, positions = _at(session, states)
-    collect = _to_collect(session, layers, watch)
+    collect = watch.collect(layers)
     output = session.model.run(
         states.hidden, layers, positions=positions, cache=cache, collect=collect, choices=watch.experts
     )
@@ -197,11 +235,6 @@ def _at(session: Session, states: States) -> tuple[KVCache, Tensor]:
     return cache, (cache.lengths + places)[:, None]
 
 
-def _to_collect(session: Session, layers: range, watch: Watch) -> range:
-    """Those of `layers` whose states are kept: what the last one says is known."""
-    return range(layers.start, min(layers.stop, session.model.config.n_layers - 1)) if watch.shadow else range(0)
-
-
 def _told(should_stop: Callable[[Tensor, int], Tensor | bool], confidence: Tensor, place: int) -> list[bool]:
     """What a policy's `should_stop` says of each row."""
     stops = torch.as_tensor(should_stop(confidence, place))
@@ -214,8 +247,8 @@ def _told(should_stop: Callable[[Tensor, int], Tensor | bool], confidence: Tenso
 
 
 def shadow_tokens(session: Session, round_: Round, watch: Watch, tokens: Tensor) -> Tensor:
-    """[A, L, T] int64: what the state after each layer says at each place, with the drafts' noise; the last layer's
-    are `tokens` [A, T]; -1 beyond a row's places. Before the round is appended."""
+    """[A, L, T] int64: what the state after each layer that is watched says at each place, with the drafts' noise; the
+    last layer's are `tokens` [A, T]; -1 elsewhere, and beyond a row's places. Before the round is appended."""
     n_rows, places = tokens.shape
     shadow = tokens.new_full((n_rows, session.model.config.n_layers, places), -1)
     limits = tokens.new_tensor(round_.limits)[:, None]

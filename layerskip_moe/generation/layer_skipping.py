@@ -78,7 +78,7 @@ class LayerSkipping:
             logits = model.unembed(hidden)
         else:
             kept = self._kept(model.config.n_layers)
-            _, logits = session.decode(session.newest, kept, positions)
+            logits = session.decode(session.newest, kept, positions)
             counts = [len(kept)] * len(logits)
         tokens = session.choose(session.scores(logits), session.noise(1))
         session.append(tokens, layers_run=counts)

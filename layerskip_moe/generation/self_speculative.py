@@ -12,6 +12,7 @@ Knows nothing of how a session stores its rows. Next: `drafting.py`, `verificati
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 
 from layerskip_moe.generation.autoregressive import check_exit_layer
@@ -92,7 +93,8 @@ class SelfSpeculative:
         """Run the prompts, through both models where they differ; then raises ValueError as `Speculative.start`."""
         draft = self.draft_model
         if draft is None or (self.exit_layer is not None and _begin_alike(session.model, draft, self.exit_layer)):
-            session.prefill()
+            exits = getattr(self._policy, "exits", ())
+            session.prefill(collect=[exit_layer - 1 for exit_layer in exits])
         else:
             self._speculative(draft).start(session)
 
@@ -106,13 +108,14 @@ class SelfSpeculative:
         plan = policy.plan(session)
         _check_plan(plan, session)
         started = time.perf_counter()
-        watch = Watch(policy.shadow, getattr(policy, "experts", False))
-        stop = policy.should_stop
+        exits = watched_exits(policy, session.model.config) if policy.shadow or hasattr(policy, "exits") else ()
+        watch = Watch(exits, getattr(policy, "experts", False))
+        stop, floors = policy.should_stop, getattr(policy, "floors", None)
         round_ = Round.begin(session, [length for _, length in plan], self.coupling, confident=stop is not None)
         exit_layers = [layer if limit else 0 for (layer, _), limit in zip(plan, round_.limits, strict=True)]
         confidences: list[list[float]] = [[] for _ in plan]
-        if go_together(session, round_, exit_layers, drafter, watch):
-            logits = draft_and_verify(session, round_, exit_layers[0], watch)
+        if go_together(session, round_, exit_layers, drafter):
+            logits = draft_and_verify(session, round_, max(exit_layers), floors, watch)
         else:
             drafted, confidences = draft(session, round_, exit_layers, stop, drafter, watch)
             logits = verify(session, round_, drafted, watch)
@@ -125,11 +128,12 @@ class SelfSpeculative:
             drafted=round_.limits,
             accepted=accepted_by_row,
             confidences=confidences,
+            certainties=watch.certainties,
             seconds=seconds,
             tokens=tokens,
             counts=counts,
             experts=experts_read(watch, session.model.config),
-            shadow=shadow_tokens(session, round_, watch, tokens) if watch.shadow else None,
+            shadow=shadow_tokens(session, round_, watch, tokens) if policy.shadow else None,
         )
         session.append(tokens, counts, drafted=round_.limits)
         policy.observe(report)
@@ -157,6 +161,11 @@ def _check_plan(plan: list[tuple[int, int]], session: Session) -> None:
                 f"the policy planned exit layer {exit_layer} and {length} drafts; exit layers are 1 to {n_layers}, "
                 "and 0 drafts or more."
             )
+
+
+def watched_exits(policy: Policy, config: ModelConfig) -> Sequence[int]:
+    """The exit layers whose states are kept for a policy that asks for shadow tokens."""
+    return getattr(policy, "exits", range(1, config.n_layers))
 
 
 def _begin_alike(model: MoEDecoder, draft: MoEDecoder, exit_layer: int) -> bool:

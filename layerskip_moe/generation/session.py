@@ -18,9 +18,10 @@ from layerskip_moe.generation.kept_caches import keep_cache, take_cache
 from layerskip_moe.generation.sampling import Sampling, choose, gumbel_noise, penalize
 from layerskip_moe.generation.statistics import GenerationStats
 from layerskip_moe.generation.text import TextStream
-from layerskip_moe.nn import KVCache, MoEDecoder
+from layerskip_moe.nn import Drafted, KVCache, MoEDecoder, RunOutput
 
 _MOST_AHEAD, _MOST_NOISE = 16, 2**20  # places, and numbers, of noise drawn at a time
+_KEPT, _LONG = 64, 512  # positions: of states that are kept of a long prompt, and from which on it is one
 
 
 class Session:
@@ -32,6 +33,7 @@ class Session:
     tokens:  [A, capacity] int64, each active row's text so far, a token at its position; the newest is the last
     state:   what the strategy keeps from round to round, such as a second cache; where it is not None it has
              `select(rows)`, called with the indices of the rows that stay when some have finished
+    prompt:  the first position, and what `run` gave, of the end of the prompts, where `prefill` was asked for states
     outputs, layers_run: new tokens of every row (finished ones too), and how many layers ran to choose each
     stats:   the counts of every row
     """
@@ -57,6 +59,7 @@ class Session:
         self.outputs: list[list[int]] = [[] for _ in prompts]
         self.layers_run: list[list[int]] = [[] for _ in prompts]
         self.stats = [GenerationStats() for _ in prompts]
+        self.prompt: tuple[int, RunOutput] | None = None
         self.state: Any = None
         self.rows = torch.arange(first_row, first_row + len(prompts), device=device)
         self._active = list(range(len(prompts)))  # the same rows, counted within this batch
@@ -80,20 +83,32 @@ class Session:
             self._seen.scatter_(1, torch.where(inside, self.tokens, firsts), True)
 
     def prefill(
-        self, layers: Sequence[int] | None = None, *, model: MoEDecoder | None = None, cache: KVCache | None = None
+        self,
+        layers: Sequence[int] | None = None,
+        *,
+        model: MoEDecoder | None = None,
+        cache: KVCache | None = None,
+        collect: Sequence[int] = (),
     ) -> None:
         """Run every prompt but its last token through some layers (all by default), before the first round; of this
         session's model on its cache, or of another.
 
+        collect: layers whose states at the prompts' last positions `prompt` is to have, beside those after all layers
         Prompts are padded on the right: a slot past a row's end is overwritten before any query can read it.
         """
         model, cache = model or self.model, cache or self.cache
         length = int(self.cache.lengths.max())
-        if length:
-            tokens = self.tokens[:, :length]
-            positions = torch.arange(length, device=tokens.device).expand(tokens.shape)
-            layers = range(model.config.n_layers) if layers is None else layers
-            model.run(model.embed(tokens), layers, positions=positions, cache=cache)
+        layers = range(model.config.n_layers) if layers is None else layers
+        # States of a long prompt are not all kept: its end is run by itself.
+        first = length - _KEPT if collect and length > _LONG else 0
+        for start, end in ((0, first), (first, length)):
+            if end > start:
+                tokens = self.tokens[:, start:end]
+                positions = torch.arange(start, end, device=tokens.device).expand(tokens.shape)
+                kept = collect if end == length else ()
+                output = model.run(model.embed(tokens), layers, positions=positions, cache=cache, collect=kept)
+                if kept:
+                    self.prompt = start, output
 
     def new_cache(self, model: MoEDecoder, *, n_layers: int | None = None) -> KVCache:
         """An empty cache for this session's rows and the first `n_layers` layers of a model, by default all."""
@@ -135,19 +150,32 @@ class Session:
         """Some layers over hidden [A, T, D] at positions [A, T], on this session's cache -> [A, T, D]."""
         return self.model.run(hidden, layers, positions=positions, cache=self.cache).hidden
 
-    def decode(self, start: Tensor, layers: Sequence[int], positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids [A, T] or hidden [A, T, D] through some layers and the head: states [A, T, D], logits [A, T, V]."""
-        return self.model.decode(start, layers, positions=positions, cache=self.cache)
+    def decode(self, start: Tensor, layers: Sequence[int], positions: Tensor) -> Tensor:
+        """Token ids [A, T] or hidden [A, T, D] through some layers and the head: logits [A, T, V]."""
+        return self.model.decode(start, layers, positions=positions, cache=self.cache)[1]
 
-    def draft(self, layers: Sequence[int], positions: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Drafts [A, n] by some layers and the head, one after another, after the newest token, which is at the first
-        of positions [A, n + 1]; and the states [A, n + 1, D] of all. Nothing is filtered out or penalised."""
+    def draft(
+        self,
+        layers: Sequence[int],
+        positions: Tensor,
+        noise: Tensor | None,
+        limits: Sequence[int],
+        floors: Sequence[float] | None = None,
+        collect: Sequence[int] = (),
+    ) -> Drafted:
+        """Drafts by some layers and the head, one after another, after the newest token, which is at the first of
+        positions [A, n + 1]; limits[r] of row r, or fewer by its floor, as `MoEDecoder.draft` says. Nothing is filtered
+        out or penalised."""
         return self.model.draft(
             self.newest,
             layers,
             positions=positions,
             cache=self.cache,
             noise=None if noise is None else noise * self.sampling.temperature,
+            limits=torch.tensor(limits, device=self.newest.device),
+            floors=None if floors is None else torch.tensor(floors, dtype=torch.float64, device=self.newest.device),
+            temperature=0.0 if floors is None else self.sampling.temperature or 1.0,
+            collect=collect,
         )
 
     def noise(self, count: int, *, stream: int = 0) -> Tensor | None:

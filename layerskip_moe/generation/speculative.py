@@ -79,7 +79,7 @@ class Speculative:
             _, logits = draft.decode(tokens, self._layers, positions=places, cache=cache)
             tokens, places = round_.draft(logits[:, -1:]), positions[:, place + 1 : place + 2]
         text = torch.cat([session.newest, *round_.drafts], dim=1)
-        _, logits = session.decode(text, range(model.config.n_layers), positions)
+        logits = session.decode(text, range(model.config.n_layers), positions)
         round_.verify(logits)
 
     @property

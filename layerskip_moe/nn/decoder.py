@@ -6,7 +6,7 @@ several of its calls as one.
 Knows nothing of losses, sampling, or files. Next: `training/loop.py`, `generation/session.py`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from layerskip_moe.nn.linear import Linear, linear
 from layerskip_moe.nn.norm import RMSNorm
 from layerskip_moe.nn.products import is_quantized
 from layerskip_moe.nn.router import Routing
-from layerskip_moe.nn.steps import can_repeat, lay, repeat, repeat_draft
+from layerskip_moe.nn.steps import Drafted, can_repeat, draft_places, kept_drafts, lay, repeat, repeat_draft
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -169,19 +169,7 @@ class MoEDecoder(nn.Module):
             places = locate(positions, self.config, cache, length=length)
             return self._run_blocks(hidden, layers, places, cache, keep, keep_experts, expert_mask, top_k, collect)
         if expert_mask is None and self._repeats(hidden.dtype, positions):
-
-            def step(states: Tensor, places: Places) -> list[Tensor]:
-                output = self._run_blocks(states, layers, places, cache, top_k=top_k, collect=collect)
-                chosen = output.chosen.values() if choices else ()
-                return [output.hidden, *(output.collected[layer] for layer in collect), *chosen]
-
-            key = "run", tuple(layers), top_k, tuple(collect), choices
-            last, *others = repeat(self, step, hidden, positions, cache, length=length, key=key)
-            collected, chosen = others[: len(collect)], [experts.flatten(0, 1) for experts in others[len(collect) :]]
-            routed = [layer for layer in layers if choices and self.config.is_moe(layer)]
-            result = RunOutput(last, dict(zip(collect, collected, strict=True)))
-            result.chosen = dict(zip(routed, chosen, strict=True))
-            return result
+            return self._repeat("run", hidden, layers, positions, cache, top_k, collect, choices, heads=False)[0]
         states, places = lay(hidden, positions, self.config, cache, length=length)
         output = self._run_blocks(states, layers, places, cache, None, None, expert_mask, top_k, collect)
         output.hidden = output.hidden.view(hidden.shape)
@@ -189,30 +177,61 @@ class MoEDecoder(nn.Module):
         return output
 
     def decode(
-        self, start: Tensor, layers: Sequence[int], *, positions: Tensor, cache: KVCache
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        start: Tensor,
+        layers: Sequence[int],
+        *,
+        positions: Tensor,
+        cache: KVCache,
+        collect: Sequence[int] = (),
+        choices: bool = False,
+    ) -> tuple[RunOutput, Tensor]:
         """A step of decoding: `embed` where start holds token ids, `run`, `unembed`; of few rows, compiled, one call.
 
-        start: token ids [B, T] int64, or hidden states [B, T, D]; layers, positions, cache: as in `run`
-        -> hidden states [B, T, D] after the last of the layers, and their logits [B, T, V]
+        start: token ids [B, T] int64, or hidden states [B, T, D]; the rest as in `run`
+        -> `run`'s output, and the logits [B, T, V] after the last of the layers
         """
         embeds, layers = not start.is_floating_point(), list(layers)
         if not self._repeats(self.dtype, positions):
             hidden = self.embed(start) if embeds else start
-            hidden = self.run(hidden, layers, positions=positions, cache=cache).hidden
-            return hidden, self.unembed(hidden)
-        length = check_positions(positions, self.config, cache)
-        check_run(layers, self.config, len(positions), cache)
+            output = self.run(hidden, layers, positions=positions, cache=cache, collect=collect, choices=choices)
+            return output, self.unembed(output.hidden)
+        output, logits = self._repeat("decode", start, layers, positions, cache, None, collect, choices, heads=True)
+        return output, logits
 
-        key = "decode", embeds, tuple(layers)
-        states_of = self._states_of(layers, cache)
+    def _repeat(
+        self,
+        kind: str,
+        start: Tensor,
+        layers: list[int],
+        positions: Tensor,
+        cache: KVCache,
+        top_k: int | None,
+        collect: Sequence[int],
+        choices: bool,
+        *,
+        heads: bool,
+    ) -> tuple[RunOutput, Tensor]:
+        """`run`, and with heads `unembed` (else no logits), from a recording where there is one."""
+        length = check_positions(positions, self.config, cache)
+        check_run(layers, self.config, len(positions), cache, top_k=top_k, collect=collect)
 
         def step(start: Tensor, places: Places) -> list[Tensor]:
-            hidden = states_of(start, places)
-            return [hidden, self.unembed(hidden)]
+            output = self._run_blocks(
+                self._embedded(start, places), layers, places, cache, top_k=top_k, collect=collect
+            )
+            chosen = output.chosen.values() if choices else ()
+            logits = [self.unembed(output.hidden)] if heads else []
+            return [*logits, output.hidden, *(output.collected[layer] for layer in collect), *chosen]
 
-        hidden, logits = repeat(self, step, start, positions, cache, length=length, key=key)
-        return hidden, logits
+        key = kind, not start.is_floating_point(), tuple(layers), top_k, tuple(collect), choices
+        outputs = repeat(self, step, start, positions, cache, length=length, key=key)
+        logits = outputs.pop(0) if heads else start
+        hidden, collected, chosen = outputs[0], outputs[1 : 1 + len(collect)], outputs[1 + len(collect) :]
+        routed = [layer for layer in layers if choices and self.config.is_moe(layer)]
+        result = RunOutput(hidden, dict(zip(collect, collected, strict=True)))
+        result.chosen = {layer: experts.flatten(0, 1) for layer, experts in zip(routed, chosen, strict=True)}
+        return result, logits
 
     def draft(
         self,
@@ -222,37 +241,48 @@ class MoEDecoder(nn.Module):
         positions: Tensor,
         cache: KVCache,
         noise: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        limits: Tensor | None = None,
+        floors: Tensor | None = None,
+        temperature: float = 0.0,
+        collect: Sequence[int] = (),
+    ) -> Drafted:
         """Draft tokens one after another by some layers and the head; of few rows, compiled, one call.
 
-        newest: [A, 1] int64; positions: [A, n + 1] int64, where it stands and where n drafts will; layers, cache: as in
-        `run`; noise: [A, n, V] float64, added to the logits; a draft is where they are largest
-        -> drafts [A, n], and the states [A, n + 1, D] of newest and all drafts after the last of the layers
+        newest: [A, 1] int64; positions: [A, n + 1] int64, where it stands and where n drafts will; layers, cache,
+            collect: as in `run`
+        noise: [A, n, V] float64, added to the logits; a draft is where they are largest
+        limits: [A] int64, drafts of each row; by default n
+        floors: [A] float64: a draft is given up, and a row drafts no more, when the product of its certainties falls
+            below; 0, the default, never. temperature: of certainties, see `few_rows.choose`; 0 where none are wanted
         """
         layers, count = list(layers), positions.shape[1] - 1
+        limits = torch.full_like(newest[:, 0], count) if limits is None else limits
+        floors = torch.zeros_like(limits, dtype=torch.float64) if floors is None else floors
         if self._repeats(self.dtype, positions[:, :1]):
             length = check_positions(positions, self.config, cache)
-            check_run(layers, self.config, len(positions), cache)
-            how: dict[str, Any] = {"length": length, "noise": noise, "key": ("draft", tuple(layers))}
-            return repeat_draft(self, self._states_of(layers, cache), newest, positions, cache, **how)
-        token, drafts, states = newest, [], []
-        for place in range(count):
-            state, logits = self.decode(token, layers, positions=positions[:, place : place + 1], cache=cache)
-            token = few_rows.choose(logits[:, 0], None if noise is None else noise[:, place])[:, None]
-            drafts.append(token)
-            states.append(state)
-        states.append(self.run(self.embed(token), layers, positions=positions[:, count:], cache=cache).hidden)
-        return torch.cat([newest[:, :0], *drafts], dim=1), torch.cat(states, dim=1)
+            check_run(layers, self.config, len(positions), cache, collect=collect)
 
-    def _states_of(self, layers: list[int], cache: KVCache) -> Callable[[Tensor, Places], Tensor]:
-        """From token ids or states at some places to states after some layers."""
+            def states_of(start: Tensor, places: Places) -> list[Tensor]:
+                output = self._run_blocks(self._embedded(start, places), layers, places, cache, collect=collect)
+                return [output.hidden, *(output.collected[layer] for layer in collect)]
 
-        def states_of(start: Tensor, places: Places) -> Tensor:
-            if not start.is_floating_point():  # on a CPU by an operator that can be recorded
-                start = few_rows.embed(start[0], self.embedding.weight)[None] if places.few else self.embed(start)
-            return self._run_blocks(start, layers, places, cache).hidden
+            how: dict[str, Any] = {"noise": noise, "limits": limits, "floors": floors, "temperature": temperature}
+            key = "draft", tuple(layers), tuple(collect)
+            return repeat_draft(self, states_of, newest, positions, cache, length=length, key=key, **how)
 
-        return states_of
+        def states_at(token: Tensor, place: int) -> list[Tensor]:
+            at = positions[:, place : place + 1]
+            output = self.run(self.embed(token), layers, positions=at, cache=cache, collect=collect)
+            return [output.hidden, *(output.collected[layer] for layer in collect)]
+
+        tokens, certainties, *states = draft_places(self, states_at, newest, count, noise, temperature)
+        return Drafted(tokens, kept_drafts(certainties, limits, floors), states, certainties)
+
+    def _embedded(self, start: Tensor, places: Places) -> Tensor:
+        """States: the given ones, or of token ids; on a CPU by an operator that can be recorded."""
+        if start.is_floating_point():
+            return start
+        return few_rows.embed(start[0], self.embedding.weight)[None] if places.few else self.embed(start)
 
     def _repeats(self, dtype: torch.dtype, positions: Tensor) -> bool:
         """Whether a step of states at positions [B, T] is recorded, and repeated after that."""

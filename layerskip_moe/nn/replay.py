@@ -2,8 +2,8 @@
 
 A token passes some ten operators per layer, and calling these from Python takes as long as computing them. The first
 run of some layers over N rows of a cache is made as always, its operators noting what they do to which memory; later
-ones do that again, on new states at new positions. Nothing is compiled for it and no number differs: the text may
-grow, rows may come and go, and another N is one more recording, which costs two or three runs.
+ones do that again, on new states at new positions, of as many rows or fewer. Nothing is compiled for it and no number
+differs: the text may grow, and rows may come and go.
 
 Weights changed in place are seen. A parameter put in another's place is not, by recordings of a cache that is used
 on: then take a new cache, as `generate` does by itself (`generation/kept_caches.py`). Only this library's few-row
@@ -24,22 +24,25 @@ _OURS = "layerskip_moe_few_rows"
 
 
 class Recording:
-    """One run, recorded while it is made for the first time."""
+    """One run, recorded while it is made for the first time. It can be repeated for other numbers of rows, up to
+    `room`."""
 
-    def __init__(self, run: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor]) -> None:
-        """run: from inputs to outputs, by few-row operators; the buffers it reads and writes besides must live on."""
-        own = [tensor.clone() for tensor in inputs]
-        number = torch.ops.layerskip_moe_few_rows.record(own)
+    def __init__(self, run: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor], *, room: int) -> None:
+        """run: from inputs to outputs, whose first dimensions are rows, by few-row operators, a row's outputs from its
+        own inputs and from what stands in buffers; the buffers it reads and writes besides must live on. It is made
+        with `room` rows, by repeating the first of the inputs."""
+        self.room, rows = room, len(inputs[0])
+        own = [torch.cat([tensor, tensor[:1].expand(room - rows, *tensor.shape[1:])]) for tensor in inputs]
+        self.number = torch.ops.layerskip_moe_few_rows.record(own, room)
         outputs: list[Tensor] = []
         try:
             with _OnlyOurs() as seen:
-                outputs = run(own)
+                outputs = [output.contiguous() for output in run(own)]
         finally:
-            torch.ops.layerskip_moe_few_rows.recorded([tensor.contiguous() for tensor in outputs])
-            self._number = number
-            self._forget = weakref.finalize(self, torch.ops.layerskip_moe_few_rows.forget, number)
+            torch.ops.layerskip_moe_few_rows.recorded(outputs)
+            self._forget = weakref.finalize(self, torch.ops.layerskip_moe_few_rows.forget, self.number)
         self.complete = seen.others == set()
-        self._first: list[Tensor] | None = outputs
+        self._first: list[Tensor] | None = [output[:rows] for output in outputs]
         if not self.complete:
             self._forget()
 
@@ -50,8 +53,32 @@ class Recording:
         return outputs
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
-        """The outputs for other inputs of the same sizes."""
-        return torch.ops.layerskip_moe_few_rows.replay.default(self._number, inputs)
+        """The outputs for other inputs, of as many rows or others."""
+        return torch.ops.layerskip_moe_few_rows.replay.default(self.number, inputs, len(inputs[0]))
+
+
+def draft(
+    states_of: Recording,
+    choice_of: Recording,
+    newest: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    noise: Tensor | None,
+    limits: Tensor,
+    floors: Tensor,
+) -> list[Tensor]:
+    """Draft tokens one after another by two recordings, see `cpp/drafts.h`: drafts [A, n], certainties [A, n], how many
+    each row has [A], and each of the states [A, n + 1, .]."""
+    return torch.ops.layerskip_moe_few_rows.replay_drafts.default(
+        states_of.number,
+        choice_of.number,
+        newest.contiguous(),
+        rows.contiguous(),
+        positions.contiguous(),
+        None if noise is None else noise.contiguous(),
+        limits,
+        floors,
+    )
 
 
 class _OnlyOurs(TorchDispatchMode):

@@ -1,14 +1,16 @@
 """Steps of few rows, recorded the first time and repeated in one call after that: by `replay.py` on a CPU, as CUDA
 graphs on a GPU.
 
-B batch, T positions, N = B * T states, D width.
-On a CPU the states stand one after the other, and each reads its own row up to itself (`few_rows.py`). A CUDA graph
-reads a fixed number of slots, those up to the next multiple of SLOTS, with a mask that it makes of the positions.
+A active rows, B batch, T positions, N = B * T states, D width, V vocabulary.
+On a CPU the states stand one after the other, and each reads its own row up to itself (`few_rows.py`); a recording
+serves any number of them up to the room it has. A CUDA graph is of one number of states, and reads a fixed number of
+slots, those up to the next multiple of SLOTS, with a mask that it makes of the positions.
 
 Knows nothing of what a step computes. Next: `decoder.py`, which calls this; `replay.py` and `graphs.py`.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,12 +22,33 @@ from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.config import ModelConfig
 from layerskip_moe.nn.graphs import Graph
 from layerskip_moe.nn.replay import Recording
+from layerskip_moe.nn.replay import draft as repeat_places
 
 if TYPE_CHECKING:
     from layerskip_moe.nn.decoder import MoEDecoder
 
 SLOTS = 256  # a graph for each so many positions of a text; what is read in vain is small beside the weights
+_ROOMS = (8, 16, 32, few_rows.MOST_ROWS)  # of recordings
 _MOST_RECORDINGS = 256  # of a cache; each holds the states that its step computes
+
+Step = Callable[[list[Tensor]], list[Tensor]]  # from inputs to outputs
+
+
+@dataclass
+class Drafted:
+    """Tokens drafted one after another, and the states they came from.
+
+    tokens:      [A, n], of no meaning from a row's count on
+    counts:      [A] int64, how many of them are the row's
+    states:      lists of [A, n + 1, D]: after the last of the layers, and after each whose states were asked for; of
+                 the newest token and of the drafts, of no meaning beyond a row's count
+    certainties: [A, n] float32, see `few_rows.choose`; of no meaning beyond the first draft that was given up
+    """
+
+    tokens: Tensor
+    counts: Tensor
+    states: list[Tensor]
+    certainties: Tensor
 
 
 def can_repeat(count: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -72,89 +95,166 @@ def repeat(
         below `length`; key: what else the step depends on
     -> the outputs, [B, T, .] each
     """
-    shape, slots = positions.shape, _fixed_slots(length, cache)
+    shape, rows = positions.shape, cache.rows_of(positions)
     if few_rows.serves(start.device):
-        start, positions = start.reshape(1, -1, *start.shape[2:]), positions.reshape(1, -1)
+        inputs = [start.reshape(-1, *start.shape[2:]), rows, positions.reshape(-1)]
+        outputs = _recorded(model, _by_rows(step, model.config), inputs, cache, key)
+    else:
+        slots = slots_read(length, cache.capacity)
 
-    def run(inputs: list[Tensor]) -> list[Tensor]:
-        start, rows, positions = inputs
-        return step(start, _places(positions, rows, model.config, slots))
+        def run(inputs: list[Tensor]) -> list[Tensor]:
+            start, rows, positions = inputs
+            return step(start, locate_within(positions, rows, model.config, slots))
 
-    rows = cache.rows_of(positions.view(shape))
-    outputs = _recorded(model, run, [start, rows, positions], cache, (*start.shape[:2], slots, *key))
-    return [output.view(*shape, -1) for output in outputs]
+        outputs = _recorded(model, run, [start, rows, positions], cache, (*shape, slots, *key))
+    return [output.reshape(*shape, -1) for output in outputs]
 
 
 def repeat_draft(
     model: "MoEDecoder",
-    states_of: Callable[[Tensor, Places], Tensor],
+    states_of: Callable[[Tensor, Places], list[Tensor]],
     newest: Tensor,
     positions: Tensor,
     cache: KVCache,
     *,
     length: int,
     noise: Tensor | None,
+    limits: Tensor,
+    floors: Tensor,
+    temperature: float,
     key: tuple[Any, ...],
-) -> tuple[Tensor, Tensor]:
-    """Tokens drafted one after another, as one step.
+) -> Drafted:
+    """Tokens drafted one after another in one call; see `MoEDecoder.draft`.
 
-    states_of: from token ids and their places to states; newest: [A, 1] int64; positions: [A, n + 1], its own and
-    those of n drafts; noise: [A, n, V] float64, or None
-    -> drafts [A, n] and states [A, n + 1, D]
+    states_of: from token ids and their places to states, the first of which the head is for
     """
-    count, slots = positions.shape[1] - 1, _fixed_slots(length, cache)
-    shape = (1, -1) if few_rows.serves(newest.device) else (-1, 1)
+    if few_rows.serves(newest.device):
+        return _draft_by_place(model, states_of, newest, positions, cache, noise, limits, floors, temperature, key)
+    count, slots = positions.shape[1] - 1, slots_read(length, cache.capacity)
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
-        token, rows, *at = inputs
-        drafts, states = [], []
-        for place in range(count + 1):
-            states.append(states_of(token, _places(at[place], rows, model.config, slots)))
-            if place < count:
-                logits = model.unembed(states[-1])
-                drawn = at[count + 1 + place] if noise is not None else None
-                token = few_rows.choose(logits.view(-1, logits.shape[-1]), drawn).view(shape)
-                drafts.append(token)
-        return [*drafts, *states]
+        newest, rows, positions, *noise = inputs
 
-    at = [positions[:, place].reshape(shape) for place in range(count + 1)]
-    drawn = [] if noise is None else list(noise.unbind(1))
-    key = len(newest), count, slots, noise is None, *key
-    outputs = _recorded(model, run, [newest.reshape(shape), cache.rows, *at, *drawn], cache, key)
-    drafts = torch.cat([newest[:, :0], *(draft.view(-1, 1) for draft in outputs[:count])], dim=1)
-    return drafts, torch.stack([states.view(len(newest), -1) for states in outputs[count:]], dim=1)
+        def states_at(token: Tensor, place: int) -> list[Tensor]:
+            at = positions[:, place : place + 1]
+            return states_of(token, locate_within(at, rows, model.config, slots))
+
+        return draft_places(model, states_at, newest, count, noise[0] if noise else None, temperature)
+
+    inputs = [newest, cache.rows, positions, *([] if noise is None else [noise])]
+    key = "drafts", len(newest), count, slots, noise is None, temperature, *key
+    tokens, certainties, *states = _recorded(model, run, inputs, cache, key)
+    return Drafted(tokens, kept_drafts(certainties, limits, floors), states, certainties)
 
 
-def _places(positions: Tensor, rows: Tensor, config: ModelConfig, slots: int) -> Places:
-    """Where the states of a recorded step stand, which are at positions [1, N] on a CPU and [B, T] on a GPU."""
-    if few_rows.serves(positions.device):
-        return Places(*angles(config, positions.device), rows, positions.view(-1), few=True)
-    return locate_within(positions, rows, config, slots)
+def draft_places(
+    model: "MoEDecoder",
+    states_at: Callable[[Tensor, int], list[Tensor]],
+    newest: Tensor,
+    count: int,
+    noise: Tensor | None,
+    temperature: float,
+) -> list[Tensor]:
+    """The plain loop: drafts [A, n] and their certainties, and each of the states [A, n + 1, D]; every row gets all."""
+    token, drafts, certainties, states = newest, [newest[:, :0]], [torch.empty(len(newest), 0).to(newest.device)], []
+    for place in range(count + 1):
+        states.append(states_at(token, place))
+        if place < count:
+            logits = model.unembed(states[-1][0])[:, 0]
+            chosen, certainty = few_rows.choose(logits, None if noise is None else noise[:, place], temperature)
+            token = chosen[:, None]
+            drafts.append(token)
+            certainties.append(certainty[:, None])
+    by_kind = [torch.cat(parts, dim=1) for parts in zip(*states, strict=True)]
+    return [torch.cat(drafts, dim=1), torch.cat(certainties, dim=1), *by_kind]
 
 
-def _fixed_slots(length: int, cache: KVCache) -> int:
-    """`slots_read`; 0 on a CPU, where each position reads its own."""
-    return 0 if few_rows.serves(cache.keys.device) else slots_read(length, cache.capacity)
+def kept_drafts(certainties: Tensor, limits: Tensor, floors: Tensor) -> Tensor:
+    """[A]: how many drafts each row has, of certainties [A, n]: up to limits [A], and up to the first at which the
+    product of certainties falls below floors [A]."""
+    products = certainties.double().cumprod(dim=1)
+    within = torch.arange(certainties.shape[1], device=limits.device) < limits[:, None]
+    good = (products >= floors[:, None]) | (floors[:, None] <= 0)
+    return (good & within).long().cumprod(dim=1).sum(dim=1)
+
+
+def _draft_by_place(
+    model: "MoEDecoder",
+    states_of: Callable[[Tensor, Places], list[Tensor]],
+    newest: Tensor,
+    positions: Tensor,
+    cache: KVCache,
+    noise: Tensor | None,
+    limits: Tensor,
+    floors: Tensor,
+    temperature: float,
+    key: tuple[Any, ...],
+) -> Drafted:
+    """On a CPU: two recordings, from a token to its states and from those to the next token, repeated in turn."""
+
+    def choice_of(inputs: list[Tensor]) -> list[Tensor]:
+        hidden, *noise = inputs
+        return list(few_rows.choose(model.unembed(hidden), noise[0] if noise else None, temperature))
+
+    run = _by_rows(states_of, model.config)
+    inputs = [newest[:, 0], cache.rows, positions[:, 0]]
+    first, _ = _recording(model, run, inputs, cache, ("draft", *key))
+    hidden = torch.zeros(len(newest), model.config.d_model, dtype=model.dtype, device=newest.device)
+    drawn = [] if noise is None else [noise[:, 0]]
+    second, _ = _recording(model, choice_of, [hidden, *drawn], cache, ("choice", noise is None, temperature))
+    if isinstance(first, Recording) and isinstance(second, Recording) and first.complete and second.complete:
+        tokens, certainties, counts, *states = repeat_places(
+            first, second, newest, cache.rows, positions, noise, limits, floors
+        )
+        return Drafted(tokens, counts, states, certainties)
+
+    def states_at(token: Tensor, place: int) -> list[Tensor]:
+        states = run([token[:, 0], cache.rows, positions[:, place].contiguous()])
+        return [state[:, None] for state in states]
+
+    count = positions.shape[1] - 1
+    tokens, certainties, *states = draft_places(model, states_at, newest, count, noise, temperature)
+    return Drafted(tokens, kept_drafts(certainties, limits, floors), states, certainties)
+
+
+def _by_rows(step: Callable[[Tensor, Places], list[Tensor]], config: ModelConfig) -> Step:
+    """A step of states [1, N, D] or token ids [1, N] as one of inputs by row: those, rows and positions."""
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        start, rows, positions = inputs
+        outputs = step(start[None], Places(*angles(config, positions.device), rows, positions, few=True))
+        return [output.reshape(len(start), -1) for output in outputs]
+
+    return run
 
 
 def _recorded(
-    model: "MoEDecoder",
-    run: Callable[[list[Tensor]], list[Tensor]],
-    inputs: list[Tensor],
-    cache: KVCache,
-    key: tuple[Any, ...],
+    model: "MoEDecoder", run: Step, inputs: list[Tensor], cache: KVCache, key: tuple[Any, ...]
 ) -> list[Tensor]:
     """The outputs of a run, from a recording where it was made on this cache before."""
+    recording, is_new = _recording(model, run, inputs, cache, key)
+    if is_new:
+        return recording.take_first()
     inputs = [tensor.contiguous() for tensor in inputs]
+    return recording(inputs) if recording.complete else run(inputs)
+
+
+def _recording(
+    model: "MoEDecoder", run: Step, inputs: list[Tensor], cache: KVCache, key: tuple[Any, ...]
+) -> tuple[Recording | Graph, bool]:
+    """What is recorded of a run on this cache, and whether it was made now."""
     tables = angles(model.config, inputs[0].device)  # made here if they are new, and not while a step is recorded
     # Where the embedding lies tells weights that `model.to` moved: nothing else can lie there while it is held.
     weight = model.embedding.weight.data
-    key = id(model), model.dtype, weight.data_ptr(), inputs[0].dtype, *key
-    recording = cache.recordings.get(key)
-    if recording is not None:
-        return recording(inputs) if recording.complete else run(inputs)
-    if few_rows.serves(weight.device):
-        recording = Recording(run, inputs)
+    on_cpu = few_rows.serves(weight.device)
+    room = next(room for room in _ROOMS if room >= len(inputs[0])) if on_cpu else 0
+    key = id(model), model.dtype, weight.data_ptr(), inputs[0].dtype, room, *key
+    if key in cache.recordings:
+        return cache.recordings[key], False
+    inputs = [tensor.contiguous() for tensor in inputs]
+    recording: Recording | Graph
+    if on_cpu:
+        recording = Recording(run, inputs, room=room)
     else:
         # The memory itself: a parameter that `model.to` moves would let go of it, and what comes next lie there.
         held = [tensor.data for tensor in (*model.parameters(), *model.buffers())], tables
@@ -162,7 +262,7 @@ def _recorded(
     if len(cache.recordings) >= _MOST_RECORDINGS:
         del cache.recordings[next(iter(cache.recordings))]  # the oldest
     cache.recordings[key] = recording
-    return recording.take_first()
+    return recording, True
 
 
 def _pool(cache: KVCache) -> Any:

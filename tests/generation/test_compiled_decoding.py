@@ -114,8 +114,8 @@ def test_nothing_is_recorded_as_the_text_grows(trained_model, random_policy, mon
     given, made = [], []  # the new tokens; how many there were at each recording
 
     class Counted(steps.Recording):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+        def __init__(self, *arguments, **how):
+            super().__init__(*arguments, **how)
             assert self.complete
             made.append(len(given))
 

@@ -32,8 +32,8 @@ def made(monkeypatch):
     made = []
 
     class Counted(steps.Recording):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+        def __init__(self, *arguments, **how):
+            super().__init__(*arguments, **how)
             made.append(self)
 
     monkeypatch.setattr(steps, "Recording", Counted)

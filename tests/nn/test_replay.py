@@ -66,9 +66,9 @@ def recorded(monkeypatch):
     made = []
 
     class Counted(steps.Recording):
-        def __init__(self, *arguments):
+        def __init__(self, *arguments, **how):
             made.append(self)
-            super().__init__(*arguments)
+            super().__init__(*arguments, **how)
 
     monkeypatch.setattr(steps, "Recording", Counted)
     return made

@@ -25,6 +25,9 @@ class RoundReport:
         accepted: how many of them the full model agreed with, before the first that it did not
         confidences: for each row and draft the probability the drafter gave it; no numbers where the policy has no
             `should_stop`
+        certainties: for each row and draft, where the policy has `floors`: how certain the drafter was of its
+            choice, the softmax of (logits / temperature + noise) there, greedy of the logits; the draft given up is
+            among them
         seconds: wall time of drafting and verifying all rows, without `plan` and the head on shadow states. Rounds with
             `shadow`, `experts` or `should_stop` are made of more calls than others, and take longer. A GPU is waited
             for, as every round ends by reading how many drafts were accepted.
@@ -33,8 +36,8 @@ class RoundReport:
         experts: by MoE layer, how many different experts verification read; None where the policy has no `experts`,
             and in dense models
         shadow: [A, L, T] int64, the token that the state after each layer says at each place, by the shared head and
-            with the drafts' noise (the last layer's are `tokens`); -1 beyond a row's drafts and one more. None where
-            the policy's `shadow` is False.
+            with the drafts' noise (the last layer's are `tokens`); -1 beyond a row's drafts and one more, and at layers
+            that are not among the policy's `exits`. None where its `shadow` is False.
     """
 
     rows: list[int]
@@ -42,6 +45,7 @@ class RoundReport:
     drafted: list[int]
     accepted: list[int]
     confidences: list[list[float]]
+    certainties: list[list[float]] | None
     seconds: float
     tokens: Tensor
     counts: Tensor
@@ -53,8 +57,15 @@ class Policy(Protocol):
     """What `SelfSpeculative` asks of a policy. The object lives on: what it learnt in one `generate` serves in the
     next, so one object is for one model.
 
-    Where the policy has an attribute `exit_layer`, it is checked before anything runs. Where it has an attribute
-    `experts` that is True, `RoundReport.experts` is filled in.
+    It may also have these attributes:
+
+    exit_layer: checked before anything runs
+    experts: where True, `RoundReport.experts` is filled in
+    exits: exit layers, below L: shadow tokens are of these alone. Their states are kept in every round, so that one
+        with shadow tokens takes no other calls than one without; and at the end of the prompts, in `Session.prompt`
+    floors: read after `plan`; None, or for each row a number: a draft is given up, and the row drafts no more in this
+        round, where the product of the round's certainties so far is below. (Where `should_stop` is None, and all rows
+        draft by the same layers; elsewhere all that is planned is drafted.)
     """
 
     @property

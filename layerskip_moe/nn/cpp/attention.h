@@ -113,7 +113,7 @@ void attend_to_row(const Cached* keys, const Cached* values, std::vector<Reader>
 inline void attend_into(
     const Tensor& mixed_heads, const Tensor& queries, const Tensor& new_keys, const Tensor& new_values, const Tensor& keys, const Tensor& values,
     const Tensor& rows, const Tensor& positions, int64_t window, double scale) {
-  const int64_t n_queries = queries.size(0), heads = queries.size(1), head_dim = queries.size(2);
+  const int64_t n_queries = present_rows(queries), heads = queries.size(1), head_dim = queries.size(2);
   const int64_t groups = keys.size(1), capacity = keys.size(2), per_group = heads / groups;
   const int64_t* row = static_cast<const int64_t*>(rows.data_ptr());
   const int64_t* position = static_cast<const int64_t*>(positions.data_ptr());

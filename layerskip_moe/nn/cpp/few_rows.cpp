@@ -12,6 +12,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "attention.h"
+#include "drafts.h"
 
 STABLE_TORCH_LIBRARY(layerskip_moe_few_rows, library) {
   library.def("linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, bool wide) -> Tensor");
@@ -25,13 +26,16 @@ STABLE_TORCH_LIBRARY(layerskip_moe_few_rows, library) {
   library.def("swiglu(Tensor gate_up) -> Tensor");
   library.def("gate(Tensor x, Tensor logits) -> Tensor");
   library.def("route(Tensor logits, Tensor? bias, int top_k, bool normalize) -> (Tensor, Tensor)");
-  library.def("choose(Tensor logits, Tensor? noise) -> Tensor");
+  library.def("choose(Tensor logits, Tensor? noise, float temperature) -> (Tensor, Tensor)");
   library.def(
       "attend(Tensor queries, Tensor new_keys, Tensor new_values, Tensor(a!) keys, Tensor(b!) values, Tensor rows, "
       "Tensor positions, int window, float scale) -> Tensor");
-  library.def("record(Tensor[] inputs) -> int");
+  library.def("record(Tensor[] inputs, int room) -> int");
   library.def("recorded(Tensor[] outputs) -> int");
-  library.def("replay(int program, Tensor[] inputs) -> Tensor[]");
+  library.def("replay(int program, Tensor[] inputs, int rows) -> Tensor[]");
+  library.def(
+      "replay_drafts(int states_of, int choice_of, Tensor newest, Tensor rows, Tensor positions, Tensor? noise, "
+      "Tensor limits, Tensor floors) -> Tensor[]");
   library.def("forget(int program) -> int");
 }
 
@@ -54,5 +58,6 @@ STABLE_TORCH_LIBRARY_IMPL(layerskip_moe_few_rows, CompositeExplicitAutograd, lib
   library.impl("record", TORCH_BOX(&few_rows::record));
   library.impl("recorded", TORCH_BOX(&few_rows::recorded));
   library.impl("replay", TORCH_BOX(&few_rows::replay));
+  library.impl("replay_drafts", TORCH_BOX(&few_rows::replay_drafts));
   library.impl("forget", TORCH_BOX(&few_rows::forget));
 }

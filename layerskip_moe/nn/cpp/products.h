@@ -16,7 +16,7 @@ inline void activate(const float* gates_and_ups, int64_t hidden, float* out) {
 
 inline void linear_into(
     const Tensor& y, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale, const std::optional<Tensor>& bias) {
-  const int64_t rows = x.size(0), inputs = x.size(1), outputs = weight.size(0);
+  const int64_t rows = present_rows(x), inputs = x.size(1), outputs = weight.size(0);
   const Column scales(scale, 1.0f), biases(bias, 0.0f);
   const std::vector<float> floats = as_floats(x);
   std::vector<const float*> x_rows(rows);
@@ -71,7 +71,7 @@ void multiply_needed(
 inline void experts_into(
     const Tensor& y, const Tensor& x, const Tensor& chosen, const Tensor& weights, const Tensor& gate_up, const Tensor& down,
     const std::optional<Tensor>& gate_up_scale, const std::optional<Tensor>& down_scale) {
-  const int64_t rows = x.size(0), width = x.size(1), top_k = chosen.size(1), n_experts = gate_up.size(0);
+  const int64_t rows = present_rows(x), width = x.size(1), top_k = chosen.size(1), n_experts = gate_up.size(0);
   const int64_t hidden = down.size(2), pairs = rows * top_k;
   const Column gate_up_scales(gate_up_scale, 1.0f), down_scales(down_scale, 1.0f);
   const int64_t* choice = static_cast<const int64_t*>(chosen.data_ptr());

@@ -15,9 +15,11 @@ namespace few_rows {
 
 // What an operator does, once its result has been allocated, can be recorded and done again: on what its tensors hold
 // by then. Calling thirty operators a layer from Python takes longer than a small layer's products do.
+// Its tensors have room for a number of rows, and it can be done for fewer.
 struct Program {
   std::vector<Tensor> inputs, outputs;
   std::vector<std::function<void()>> steps;
+  int64_t room = 1;
 };
 inline std::map<int64_t, Program> programs;  // which stay where they are, whatever others are added or taken away
 inline std::mutex programs_lock;
@@ -28,12 +30,14 @@ inline void perform(std::function<void()> step) {
   if (recording != nullptr) recording->steps.push_back(std::move(step));
 }
 
-inline int64_t record(std::vector<Tensor> inputs) {
+// Record what operators do to tensors that have room for so many rows, all of which are there now.
+inline int64_t record(std::vector<Tensor> inputs, int64_t room) {
   static int64_t count = 0;
   STD_TORCH_CHECK(recording == nullptr, "a recording is under way");
   const std::lock_guard locked(programs_lock);
   recording = &programs[++count];
   recording->inputs = std::move(inputs);
+  recording->room = room;
   return count;
 }
 
@@ -56,18 +60,36 @@ inline Program& find_program(int64_t number) {
   return program->second;
 }
 
-inline std::vector<Tensor> replay(int64_t number, std::vector<Tensor> inputs) {
+// For as long as this lives, so many rows of a program's tensors are there.
+struct WithRows {
+  WithRows(int64_t rows, int64_t room) { rows_there = {rows, room}; }
+  ~WithRows() { rows_there = {1, 1}; }
+};
+
+// The numbers of a tensor's rows that are there.
+inline int64_t present_numbers(const Tensor& tensor) { return tensor.numel() / rows_there.room * rows_there.rows; }
+
+inline void put(const Tensor& into, const void* from) { std::memcpy(into.data_ptr(), from, present_numbers(into) * into.element_size()); }
+
+inline void put(const Tensor& into, const Tensor& from) {
+  check_dense(from);
+  const bool same = from.numel() == present_numbers(into) && from.scalar_type() == into.scalar_type();
+  STD_TORCH_CHECK(same, "a recording takes inputs of the sizes and types it was made with");
+  put(into, from.data_ptr());
+}
+
+// -> outputs [rows, .]
+inline std::vector<Tensor> replay(int64_t number, std::vector<Tensor> inputs, int64_t rows) {
   Program& program = find_program(number);
-  check_sizes(inputs.size() == program.inputs.size());
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    check_dense(inputs[i]);
-    const bool same = inputs[i].numel() == program.inputs[i].numel() && inputs[i].scalar_type() == program.inputs[i].scalar_type();
-    STD_TORCH_CHECK(same, "a recording takes inputs of the sizes and types it was made with");
-    std::memcpy(program.inputs[i].data_ptr(), inputs[i].data_ptr(), inputs[i].numel() * inputs[i].element_size());
-  }
+  check_sizes(inputs.size() == program.inputs.size() && 0 < rows && rows <= program.room);
+  const WithRows there(rows, program.room);
+  for (size_t i = 0; i < inputs.size(); ++i) put(program.inputs[i], inputs[i]);
   for (const auto& step : program.steps) step();
   std::vector<Tensor> results;
-  for (const Tensor& output : program.outputs) results.push_back(torch::stable::clone(output));
+  for (const Tensor& output : program.outputs) {
+    results.push_back(torch::stable::new_empty(output, {rows, output.numel() / program.room}));
+    std::memcpy(results.back().data_ptr(), output.data_ptr(), present_numbers(output) * output.element_size());
+  }
   return results;
 }
 

@@ -17,7 +17,7 @@ inline Tensor embed(const Tensor& tokens, const Tensor& table) {
   perform([=] {
     const int64_t* token = static_cast<const int64_t*>(tokens.data_ptr());
     const size_t bytes = table.size(1) * table.element_size();
-    for (int64_t n = 0; n < tokens.size(0); ++n) {
+    for (int64_t n = 0; n < present_rows(tokens); ++n) {
       STD_TORCH_CHECK(0 <= token[n] && token[n] < table.size(0), "a token is outside the vocabulary");
       std::memcpy(static_cast<char*>(y.data_ptr()) + n * bytes, static_cast<const char*>(table.data_ptr()) + token[n] * bytes, bytes);
     }
@@ -30,7 +30,7 @@ inline Tensor norm(const Tensor& x, const Tensor& weight, double epsilon) {
   Tensor y = torch::stable::new_empty(x, x.sizes());
   perform([=] {
     const int64_t width = weight.numel();
-    const std::vector<float> weights = as_floats(weight);
+    const std::vector<float> weights = as_floats(weight, true);
     std::vector<float> floats = as_floats(x);
     for (float* part = floats.data(); part < floats.data() + floats.size(); part += width) {
       const float* values = part;
@@ -49,7 +49,7 @@ inline Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, cons
   check_sizes(x.dim() == 3 && positions.numel() == x.size(0) && cos.size(1) == x.size(2) && sin.numel() == cos.numel());
   Tensor y = torch::stable::new_empty(x, x.sizes());
   perform([=] {
-    const int64_t rows = x.size(0), heads = x.size(1), head_dim = x.size(2), half = head_dim / 2;
+    const int64_t rows = present_rows(x), heads = x.size(1), head_dim = x.size(2), half = head_dim / 2;
     const int64_t* position = static_cast<const int64_t*>(positions.data_ptr());
     std::vector<float> floats = as_floats(x);
     for (int64_t n = 0; n < rows; ++n) {
@@ -83,7 +83,7 @@ inline Tensor add(const Tensor& x, const Tensor& y) {
 inline Tensor swiglu(const Tensor& gate_up) {
   Tensor y = torch::stable::new_empty(gate_up, {gate_up.size(0), gate_up.size(1) / 2});
   perform([=] {
-    const int64_t rows = gate_up.size(0), hidden = gate_up.size(1) / 2;
+    const int64_t rows = present_rows(gate_up), hidden = gate_up.size(1) / 2;
     const std::vector<float> floats = as_floats(gate_up);
     std::vector<float> activation(rows * hidden);
     for (int64_t n = 0; n < rows; ++n) activate(floats.data() + 2 * n * hidden, hidden, activation.data() + n * hidden);
@@ -111,7 +111,7 @@ inline std::tuple<Tensor, Tensor> route(const Tensor& logits, const std::optiona
   Tensor chosen = torch::stable::new_empty(logits, {logits.size(0), top_k}, ScalarType::Long);
   Tensor weights = torch::stable::new_empty(logits, {logits.size(0), top_k});
   perform([=] {
-    const int64_t rows = logits.size(0), n_experts = logits.size(1);
+    const int64_t rows = present_rows(logits), n_experts = logits.size(1);
     const Column biases(bias, 0.0f);
     std::vector<float> probabilities(n_experts), scores(n_experts);
     for (int64_t n = 0; n < rows; ++n) {
@@ -138,21 +138,29 @@ inline std::tuple<Tensor, Tensor> route(const Tensor& logits, const std::optiona
   return {chosen, weights};
 }
 
-inline Tensor choose(const Tensor& logits, const std::optional<Tensor>& noise) {
+// Where logits, plus noise if there is any, are largest; and how certain that is: the softmax of (logits + noise) /
+// temperature there, nothing at temperature 0.
+inline std::tuple<Tensor, Tensor> choose(const Tensor& logits, const std::optional<Tensor>& noise, double temperature) {
   if (noise) check_dense(*noise, ScalarType::Double);
   check_sizes(logits.dim() == 2 && (!noise || noise->numel() == logits.numel()));
   Tensor tokens = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Long);
+  Tensor certainty = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Float);
   perform([=] {
-    const int64_t rows = logits.size(0), vocabulary = logits.size(1);
+    const int64_t rows = present_rows(logits), vocabulary = logits.size(1);
     const std::vector<float> floats = as_floats(logits);
     std::vector<double> scores(floats.begin(), floats.end());
     for (int64_t i = 0; noise && i < rows * vocabulary; ++i) scores[i] += static_cast<const double*>(noise->data_ptr())[i];
     for (int64_t n = 0; n < rows; ++n) {
       const auto first = scores.begin() + n * vocabulary;
-      static_cast<int64_t*>(tokens.data_ptr())[n] = std::max_element(first, first + vocabulary) - first;
+      const auto best = std::max_element(first, first + vocabulary);
+      static_cast<int64_t*>(tokens.data_ptr())[n] = best - first;
+      float total = 0;
+      for (auto score = first; temperature > 0 && score < first + vocabulary; ++score)
+        total += std::exp(static_cast<float>((*score - *best) / temperature));
+      static_cast<float*>(certainty.data_ptr())[n] = 1.0f / total;
     }
   });
-  return tokens;
+  return {tokens, certainty};
 }
 
 }  // namespace few_rows

@@ -40,14 +40,25 @@ inline void check_dense(const Tensor& tensor, ScalarType type) {
   STD_TORCH_CHECK(tensor.scalar_type() == type, "few-row operators take int64 numbers of tokens, rows and experts, float32 angles and float64 noise");
 }
 
+// How many rows are there, of how many that the tensors at hand have room for (program.h): what is computed is computed
+// for those. Else a tensor's rows are all there.
+struct Rows {
+  int64_t rows, room;
+};
+inline thread_local Rows rows_there = {1, 1};
+
+// Of a tensor's first dimension, rows or so many parts of each, what is there.
+inline int64_t present_rows(const Tensor& tensor) { return tensor.size(0) / rows_there.room * rows_there.rows; }
+
 // x [rows, ...] in float32. Rows may lie apart, as those of a part of a projection do; what is within a row lies together.
-inline std::vector<float> as_floats(const Tensor& x) {
+// They are those that are there, or all.
+inline std::vector<float> as_floats(const Tensor& x, bool all = false) {
   int64_t per_row = 1;
   for (int64_t dim = x.dim() - 1; dim > 0; --dim) {
     STD_TORCH_CHECK(x.size(dim) == 1 || x.stride(dim) == per_row, "few-row products take rows that lie together");
     per_row *= x.size(dim);
   }
-  const int64_t rows = x.size(0), apart = x.stride(0);
+  const int64_t rows = all ? x.size(0) : present_rows(x), apart = x.stride(0);
   std::vector<float> floats(rows * per_row);
   with_float_type(x.scalar_type(), [&](auto type) {
     const auto* from = static_cast<decltype(type)>(x.data_ptr());
