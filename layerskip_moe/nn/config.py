@@ -89,8 +89,8 @@ class ModelConfig:
         bias_balancing: keep a bias per expert that steers the choice but not the weights (DeepSeek-V3)
         router_average: a, 0 or more and below 1: experts are chosen by the mean of the router's logits over the last
             8 positions of the text, the j-th one back weighing a^j (`router_memory.py`); 0: by a position's own
-        router_hold: h, 1 or more: positions h i to h i + h - 1 are routed by the logits, or their mean, of the first
-            of them, which they agree on that way; 1: each by its own
+        router_hold: h, 1 or more: every h positions in a row are routed by the logits, or their mean, of the first of
+            them; 1: each by its own
 
         qk_norm: RMSNorm of queries and keys: per "head" (Qwen3), over the "full" width (OLMoE), or None
         qkv_bias: biases on the query, key and value projections (Qwen2)

@@ -16,6 +16,7 @@ PROMPTS = [[3], [5, 1, 7, 2], [8, 8, 1, 0, 2, 3], [1, 2]]
 MODELS = {
     "experts in every other layer": dict(moe_layers="every other"),
     "experts in some": dict(moe_layers=(0, 3, 4), tie_embeddings=True),
+    "routers that look back": dict(router_average=0.6, router_hold=3),
     "dense": dict(num_experts=0),
 }
 

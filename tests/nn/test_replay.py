@@ -43,6 +43,8 @@ class Pair:
             assert torch.equal(recorded.collected[layer], states)
         assert torch.equal(self.caches[0].keys, self.caches[1].keys)
         assert torch.equal(self.caches[0].values, self.caches[1].values)
+        if self.model.config.router_remembers:
+            assert torch.equal(self.caches[0].router_logits, self.caches[1].router_logits)
         return recorded.hidden
 
     def extend(self, counts):
@@ -88,8 +90,9 @@ def test_a_growing_text(pair, recorded, dtype):
     assert len(recorded) == 3
 
 
-def test_some_rows_some_layers_fewer_experts_and_what_is_collected(pair):
-    pair = pair()
+@pytest.mark.parametrize("fields", [{}, dict(router_average=0.6, router_hold=3)], ids=str)
+def test_some_rows_some_layers_fewer_experts_and_what_is_collected(pair, fields):
+    pair = pair(**fields)
     for _ in range(3):
         pair.step(2, layers=range(2))
         pair.step(2)
