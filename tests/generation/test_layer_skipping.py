@@ -77,7 +77,7 @@ def layers_of_each_position(model, monkeypatch, prompt, strategy, **arguments):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("name", ["experts in some", "dense"])
+@pytest.mark.parametrize("name", ["experts in some", "routers that look back", "dense"])
 @torch.no_grad()
 def test_random_layers_against_a_loop_over_one_row(exact_model, monkeypatch, name, count):
     """A layer that is left out gets the keys and values of the state that passes it by."""
