@@ -40,6 +40,8 @@ d_ff: int = 1024 if gpu else 384  # hidden width of one expert
 num_experts: int = 8
 k: int = 2  # experts per token
 moe_layers: Literal["every other", "all", "first half", "last half"] = "every other"  # others: dense, k times as wide
+router_average: float = 0.0  # a token's choice of experts hears those before it, the j-th by this to the power j
+router_hold: int = 1  # so many tokens in a row take the first one's choice of experts
 max_seq_len: int | None = None  # None: 1024 or 4 x seq_len, whichever is larger
 
 # Training
@@ -112,6 +114,8 @@ config = ModelConfig(
     num_experts=num_experts,
     top_k=k,
     moe_layers=moe_layers,
+    router_average=router_average,
+    router_hold=router_hold,
     max_seq_len=max_seq_len,
 )
 measured = StudyConfig(

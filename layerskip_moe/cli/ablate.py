@@ -5,8 +5,8 @@
     layerskip-moe ablate --n-layers 4 --d-model 96 --max-steps 100 --out-dir runs/small
 
 Variants, of which several may be joined by +: base, paper, drafting, all-exits, gradual, distilled, coherence-0.1,
-coherence-0.5, every-other, first-half, last-half, expert-dropout, shared, deep, wide. A run that is finished is not
-made again, and one that was stopped goes on: give the same command once more.
+coherence-0.5, average-0.5, average-0.7, hold-2, hold-4, every-other, first-half, last-half, expert-dropout, shared,
+deep, wide. A run that is finished is not made again, and one that was stopped goes on: give the same command once more.
 """
 
 # Any field of ModelConfig and TrainConfig is the base's, which the variants change. Next: `ablation/variants.py`.

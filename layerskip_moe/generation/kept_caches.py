@@ -66,6 +66,5 @@ def take_cache(model: MoEDecoder, batch_size: int, capacity: int, *, n_layers: i
 
 def keep_cache(model: MoEDecoder, cache: KVCache) -> None:
     """Keep a cache that nobody uses any more, with what is recorded on it."""
-    size = cache.keys.nbytes + cache.values.nbytes
-    if cache.recordings and size <= _LARGEST * sum(parameter.nbytes for parameter in model.parameters()):
+    if cache.recordings and cache.nbytes <= _LARGEST * sum(parameter.nbytes for parameter in model.parameters()):
         _kept[model] = cache, _Parts.of(model)

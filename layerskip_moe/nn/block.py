@@ -4,6 +4,8 @@ B batch, T positions, D width, F hidden width. Knows nothing of other layers. Ne
 `experts.py` (its parts), `decoder.py` (who runs it).
 """
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from layerskip_moe.nn import few_rows
@@ -14,6 +16,7 @@ from layerskip_moe.nn.linear import Linear
 from layerskip_moe.nn.norm import RMSNorm
 from layerskip_moe.nn.products import swiglu
 from layerskip_moe.nn.router import Router, Routing
+from layerskip_moe.nn.router_memory import recall_text, window_weights
 
 
 class DenseMLP(nn.Module):
@@ -41,11 +44,16 @@ class MoEMLP(nn.Module):
         self.experts = Experts(config)
         self.shared = DenseMLP(config.d_model, config.shared_expert_d_ff) if config.shared_expert_d_ff else None
         self.shared_gate = Linear(config.d_model, 1, bias=False) if config.shared_expert_gate else None
+        self.average, self.hold, self.remembers = config.router_average, config.router_hold, config.router_remembers
 
-    def forward(self, x: Tensor, expert_mask: Tensor | None, top_k: int | None) -> tuple[Tensor, Routing]:
-        """x [B, T, D] -> [B, T, D] and the routing of its B * T tokens."""
+    def forward(
+        self, x: Tensor, places: Places, memory: Tensor | None, expert_mask: Tensor | None, top_k: int | None
+    ) -> tuple[Tensor, Routing]:
+        """x [B, T, D] -> [B, T, D] and the routing of its B * T tokens. memory: the cache's router logits of this
+        layer, where routers look back; without a cache they look back over x."""
         tokens = x.flatten(0, 1)
-        routing = self.router(tokens, expert_mask=expert_mask, top_k=top_k)
+        how = {"recall": self._recall(x, places, memory)} if self.remembers else {}
+        routing = self.router(tokens, expert_mask=expert_mask, top_k=top_k, **how)
         out = self.experts(tokens, routing)
         if self.shared is not None:
             shared = self.shared(tokens)
@@ -54,6 +62,19 @@ class MoEMLP(nn.Module):
                 shared = few_rows.gate(shared, opened) if few_rows.are_few(shared) else opened.sigmoid() * shared
             out = few_rows.add(out, shared) if few_rows.are_few(out) else out + shared
         return out.view(x.shape), routing
+
+    def _recall(self, x: Tensor, places: Places, memory: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """What makes of the logits [N, E] of x [B, T, D] those that it is routed by (`router_memory.py`)."""
+        weights, hold = window_weights(self.average), self.hold
+
+        def recall(logits: Tensor) -> Tensor:
+            if memory is None:
+                return recall_text(logits.view(*x.shape[:2], -1), weights, hold).flatten(0, 1)
+            assert places.rows is not None and places.positions is not None
+            where = {"rows": places.rows, "positions": places.positions}
+            return few_rows.remember(logits, memory, **where, weights=weights, hold=hold)
+
+        return recall
 
 
 class Block(nn.Module):
@@ -76,6 +97,7 @@ class Block(nn.Module):
         places: Places,
         *,
         memory: tuple[Tensor, Tensor] | None = None,
+        router_memory: Tensor | None = None,
         expert_rows: Tensor | None = None,
         expert_mask: Tensor | None = None,
         top_k: int | None = None,
@@ -83,14 +105,15 @@ class Block(nn.Module):
         """x [B, T, D] -> its output [B, T, D], and the routing where there was any.
 
         memory: the cache's keys and values of this layer, see `Attention`; None: no cache.
+        router_memory: the cache's router logits of this layer, where there are any.
         expert_rows: the samples the second sublayer runs for (None: all); the others pass it by.
         """
         x = self._add(x, self.attention(self.attention_norm(x), places, memory))
         if expert_rows is None:
-            return self._transform(x, expert_mask, top_k)
+            return self._transform(x, places, router_memory, expert_mask, top_k)
         if len(expert_rows) == 0:
             return x, None
-        transformed, routing = self._transform(x[expert_rows], expert_mask, top_k)
+        transformed, routing = self._transform(x[expert_rows], places, router_memory, expert_mask, top_k)
         return x.index_copy(0, expert_rows, transformed), routing
 
     def _add(self, x: Tensor, update: Tensor) -> Tensor:
@@ -98,9 +121,27 @@ class Block(nn.Module):
             update = self.dropout(update)
         return few_rows.add(x.flatten(0, 1), update.flatten(0, 1)).view(x.shape) if few_rows.are_few(x) else x + update
 
-    def _transform(self, x: Tensor, expert_mask: Tensor | None, top_k: int | None) -> tuple[Tensor, Routing | None]:
+    def fill(
+        self, x: Tensor, places: Places, *, memory: tuple[Tensor, Tensor], router_memory: Tensor | None = None
+    ) -> None:
+        """Only write what the cache keeps of x [B, T, D]; neither sublayer is computed, and x is routed as if attention
+        had added nothing to it."""
+        self.attention.fill(self.attention_norm(x), places, memory)
+        if router_memory is not None:
+            assert isinstance(self.mlp, MoEMLP)
+            logits = self.mlp.router.score(self.mlp_norm(x).flatten(0, 1))
+            router_memory[places.rows, places.positions] = logits
+
+    def _transform(
+        self,
+        x: Tensor,
+        places: Places,
+        router_memory: Tensor | None,
+        expert_mask: Tensor | None,
+        top_k: int | None,
+    ) -> tuple[Tensor, Routing | None]:
         normed = self.mlp_norm(x)
         if isinstance(self.mlp, MoEMLP):
-            out, routing = self.mlp(normed, expert_mask, top_k)
+            out, routing = self.mlp(normed, places, router_memory, expert_mask, top_k)
             return self._add(x, out), routing
         return self._add(x, self.mlp(normed)), None

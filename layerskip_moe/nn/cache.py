@@ -1,9 +1,10 @@
-"""KVCache: the keys and values of past positions, in static buffers.
+"""KVCache: what is remembered of past positions, their keys and values, in static buffers.
 
 A token at position p lives in slot p of its row, and a query at position p reads slots 0..p. That one rule
 carries everything decoding needs: rows of different lengths need no padding mask, several rows can be
 verified at once, and taking back drafted tokens is forgetting that they were there; what lies beyond a
-row's length is overwritten before any query can read it.
+row's length is overwritten before any query can read it. Where routers look back (`router_memory.py`), their logits
+are kept by the same rule.
 
 Knows nothing of who writes or why. Next: `attention.py`, which writes and reads it.
 """
@@ -22,10 +23,11 @@ from layerskip_moe.nn.replay import Recording
 class KVCache:
     """Keys and values of the first `n_layers` layers (default: all) for B rows of up to `capacity` positions.
 
-    keys, values: [n_layers, B, G, capacity, head_dim]: what one head reads lies together
-    lengths:      [B] int64, how many leading positions of each row are decided. `run` does not move them (a
-                  draft fills early layers only); who decodes does, by `extend`, and may take some back by
-                  `crop`.
+    keys, values:  [n_layers, B, G, capacity, head_dim]: what one head reads lies together
+    router_logits: [layers with experts, B, capacity, E] float32, None unless routers look back
+    lengths:       [B] int64, how many leading positions of each row are decided. `run` does not move them (a
+                   draft fills early layers only); who decodes does, by `extend`, and may take some back by
+                   `crop`.
     """
 
     def __init__(
@@ -38,10 +40,16 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (n_layers or config.n_layers, batch_size, config.kv_heads, capacity, config.head_width)
+        n_layers = n_layers or config.n_layers
+        shape = (n_layers, batch_size, config.kv_heads, capacity, config.head_width)
         # Zeros, not `empty`: a masked slot still enters a product with weight 0, and 0 * NaN is NaN.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.router_logits: Tensor | None = None
+        if config.router_remembers:
+            self._moe_layers = [layer for layer in range(n_layers) if config.is_moe(layer)]
+            sizes = (len(self._moe_layers), batch_size, capacity, config.num_experts)
+            self.router_logits = torch.zeros(sizes, dtype=torch.float32, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.rows = torch.arange(batch_size, device=device)
         self.recordings: dict[Any, Recording | Graph] = {}  # steps over these buffers, see `steps.py`
@@ -54,6 +62,17 @@ class KVCache:
     def memory(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values [B, G, capacity, head_dim] of one layer: what `Attention` writes and reads, at `rows`."""
         return self.keys[layer], self.values[layer]
+
+    def router_memory(self, layer: int) -> Tensor | None:
+        """The router's logits [B, capacity, E] of one layer, at `rows` too; None where there is nothing to keep."""
+        if self.router_logits is None or layer not in self._moe_layers:
+            return None
+        return self.router_logits[self._moe_layers.index(layer)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(buffer.nbytes for buffer in (self.keys, self.values, self.router_logits) if buffer is not None)
 
     def rows_of(self, positions: Tensor) -> Tensor:
         """The buffers' row of each of positions [B, T], flat: [B * T]."""
@@ -72,6 +91,8 @@ class KVCache:
         """A cache of its own, with nothing recorded on it."""
         other = copy.copy(self)
         other.keys, other.values, other.recordings = self.keys.clone(), self.values.clone(), {}
+        if self.router_logits is not None:
+            other.router_logits = self.router_logits.clone()
         return other
 
     def extend(self, counts: Tensor | int) -> None:
@@ -92,5 +113,7 @@ class KVCache:
         """Forget everything, dropped rows included."""
         self.keys.zero_()
         self.values.zero_()
+        if self.router_logits is not None:
+            self.router_logits.zero_()
         self.rows = torch.arange(self.keys.shape[1], device=self.rows.device)
         self.lengths = torch.zeros_like(self.rows)

@@ -51,6 +51,15 @@ def check_run(
         raise ValueError(f"expert_mask is {list(expert_mask.shape)} but must be {' or '.join(map(str, wanted))}.")
     if keep is not None and cache is not None:
         raise ValueError("keep is for training without a cache: a skipped sample would leave holes in it.")
+    if config.router_remembers and cache is not None:
+        if keep_experts is not None:
+            raise ValueError(
+                "keep_experts is for runs without a cache where routers look back: a skipped sample would leave holes."
+            )
+        if cache.router_logits is None:
+            raise ValueError(
+                "the cache keeps no router logits, which this network looks back at; make it of its config."
+            )
     if top_k is not None and not 1 <= top_k <= config.num_experts:
         raise ValueError(f"top_k={top_k} must be between 1 and num_experts={config.num_experts}.")
     if expert_mask is not None and int(expert_mask.sum(-1).min()) < (top_k or config.top_k):

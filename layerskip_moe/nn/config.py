@@ -87,6 +87,10 @@ class ModelConfig:
         shared_expert_gate: scale the shared expert by a sigmoid gate, as Qwen2-MoE does
         normalize_top_k: divide the chosen weights by their sum (Mixtral, Qwen3-MoE yes; OLMoE no)
         bias_balancing: keep a bias per expert that steers the choice but not the weights (DeepSeek-V3)
+        router_average: a, 0 or more and below 1: experts are chosen by the mean of the router's logits over the last
+            8 positions of the text, the j-th one back weighing a^j (`router_memory.py`); 0: by a position's own
+        router_hold: h, 1 or more: every h positions in a row are routed by the logits, or their mean, of the first of
+            them; 1: each by its own
 
         qk_norm: RMSNorm of queries and keys: per "head" (Qwen3), over the "full" width (OLMoE), or None
         qkv_bias: biases on the query, key and value projections (Qwen2)
@@ -122,6 +126,8 @@ class ModelConfig:
     shared_expert_gate: bool = False
     normalize_top_k: bool = True
     bias_balancing: bool = False
+    router_average: float = 0.0
+    router_hold: int = 1
     qk_norm: Literal["head", "full"] | None = "head"
     qkv_bias: bool = False
     output_bias: bool = False
@@ -222,10 +228,15 @@ class ModelConfig:
                 f"moe_layers={self.moe_layers!r} is unknown; it is 'all', 'every other', 'first half', 'last half' or "
                 "a list of layer indices."
             )
+        _require_number("router_average", self.router_average)
+        if not 0.0 <= self.router_average < 1.0:
+            raise ValueError(f"router_average={self.router_average} must be 0 or more and below 1; 0 is no average.")
+        require_whole("router_hold", self.router_hold, at_least=1)
         if self.num_experts == 0:
-            if self.shared_expert_d_ff or self.shared_expert_gate or self.bias_balancing:
+            if self.shared_expert_d_ff or self.shared_expert_gate or self.bias_balancing or self.router_remembers:
                 raise ValueError(
-                    "shared_expert_d_ff, shared_expert_gate and bias_balancing need experts, but num_experts is 0."
+                    "shared_expert_d_ff, shared_expert_gate, bias_balancing, router_average and router_hold need "
+                    "experts, but num_experts is 0."
                 )
             return
         require_whole("top_k", self.top_k, at_least=1)
@@ -255,6 +266,11 @@ class ModelConfig:
         """F, hidden width of one expert."""
         assert self.d_ff is not None
         return self.d_ff
+
+    @property
+    def router_remembers(self) -> bool:
+        """Whether experts are chosen by the router's logits of earlier positions too, so that a cache keeps them."""
+        return self.router_average > 0 or self.router_hold > 1
 
     def is_moe(self, layer: int) -> bool:
         """Whether layer (0..L-1) holds experts."""

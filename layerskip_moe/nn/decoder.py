@@ -7,7 +7,6 @@ Knows nothing of losses, sampling, or files. Next: `training/loop.py`, `generati
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,35 +18,16 @@ from layerskip_moe.nn.attention import Places, locate
 from layerskip_moe.nn.block import Block
 from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.checks import check_positions, check_run
-from layerskip_moe.nn.compiling import compiled, is_compiled
+from layerskip_moe.nn.compiling import is_compiled
 from layerskip_moe.nn.config import ModelConfig
 from layerskip_moe.nn.experts import Experts
 from layerskip_moe.nn.linear import Linear, linear
 from layerskip_moe.nn.norm import RMSNorm
-from layerskip_moe.nn.products import is_quantized
-from layerskip_moe.nn.router import Routing
+from layerskip_moe.nn.run_blocks import RunOutput, block_of, run_blocks
 from layerskip_moe.nn.steps import Drafted, can_repeat, draft_places, kept_drafts, lay, repeat, repeat_draft
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-
-@dataclass
-class RunOutput:
-    """What a range of layers gave.
-
-    hidden:    [B, T, D], after the last layer that ran
-    collected: layer index -> its output [B, T, D], for the layers asked for
-    routing:   layer index -> that MoE layer's Routing, for the tokens that reached it; empty where a recorded run was
-               repeated (`compiled`, few rows)
-    chosen:    layer index -> the experts that each of those N tokens was sent to, [N, K] int64; of a recorded run too
-               where `run` was asked for `choices`
-    """
-
-    hidden: Tensor
-    collected: dict[int, Tensor] = field(default_factory=dict)
-    routing: dict[int, Routing] = field(default_factory=dict)
-    chosen: dict[int, Tensor] = field(default_factory=dict)
 
 
 class MoEDecoder(nn.Module):
@@ -167,11 +147,11 @@ class MoEDecoder(nn.Module):
         check_run(layers, self.config, hidden.shape[0], cache, keep, keep_experts, expert_mask, top_k, collect)
         if cache is None or keep_experts is not None:
             places = locate(positions, self.config, cache, length=length)
-            return self._run_blocks(hidden, layers, places, cache, keep, keep_experts, expert_mask, top_k, collect)
+            return run_blocks(self, hidden, layers, places, cache, keep, keep_experts, expert_mask, top_k, collect)
         if expert_mask is None and self._repeats(hidden.dtype, positions):
             return self._repeat("run", hidden, layers, positions, cache, top_k, collect, choices, heads=False)[0]
         states, places = lay(hidden, positions, self.config, cache, length=length)
-        output = self._run_blocks(states, layers, places, cache, None, None, expert_mask, top_k, collect)
+        output = run_blocks(self, states, layers, places, cache, None, None, expert_mask, top_k, collect)
         output.hidden = output.hidden.view(hidden.shape)
         output.collected = {layer: states.view(hidden.shape) for layer, states in output.collected.items()}
         return output
@@ -217,7 +197,8 @@ class MoEDecoder(nn.Module):
         check_run(layers, self.config, len(positions), cache, top_k=top_k, collect=collect)
 
         def step(start: Tensor, places: Places) -> list[Tensor]:
-            output = self._run_blocks(
+            output = run_blocks(
+                self,
                 self._embedded(start, places), layers, places, cache, top_k=top_k, collect=collect
             )
             chosen = output.chosen.values() if choices else ()
@@ -263,7 +244,7 @@ class MoEDecoder(nn.Module):
             check_run(layers, self.config, len(positions), cache, collect=collect)
 
             def states_of(start: Tensor, places: Places) -> list[Tensor]:
-                output = self._run_blocks(self._embedded(start, places), layers, places, cache, collect=collect)
+                output = run_blocks(self, self._embedded(start, places), layers, places, cache, collect=collect)
                 return [output.hidden, *(output.collected[layer] for layer in collect)]
 
             how: dict[str, Any] = {"noise": noise, "limits": limits, "floors": floors, "temperature": temperature}
@@ -288,67 +269,14 @@ class MoEDecoder(nn.Module):
         """Whether a step of states at positions [B, T] is recorded, and repeated after that."""
         return self.compiled and can_repeat(positions.numel(), dtype, positions.device)
 
-    def _run_blocks(
-        self,
-        hidden: Tensor,
-        layers: list[int],
-        places: Places,
-        cache: KVCache | None,
-        keep: Tensor | None = None,
-        keep_experts: Tensor | None = None,
-        expert_mask: Tensor | None = None,
-        top_k: int | None = None,
-        collect: Sequence[int] = (),
-    ) -> RunOutput:
-        output = RunOutput(hidden)
-        for index, layer in enumerate(layers):
-            rows = _rows(keep, index, hidden.device)  # the samples that stay; None: all of them
-            if rows is None or len(rows):
-                output.hidden, routing = self._run_block(
-                    layer,
-                    output.hidden,
-                    places,
-                    rows=rows,
-                    memory=None if cache is None else cache.memory(layer),
-                    expert_rows=_rows(keep_experts, index, hidden.device, among=rows),
-                    expert_mask=expert_mask if expert_mask is None or expert_mask.dim() == 1 else expert_mask[index],
-                    top_k=top_k,
-                )
-                if routing is not None:
-                    output.routing[layer], output.chosen[layer] = routing, routing.chosen
-            if layer in collect:
-                output.collected[layer] = output.hidden
-        return output
-
-    def _run_block(
-        self, layer: int, hidden: Tensor, places: Places, *, rows: Tensor | None, **how: Any
-    ) -> tuple[Tensor, Routing | None]:
-        block = self._block(layer)
-        # Quantised weights are unpacked in a way that cannot be traced; a CPU's decoding has kernels and recordings.
-        compiles = self.compiled and (
-            how["memory"] is None or (hidden.is_cuda and not is_quantized(block.attention.qkv.weight))
-        )
-        forward = compiled(Block.forward) if compiles else Block.__call__
-        if rows is None:
-            return forward(block, hidden, places, **how)
-        # There is no cache where samples are dropped, and the window's mask is the same for all rows.
-        part = places._replace(cos=places.cos[rows], sin=places.sin[rows])
-        ran, routing = forward(block, hidden[rows], part, **how)
-        return hidden.index_copy(0, rows, ran), routing
-
     def fill(self, hidden: Tensor, layers: Sequence[int], *, positions: Tensor, cache: KVCache) -> None:
-        """Write only the keys and values of skipped layers, all from the same exit state hidden [B, T, D]
+        """Write only what the cache keeps of skipped layers, all from the same exit state hidden [B, T, D]
         (CALM's state propagation, arXiv 2207.07061). Raises ValueError for positions past the end, as `run`."""
         length = check_positions(positions, self.config, cache)
         hidden, places = lay(hidden, positions, self.config, cache, length=length)
         for layer in layers:
-            block = self._block(layer)
-            block.attention.fill(block.attention_norm(hidden), places, cache.memory(layer))
-
-    def _block(self, layer: int) -> Block:
-        block = self.blocks[layer]
-        assert isinstance(block, Block)
-        return block
+            memory, router_memory = cache.memory(layer), cache.router_memory(layer)
+            block_of(self, layer).fill(hidden, places, memory=memory, router_memory=router_memory)
 
     @classmethod
     def from_pretrained(
@@ -393,11 +321,3 @@ class MoEDecoder(nn.Module):
         from layerskip_moe.pretrained.hub import push
 
         return push(self, repo_id, tokenizer=tokenizer, recipe=recipe, report=report, private=private, token=token)
-
-
-def _rows(keep: Tensor | None, index: int, device: torch.device, among: Tensor | None = None) -> Tensor | None:
-    """Samples that keep[index] lets stay, counted within `among`; None when all do (nothing is gathered then)."""
-    if keep is None:
-        return None
-    mask = keep[index] if among is None else keep[index][among.cpu()]
-    return None if bool(mask.all()) else mask.nonzero()[:, 0].to(device)

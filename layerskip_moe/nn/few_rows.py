@@ -11,6 +11,7 @@ this.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -119,6 +120,28 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
 def route(logits: Tensor, bias: Tensor | None, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
     """What `Router` does with logits [N, E]: chosen and weights [N, K]. Needs the kernels."""
     return torch.ops.layerskip_moe_few_rows.route.default(logits, bias, top_k, normalize)
+
+
+def remember(
+    logits: Tensor, memory: Tensor, *, rows: Tensor, positions: Tensor, weights: Sequence[float], hold: int
+) -> Tensor:
+    """Write N positions' router logits into a cache, then give each what `router_memory.py` has it routed by.
+
+    logits [N, E], memory [B, C, E], both float32; rows and positions [N] int64: the slot of each
+    weights: of a slot itself, of the one before it, and so on; where a row has no earlier ones, the rest's are scaled
+    hold: positions h i to h i + h - 1 are given what is position h i's
+    -> [N, E], summed from the latest position to the earliest
+    """
+    if are_few(logits) and has_kernels():
+        return torch.ops.layerskip_moe_few_rows.remember.default(logits, memory, rows, positions, list(weights), hold)
+    memory[rows, positions] = logits
+    latest = positions - positions % hold
+    total, share = torch.zeros_like(logits), logits.new_zeros(len(logits), 1)
+    for back, weight in enumerate(weights):
+        counted = (latest >= back)[:, None].to(logits.dtype) * weight
+        total = total + counted * memory[rows, (latest - back).clamp(min=0)]
+        share = share + counted
+    return total / share
 
 
 def choose(logits: Tensor, noise: Tensor | None, temperature: float = 0.0) -> tuple[Tensor, Tensor]:

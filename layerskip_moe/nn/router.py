@@ -5,6 +5,7 @@ Knows nothing of the experts' arithmetic. Next: `experts.py` (what the chosen ex
 `training/balance.py` (the losses made from what is recorded here).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from layerskip_moe.nn.config import ModelConfig
 class Routing(NamedTuple):
     """What one MoE layer decided for N tokens (those that its layer dropout kept)."""
 
-    logits: Tensor  # [N, E] float32, experts dropped out at -inf
+    logits: Tensor  # [N, E] float32, those that the choice was made by; experts dropped out at -inf
     chosen: Tensor  # [N, K] int64, expert indices, best first
     weights: Tensor  # [N, K] float32, what each chosen expert's output is multiplied by
 
@@ -47,16 +48,35 @@ class Router(nn.Module):
         bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.bias_balancing else None
         self.register_buffer("balance_bias", bias)
 
-    def forward(self, x: Tensor, *, expert_mask: Tensor | None = None, top_k: int | None = None) -> Routing:
-        """x [N, D] -> Routing. expert_mask [E]: True for active; the others are masked before the softmax,
-        so the gate redistributes over the active ones. top_k: choose fewer than the model was built with."""
-        few = few_rows.are_few(x)
+    def score(self, x: Tensor) -> Tensor:
+        """x [N, D] -> the logits [N, E] of its tokens, each by itself."""
         with torch.autocast(x.device.type, enabled=False):
-            logits = few_rows.linear(x, self.weight, wide=True) if few else F.linear(x.float(), self.weight.float())
+            if few_rows.are_few(x):
+                return few_rows.linear(x, self.weight, wide=True)
+            return F.linear(x.float(), self.weight.float())
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        expert_mask: Tensor | None = None,
+        top_k: int | None = None,
+        recall: Callable[[Tensor], Tensor] | None = None,
+    ) -> Routing:
+        """x [N, D] -> Routing.
+
+        expert_mask: [E], True for active; the others are masked before the softmax, so the gate redistributes over
+            the active ones
+        top_k: choose fewer than the model was built with
+        recall: what becomes of the logits [N, E] by those of earlier positions (`router_memory.py`); None: nothing
+        """
+        logits = self.score(x)
+        if recall is not None:
+            logits = recall(logits)
         if expert_mask is not None:
             logits = logits.masked_fill(~expert_mask, float("-inf"))
         top_k = top_k or self.top_k
-        if few and few_rows.has_kernels():
+        if few_rows.are_few(x) and few_rows.has_kernels():
             return Routing(logits, *few_rows.route(logits, self.balance_bias, top_k, self.normalize))
         probabilities = logits.softmax(dim=-1)
         scores = probabilities

@@ -198,6 +198,10 @@ def _draft_by_place(
 
     run = _by_rows(states_of, model.config)
     inputs = [newest[:, 0], cache.rows, positions[:, 0]]
+    count = positions.shape[1] - 1
+    if not count:
+        states = [state[:, None] for state in _recorded(model, run, inputs, cache, ("draft", *key))]
+        return Drafted(newest[:, :0], torch.zeros_like(limits), states, floors[:, None].float()[:, :0])
     first, _ = _recording(model, run, inputs, cache, ("draft", *key))
     hidden = torch.zeros(len(newest), model.config.d_model, dtype=model.dtype, device=newest.device)
     drawn = [] if noise is None else [noise[:, 0]]
@@ -212,7 +216,6 @@ def _draft_by_place(
         states = run([token[:, 0], cache.rows, positions[:, place].contiguous()])
         return [state[:, None] for state in states]
 
-    count = positions.shape[1] - 1
     tokens, certainties, *states = draft_places(model, states_at, newest, count, noise, temperature)
     return Drafted(tokens, kept_drafts(certainties, limits, floors), states, certainties)
 

@@ -233,6 +233,9 @@ def obstacles(config: ModelConfig, family: str) -> list[str]:
     found = []
     if config.bias_balancing:
         found.append("bias_balancing=True (no family steers the choice of experts by a bias)")
+    for name, without in (("router_average", 0.0), ("router_hold", 1)):
+        if getattr(config, name) != without:
+            found.append(f"{name}={getattr(config, name)} (no family chooses experts by earlier positions)")
     if config.num_experts == 0 and "num_experts" in names:
         found.append(f"num_experts=0 ({family} is for networks with experts)")
     elif config.num_experts and "num_experts" not in names:

@@ -102,7 +102,7 @@ def check_gguf(config: ModelConfig, path: str | Path) -> None:
 def gguf_obstacles(config: ModelConfig) -> list[str]:
     """The settings that llama.cpp's closest architecture does not compute, a phrase each; none: it is exact."""
     name = _architecture(config)
-    fixed = {"bias_balancing": False, "clip_qkv": None, **_FIXED[name]}
+    fixed = {"bias_balancing": False, "router_average": 0.0, "router_hold": 1, "clip_qkv": None, **_FIXED[name]}
     if config.num_experts == 0:
         fixed.pop("normalize_top_k", None)
     found = [

@@ -196,16 +196,16 @@ def test_experts_read_in_verification(trained_model, monkeypatch, compile, shado
     model = trained_model(n_layers=4, moe_layers="every other")
     plans = [[(1, 3), (2, 1), (1, 0)], [(2, 2)] * 3, [(1, 0)] * 3]
     policy = Planned(*plans, experts=True, shadow=shadow)
-    seen, run = [], MoEDecoder._run_blocks
+    seen, run = [], decoder.run_blocks
 
-    def noted(self, *arguments, **others):
-        output = run(self, *arguments, **others)
+    def noted(*arguments, **others):
+        output = run(*arguments, **others)
         seen.append({layer: set(chosen.flatten().tolist()) for layer, chosen in output.chosen.items()})
         return output
 
     strategy = SelfSpeculative(policy=policy)
     generate(model, [[3, 9], [5], [1]], strategy, max_new_tokens=12, compile=compile)
-    monkeypatch.setattr(MoEDecoder, "_run_blocks", noted)
+    monkeypatch.setattr(decoder, "run_blocks", noted)
     again = Planned(*plans, experts=True, shadow=shadow)
     generate(model, [[3, 9], [5], [1]], SelfSpeculative(policy=again), max_new_tokens=12, compile=False)
     assert [report.experts for report in policy.reports] == [report.experts for report in again.reports]

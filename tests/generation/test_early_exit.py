@@ -19,7 +19,11 @@ from layerskip_moe.generation import Autoregressive, EarlyExit, Sampling, genera
 from layerskip_moe.generation.sampling import gumbel_noise, log_probabilities
 from layerskip_moe.nn import KVCache
 
-MODELS = {"dense": dict(num_experts=0), "experts in every other layer": dict(moe_layers="every other")}
+MODELS = {
+    "dense": dict(num_experts=0),
+    "experts in every other layer": dict(moe_layers="every other"),
+    "routers that look back": dict(router_average=0.6, router_hold=3),
+}
 LAYERS = 5
 PROMPTS = [[3], [5, 1, 7, 2], [8, 8, 1, 0, 2, 3], [1, 2]]
 

@@ -16,6 +16,7 @@ PROMPTS = [[3], [5, 1, 7, 2], [8, 8, 1, 0, 2, 3], [1, 2]]
 MODELS = {
     "experts in every other layer": dict(moe_layers="every other"),
     "experts in some": dict(moe_layers=(0, 3, 4), tie_embeddings=True),
+    "routers that look back": dict(router_average=0.6, router_hold=3),
     "dense": dict(num_experts=0),
 }
 
@@ -76,7 +77,7 @@ def layers_of_each_position(model, monkeypatch, prompt, strategy, **arguments):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("name", ["experts in some", "dense"])
+@pytest.mark.parametrize("name", ["experts in some", "routers that look back", "dense"])
 @torch.no_grad()
 def test_random_layers_against_a_loop_over_one_row(exact_model, monkeypatch, name, count):
     """A layer that is left out gets the keys and values of the state that passes it by."""

@@ -20,6 +20,7 @@ MODELS = {
     "every other layer, tied": dict(moe_layers="every other", tie_embeddings=True),
     "shared expert": dict(shared_expert_d_ff=8, shared_expert_gate=True),
     "OLMoE's switches": dict(qk_norm="full", normalize_top_k=False, n_kv_heads=4),
+    "routers that look back": dict(router_average=0.6, router_hold=3, moe_layers=(0, 2)),
     "dense": dict(num_experts=0),
     "dense, tied": dict(num_experts=0, tie_embeddings=True),
 }

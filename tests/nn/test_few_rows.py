@@ -257,13 +257,49 @@ def test_embed_picks_rows():
     assert torch.equal(fast, plain) and torch.equal(fast, table[tokens])
 
 
+def routed_by(memory, row, position, weights, hold):
+    """What `remember` gives a position whose row's logits are all written, in float64."""
+    latest = hold * (position // hold)
+    back = range(min(latest + 1, len(weights)))
+    mean = sum(weights[j] * memory[row, latest - j].double() for j in back)
+    return mean / sum(weights[j] for j in back)
+
+
+@given(
+    rows,
+    st.integers(1, 20),
+    st.lists(st.floats(0.01, 1), min_size=1, max_size=9),
+    st.integers(1, 9),
+    st.integers(22, 60),
+    seeds,
+)
+@few_examples
+def test_remember(n, n_experts, weights, hold, capacity, seed):
+    """N different slots of three rows, full of something: bit for bit the twin's, and near what the formula says."""
+    slots = torch.randperm(3 * capacity, generator=torch.Generator().manual_seed(seed))[:n]
+    where = dict(rows=slots // capacity, positions=slots % capacity)
+    logits, full = drawn(seed, n, n_experts), drawn(seed + 1, 3, capacity, n_experts)
+
+    def remember():
+        memory = full.clone()
+        return few_rows.remember(logits, memory, **where, weights=weights, hold=hold), memory
+
+    fast, plain = both_ways(remember)
+    assert torch.equal(fast[0], plain[0]) and torch.equal(fast[1], plain[1])
+    full[where["rows"], where["positions"]] = logits
+    assert torch.equal(fast[1], full)
+    at = zip(where["rows"].tolist(), where["positions"].tolist(), strict=True)
+    assert_near(fast[0], torch.stack([routed_by(full, row, position, weights, hold) for row, position in at]))
+
+
 @given(rows, sizes, dtypes, st.booleans(), seeds)
 @few_examples
 @torch.no_grad()
 def test_choose(n, vocab_size, dtype, noisy, seed):
     logits = drawn(seed, n, vocab_size, dtype=dtype)
     noise = drawn(seed + 1, vocab_size, n).double().T if noisy else None
-    chosen = few_rows.choose(logits, noise)
+    temperature = 0.7 if noisy else 1.0
+    chosen, certainty = few_rows.choose(logits, noise, temperature)
     scores = logits.double() + noise if noisy else logits.double()
     # Equal logits of 16 bits may tie: what is chosen is then one of the best.
     best = scores.amax(dim=-1)
@@ -297,6 +333,12 @@ def operators(dtype, seed):
         ]
         return torch.cat(mixed, dim=-1)
 
+    kept = logits[torch.argsort(positions)][None].contiguous()
+
+    def remember_some(some):
+        places = dict(rows=torch.zeros_like(some), positions=positions[some])
+        return few_rows.remember(logits[some], kept, **places, weights=[1.0, 0.6, 0.3], hold=3)
+
     return {
         "linear": lambda some: few_rows.linear(x[some], weight, bias),
         "linear, wide": lambda some: few_rows.linear(x[some], weight, wide=True),
@@ -310,8 +352,9 @@ def operators(dtype, seed):
         "gate": lambda some: few_rows.gate(x[some], gates[some]),
         "rotate": lambda some: few_rows.rotate(heads[some], *table, positions[some]),
         "router": lambda some: torch.cat([part.double() for part in router(x[some])], dim=-1),
-        "choose": lambda some: few_rows.choose(x[some], noise[some]),
+        "choose": lambda some: torch.stack(few_rows.choose(x[some], noise[some], 0.7), dim=-1),
         "attend": attend_some,
+        "remember": remember_some,
     }
 
 
@@ -338,12 +381,20 @@ def refused_calls():
     x, weight = drawn(0, 4, 6), drawn(1, 5, 6)
     at, row = where["positions"], where["rows"]
 
+    def remember_with(memory=None, rows=row, positions=at):
+        memory = torch.zeros(3, 10, 6) if memory is None else memory
+        return few_rows.remember(x, memory, rows=rows, positions=positions, weights=[1.0], hold=1)
+
     def attend_with(keys=keys, values=values, rows=row, positions=at):
         return few_rows.attend(queries, new_keys, new_values, keys, values, rows=rows, positions=positions)
 
     return {
         "past the cache": ("outside the cache", lambda: attend_with(positions=torch.tensor([0, 1, 2, 10]))),
         "before the cache": ("outside the cache", lambda: attend_with(positions=torch.tensor([0, -1, 2, 3]))),
+        "past the routers' memory": ("outside the cache", lambda: remember_with(positions=torch.tensor([0, 1, 2, 10]))),
+        "no such row there": ("outside the cache", lambda: remember_with(rows=torch.tensor([0, 3, 1, 2]))),
+        "of other experts": ("fit together", lambda: remember_with(torch.zeros(3, 10, 5))),
+        "rounded": ("float32 logits", lambda: remember_with(torch.zeros(3, 10, 6, dtype=torch.bfloat16))),
         "no such row": ("outside the cache", lambda: attend_with(rows=torch.tensor([0, 3, 1, 2]))),
         "keys that lie apart": ("contiguous", lambda: attend_with(keys=keys.mT.contiguous().mT)),
         "positions that lie apart": ("contiguous", lambda: attend_with(positions=torch.zeros(8, dtype=int)[::2])),

@@ -18,6 +18,7 @@ FAMILIES = {
     "sliding window": dict(sliding_window=4, sliding_layers=(0, 2)),
     "dense": dict(num_experts=0, tie_embeddings=True, output_bias=True, mlp_bias=True),
     "bias for balance": dict(bias_balancing=True, top_k=5),
+    "routers that look back": dict(router_average=0.6, router_hold=3, moe_layers=(0, 3)),
 }
 
 

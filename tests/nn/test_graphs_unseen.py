@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from layerskip_moe.nn import KVCache, decoder, experts, products, steps
+from layerskip_moe.nn import KVCache, decoder, experts, products, run_blocks, steps
 from layerskip_moe.nn.compiling import compiling
 from layerskip_moe.nn.rotary import rotary_table
 
@@ -21,6 +21,7 @@ FAMILIES = {
     "OLMoE, balanced by a bias": dict(qk_norm="full", clip_qkv=0.7, n_kv_heads=4, bias_balancing=True),
     "Qwen2-MoE": dict(qk_norm=None, qkv_bias=True, shared_expert_d_ff=8, shared_expert_gate=True),
     "sliding window, some layers dense": dict(sliding_window=4, sliding_layers=(0, 2), moe_layers="every other"),
+    "routers that look back": dict(router_average=0.6, router_hold=3),
 }
 
 
@@ -69,11 +70,11 @@ def unseen_gpu(monkeypatch):
     def there_is(capability):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(steps, "Graph", Once)
-        monkeypatch.setattr(decoder, "compiled", lambda forward: forward)
+        monkeypatch.setattr(run_blocks, "compiled", lambda forward: forward)
         monkeypatch.setattr(decoder, "check_positions", lambda *_: 9)
         compiling = SimpleNamespace(**{**vars(torch), "compiler": SimpleNamespace(is_compiling=lambda: True)})
         monkeypatch.setattr(experts, "torch", compiling)
-        for module in (decoder, experts, products):
+        for module in (run_blocks, experts, products):
             monkeypatch.setattr(module, "is_quantized", lambda weight: False)
 
     rotary_table.cache_clear()
@@ -100,7 +101,7 @@ def test_nothing_is_waited_for_and_nothing_lies_elsewhere(tiny_model, unseen_gpu
         for rows, count in ((1, 1), (2, 3)):
             part = cache if rows == 2 else cache.subset(torch.zeros(1, dtype=torch.int64, device="cuda"))
             tokens = torch.zeros(rows, count, dtype=torch.int64, device="cuda")
-            states, logits = model.decode(tokens, range(4), positions=tokens, cache=part)
-            collected = model.run(states, range(2, 4), positions=tokens, cache=part, collect=(2,)).collected[2]
+            output, logits = model.decode(tokens, range(4), positions=tokens, cache=part)
+            collected = model.run(output.hidden, range(2, 4), positions=tokens, cache=part, collect=(2,)).collected[2]
             assert logits.is_cuda and logits.shape == (rows, count, 23) and collected.dtype == dtype
     assert len(cache.recordings) == 4

@@ -14,6 +14,7 @@ from layerskip_moe.nn.compiling import compiling
 # In float64 a dense network agrees to the last digits. The router computes in float32 always, so with experts
 # the rounding of another number of rows shows.
 DENSE, EXPERTS = ({"num_experts": 0}, 1e-10), ({}, 2e-5)
+LOOKING_BACK = dict(router_average=0.6, router_hold=3), 2e-5
 
 
 def random_tokens(*shape, seed=0):
@@ -36,7 +37,7 @@ def new_cache(model, rows, capacity=40):
         lambda rows: st.lists(st.lists(st.integers(0, 4), min_size=rows, max_size=rows), min_size=1, max_size=6)
     ),
     seed=st.integers(0, 3),
-    case=st.sampled_from([DENSE, EXPERTS]),
+    case=st.sampled_from([DENSE, EXPERTS, LOOKING_BACK]),
 )
 @settings(max_examples=25, deadline=None)
 @torch.no_grad()
@@ -175,25 +176,26 @@ def test_a_subset_keeps_count_for_itself(tiny_model):
 
 @torch.no_grad()
 def test_a_copied_cache_is_its_own(tiny_model):
-    model = tiny_model(torch.float32)
+    model = tiny_model(torch.float32, router_hold=2)
     cache = KVCache(model.config, 1, 10)
     places = torch.tensor([[0]])
     with compiling(model):
         model.decode(places, range(4), positions=places, cache=cache)
-        other, before = copy.deepcopy(cache), cache.keys.clone()
+        other, before, routed = copy.deepcopy(cache), cache.keys.clone(), cache.router_logits.clone()
         model.decode(places + 1, range(4), positions=places, cache=other)
     assert torch.equal(cache.keys, before) and not torch.equal(other.keys, before)
+    assert torch.equal(cache.router_logits, routed) and not torch.equal(other.router_logits, routed)
 
 
 @torch.no_grad()
 def test_a_cleared_cache_is_as_new(tiny_model):
-    model = tiny_model()
+    model = tiny_model(router_hold=2)
     cache, new = new_cache(model, 3), new_cache(model, 3)
     step(model, cache, random_tokens(3, 9), torch.zeros(3, dtype=torch.int64))
     cache.extend(torch.tensor([9, 8, 7]))
     cache.select(torch.tensor([2, 1]))
     cache.clear()
-    for name in ("keys", "values", "rows", "lengths"):
+    for name in ("keys", "values", "router_logits", "rows", "lengths"):
         assert torch.equal(getattr(cache, name), getattr(new, name)), name
 
 

@@ -43,6 +43,8 @@ class Pair:
             assert torch.equal(recorded.collected[layer], states)
         assert torch.equal(self.caches[0].keys, self.caches[1].keys)
         assert torch.equal(self.caches[0].values, self.caches[1].values)
+        if self.model.config.router_remembers:
+            assert torch.equal(self.caches[0].router_logits, self.caches[1].router_logits)
         return recorded.hidden
 
     def extend(self, counts):
@@ -85,11 +87,12 @@ def test_a_growing_text(pair, recorded, dtype):
     for count in (4, 2, 4, 1, 2):
         pair.step(count)
         pair.extend(count)
-    assert len(recorded) == 3
+    assert len(recorded) == 2, "for up to 8 rows, and up to 16"
 
 
-def test_some_rows_some_layers_fewer_experts_and_what_is_collected(pair):
-    pair = pair()
+@pytest.mark.parametrize("fields", [{}, dict(router_average=0.6, router_hold=3)], ids=str)
+def test_some_rows_some_layers_fewer_experts_and_what_is_collected(pair, fields):
+    pair = pair(**fields)
     for _ in range(3):
         pair.step(2, layers=range(2))
         pair.step(2)
@@ -117,13 +120,13 @@ def test_rows_that_leave_leave_the_recordings(pair):
     for _ in range(3):
         pair.step()
         pair.extend(1)
-    assert len(pair.recordings) == 2  # of three rows, and of two
+    assert len(pair.recordings) == 1, "fewer rows are repeated from the same"
     for cache in pair.caches:
         cache.clear()
     for _ in range(3):
         pair.step()
         pair.extend(1)
-    assert len(pair.recordings) == 2
+    assert len(pair.recordings) == 1
 
 
 def test_two_caches_at_once(tiny_model):
@@ -178,9 +181,9 @@ def test_outputs_stay_when_the_recording_is_repeated(pair):
 
 def test_recordings_are_forgotten_with_their_cache(pair):
     pair = pair()
-    for count in (1, 2):
+    for count in (1, 4):
         pair.step(count)
-    numbers = [recording._number for recording in pair.recordings.values()]
+    numbers = [recording.number for recording in pair.recordings.values()]
     del pair.caches[0]
     gc.collect()
     forgotten = [torch.ops.layerskip_moe_few_rows.forget(number) for number in numbers]
@@ -248,11 +251,12 @@ def test_a_step_of_decoding_is_embed_run_unembed(tiny_model, recorded, dtype):
         positions = torch.tensor([[place], [place + 3]])
         with compiling(model):
             early, exit_logits = model.decode(tokens, range(2), positions=positions, cache=caches[0])
+            early = early.hidden
             late, logits = model.decode(early, range(2, 4), positions=positions, cache=caches[0])
         hidden = model.run(model.embed(tokens), range(2), positions=positions, cache=caches[1]).hidden
         assert torch.equal(early, hidden) and torch.equal(exit_logits, model.unembed(hidden))
         hidden = model.run(hidden, range(2, 4), positions=positions, cache=caches[1]).hidden
-        assert torch.equal(late, hidden) and torch.equal(logits, model.unembed(hidden))
+        assert torch.equal(late.hidden, hidden) and torch.equal(logits, model.unembed(hidden))
     assert len(recorded) == 2 and all(recording.complete for recording in recorded)
 
 

@@ -21,7 +21,7 @@ SIZES = dict(vocab_size=11, n_layers=2, d_model=8, n_heads=2, num_experts=3, d_f
 EVERYTHING = dict(
     n_kv_heads=1, head_dim=6, dense_d_ff=12, top_k=1, moe_layers=(1,), shared_expert_d_ff=4, shared_expert_gate=True,
     normalize_top_k=False, bias_balancing=True, qk_norm="full", qkv_bias=True, rope_theta=500.0, norm_eps=1e-5,
-    max_seq_len=32, dropout=0.1, init_std=0.5,
+    max_seq_len=32, dropout=0.1, init_std=0.5, router_average=0.5, router_hold=2,
 )  # fmt: skip
 
 

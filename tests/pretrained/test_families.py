@@ -353,6 +353,8 @@ def test_the_native_network_is_qwen3_moe():
 
 OBSTACLES = {
     "bias_balancing": ({"bias_balancing": True}, "qwen3_moe", "bias_balancing=True"),
+    "routers' average": ({"router_average": 0.5}, "qwen3_moe", "router_average=0.5"),
+    "routers' hold": ({"qk_norm": None, "router_hold": 2}, "mixtral", "router_hold=2"),
     "shared expert": ({"shared_expert_d_ff": 8}, "qwen3_moe", "shared_expert_d_ff=8"),
     "shared expert without a gate": (
         {"qk_norm": None, "shared_expert_d_ff": 8}, "qwen2_moe", "shared_expert_gate=False",
@@ -390,6 +392,7 @@ def test_what_stands_in_the_way_is_named(name):
 
 def test_what_no_family_expresses_has_none():
     inexpressible = ("bias_balancing", "shared expert", "shared expert without a gate", "one bias", "wide heads")
+    inexpressible += ("routers' average", "routers' hold")
     for name in inexpressible:
         assert family_of(ModelConfig(vocab_size=9, d_model=16, **OBSTACLES[name][0])) is None, name
     assert family_of(ModelConfig(vocab_size=9, num_experts=0)) == "qwen3"

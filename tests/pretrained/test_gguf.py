@@ -197,6 +197,7 @@ def test_a_bfloat16_model_is_written_as_it_is(tmp_path):
     [
         (dict(moe_layers="every other"), ["moe_layers='every other'"]),
         (dict(bias_balancing=True), ["bias_balancing=True"]),
+        (dict(router_average=0.5, router_hold=2), ["router_average=0.5", "router_hold=2"]),
         (dict(normalize_top_k=False), ["normalize_top_k=False"]),
         (dict(qk_norm=None, normalize_top_k=False), ["normalize_top_k=False"]),
         (dict(qk_norm="full", n_kv_heads=4), ["normalize_top_k=True"]),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from layerskip_moe.nn import decoder as decoder_file
+from layerskip_moe.nn import run_blocks
 from layerskip_moe.training import loop, losses, train
 from layerskip_moe.training.optimizer import compiles
 
@@ -31,7 +31,7 @@ def nothing_compiled_before():
 def traced(monkeypatch):
     """Blocks are traced and guarded as ever, but what was traced runs as it is: a compiler would take a minute."""
     compiled = functools.cache(functools.partial(torch.compile, dynamic=True, fullgraph=True, backend="eager"))
-    monkeypatch.setattr(decoder_file, "compiled", compiled)
+    monkeypatch.setattr(run_blocks, "compiled", compiled)
 
 
 def dropping(recipe, **fields):
@@ -50,8 +50,9 @@ def assert_close(one, other):
     torch.testing.assert_close(one[1], other[1], rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("network", [{}, dict(router_average=0.6, router_hold=3)], ids=str)
 def test_compiled_and_not_are_one_run_and_no_draw_of_layer_dropout_compiles_anew(
-    traced, decoder, text, recipe, tmp_path, monkeypatch
+    traced, decoder, text, recipe, tmp_path, monkeypatch, network
 ):
     def counting(*arguments, **others):
         keep = layer_keep(*arguments, **others)
@@ -61,7 +62,10 @@ def test_compiled_and_not_are_one_run_and_no_draw_of_layer_dropout_compiles_anew
     kept, runs, layer_keep = set(), {}, losses.layer_keep
     monkeypatch.setattr(losses, "layer_keep", counting)
     for compile in (True, False):
-        model, config = decoder(n_layers=2), dropping(recipe, compile=compile, max_steps=16, validate_every=0)
+        model, config = (
+            decoder(n_layers=2, **network),
+            dropping(recipe, compile=compile, max_steps=16, validate_every=0),
+        )
         runs[compile] = end_of(model, text(validation=0), config, tmp_path / str(compile))
         assert not model.compiled
     assert_close(runs[True], runs[False])

@@ -26,6 +26,8 @@ STABLE_TORCH_LIBRARY(layerskip_moe_few_rows, library) {
   library.def("swiglu(Tensor gate_up) -> Tensor");
   library.def("gate(Tensor x, Tensor logits) -> Tensor");
   library.def("route(Tensor logits, Tensor? bias, int top_k, bool normalize) -> (Tensor, Tensor)");
+  library.def(
+      "remember(Tensor logits, Tensor(a!) memory, Tensor rows, Tensor positions, float[] weights, int hold) -> Tensor");
   library.def("choose(Tensor logits, Tensor? noise, float temperature) -> (Tensor, Tensor)");
   library.def(
       "attend(Tensor queries, Tensor new_keys, Tensor new_values, Tensor(a!) keys, Tensor(b!) values, Tensor rows, "
@@ -49,6 +51,7 @@ STABLE_TORCH_LIBRARY_IMPL(layerskip_moe_few_rows, CPU, library) {
   library.impl("swiglu", TORCH_BOX(&few_rows::swiglu));
   library.impl("gate", TORCH_BOX(&few_rows::gate));
   library.impl("route", TORCH_BOX(&few_rows::route));
+  library.impl("remember", TORCH_BOX(&few_rows::remember));
   library.impl("choose", TORCH_BOX(&few_rows::choose));
   library.impl("attend", TORCH_BOX(&few_rows::attend));
 }

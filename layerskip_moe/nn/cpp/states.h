@@ -1,4 +1,4 @@
-// What happens to states between the products: norms, rotation, sums, gates and the choice of experts and of drafts. Small work, which
+// What happens to states between the products: norms, rotation, sums, gates, what routers remember, and the choice of experts and of drafts. Small work, which
 // stays on one thread.
 //
 // Knows nothing of the network. Next: attention.h.
@@ -136,6 +136,41 @@ inline std::tuple<Tensor, Tensor> route(const Tensor& logits, const std::optiona
     }
   });
   return {chosen, weights};
+}
+
+inline Tensor remember(
+    const Tensor& logits, const Tensor& memory, const Tensor& rows, const Tensor& positions, std::vector<double> weights, int64_t hold) {
+  check_dense(logits), check_dense(memory), check_dense(rows, ScalarType::Long), check_dense(positions, ScalarType::Long);
+  STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float && memory.scalar_type() == ScalarType::Float, "routers have float32 logits");
+  check_sizes(logits.dim() == 2 && memory.dim() == 3 && memory.size(2) == logits.size(1) && hold > 0);
+  check_sizes(rows.numel() == logits.size(0) && positions.numel() == logits.size(0));
+  Tensor y = torch::stable::new_empty(logits, logits.sizes());
+  perform([=] {
+    const int64_t count = present_rows(logits), n_experts = logits.size(1), capacity = memory.size(1);
+    const int64_t* row = static_cast<const int64_t*>(rows.data_ptr());
+    const int64_t* position = static_cast<const int64_t*>(positions.data_ptr());
+    const float* logit = static_cast<const float*>(logits.data_ptr());
+    float* kept = static_cast<float*>(memory.data_ptr());
+    for (int64_t n = 0; n < count; ++n) {
+      STD_TORCH_CHECK(0 <= position[n] && position[n] < capacity, "a position lies outside the cache");
+      STD_TORCH_CHECK(0 <= row[n] && row[n] < memory.size(0), "a row lies outside the cache");
+      std::memcpy(kept + (row[n] * capacity + position[n]) * n_experts, logit + n * n_experts, n_experts * sizeof(float));
+    }
+    std::vector<float> totals(count * n_experts);
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t latest = position[n] - position[n] % hold;
+      const float* slot = kept + (row[n] * capacity + latest) * n_experts;
+      float *total = totals.data() + n * n_experts, share = 0;
+      for (int64_t back = 0; back <= latest && back < static_cast<int64_t>(weights.size()); ++back, slot -= n_experts) {
+        const float weight = static_cast<float>(weights[back]);
+        for (int64_t e = 0; e < n_experts; ++e) total[e] += weight * slot[e];
+        share += weight;
+      }
+      for (int64_t e = 0; e < n_experts; ++e) total[e] /= share;
+    }
+    give(totals, y);
+  });
+  return y;
 }
 
 // Where logits, plus noise if there is any, are largest; and how certain that is: the softmax of (logits + noise) /
