@@ -198,8 +198,7 @@ class MoEDecoder(nn.Module):
 
         def step(start: Tensor, places: Places) -> list[Tensor]:
             output = run_blocks(
-                self,
-                self._embedded(start, places), layers, places, cache, top_k=top_k, collect=collect
+                self, self._embedded(start, places), layers, places, cache, top_k=top_k, collect=collect
             )
             chosen = output.chosen.values() if choices else ()
             logits = [self.unembed(output.hidden)] if heads else []

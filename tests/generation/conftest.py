@@ -114,10 +114,10 @@ class _TableModel(torch.nn.Module):
         collected = {layer: after(layer + 1) for layer in collect}
         return RunOutput(after(layers[-1] + 1) if layers else hidden, collected)
 
-    def decode(self, start, layers, *, positions, cache):
+    def decode(self, start, layers, *, positions, cache, collect=(), choices=False):
         hidden = start if start.is_floating_point() or start.dim() == 3 else self.embed(start)
-        hidden = self.run(hidden, layers, positions=positions, cache=cache).hidden
-        return hidden, self.unembed(hidden)
+        output = self.run(hidden, layers, positions=positions, cache=cache, collect=collect)
+        return output, self.unembed(output.hidden)
 
     def unembed(self, hidden):
         token, position, depth = hidden.unbind(-1)
@@ -139,14 +139,16 @@ def table_model():
 class _RandomPolicy:
     """Plans any legal thing for each row, stops at random, and looks at random at what costs: lossless all the same."""
 
-    def __init__(self, seed=0, longest=4):
-        self._draw, self._longest, self.rounds = random.Random(seed), longest, []
+    def __init__(self, seed=0, longest=4, gives_up=True):
+        self._draw, self._longest, self._gives_up, self.rounds = random.Random(seed), longest, gives_up, []
 
     def plan(self, session):
         layers = session.model.config.n_layers
         self.shadow, self.experts = (self._draw.random() < 0.3 for _ in range(2))
         self.should_stop = self._stop if self._draw.random() < 0.5 else None
         pairs = [(self._draw.randint(1, layers), self._draw.randint(0, self._longest)) for _ in session.row_numbers]
+        pairs = pairs if self._draw.random() < 0.5 else [(pairs[0][0], length) for _, length in pairs]
+        self.floors = [self._draw.random() for _ in pairs] if self._gives_up and self._draw.random() < 0.5 else None
         return pairs if self._draw.random() < 0.7 else pairs[:1] * len(pairs)
 
     def _stop(self, confidence, position):

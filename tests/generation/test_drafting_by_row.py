@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from layerskip_moe.generation import Autoregressive, SelfSpeculative, generate
 from layerskip_moe.generation.policies import Fixed
-from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.nn import MoEDecoder, decoder
 
 ROWS, EVERY = 3, frozenset(range(64))
 
@@ -68,12 +68,11 @@ def decode(model, policy, count, rows=2):
         ([(2, 2), (2, 2)], [(0, 2, 2, 1)] * 3 + [(2, 4, 2, 3)]),
         # Each alone; then the last places from layer 0 on, joined by row 0's drafts at layer 1, by row 1's at 3.
         ([(1, 2), (3, 2)], [(0, 1, 1, 1), (0, 3, 1, 1)] * 2 + [(0, 1, 2, 1), (1, 3, 4, 1), (3, 4, 6, 1)]),
-        # Row 1 has one draft: it costs nothing after that.
-        ([(2, 2), (2, 1)], [(0, 2, 2, 1), (0, 2, 1, 1), (0, 2, 2, 1), (2, 4, 5, 1)]),
-        # Row 1 has none: one place, from layer 0 on.
-        ([(2, 2), (4, 0)], [(0, 2, 1, 1)] * 2 + [(0, 2, 2, 1), (2, 4, 4, 1)]),
+        # Row 1 has one draft, or none: the rows are drafted for together, and no more than there is is verified.
+        ([(2, 2), (2, 1)], [(0, 2, 2, 1)] * 3 + [(2, 4, 5, 1)]),
+        ([(2, 2), (4, 0)], [(0, 2, 2, 1)] * 3 + [(2, 4, 4, 1)]),
         # The whole model drafts for row 0; nothing is left to run.
-        ([(4, 1), (1, 0)], [(0, 4, 1, 1), (0, 4, 2, 1)]),
+        ([(4, 1), (1, 0)], [(0, 4, 2, 1)] * 2),
         # Plain decoding.
         ([(1, 0), (3, 0)], [(0, 4, 2, 1)]),
     ],
@@ -143,11 +142,13 @@ def test_what_shadows_say(counting_model):
 @given(seed=st.integers(0, 10**6), agreed=st.lists(st.sets(st.integers(1, 12)), min_size=1, max_size=ROWS))
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_nothing_runs_twice_whatever_is_planned(counting_model, random_policy, seed, agreed):
-    model, policy = counting_model(agreed), random_policy(seed)
+    model, policy = counting_model(agreed), random_policy(seed, gives_up=False)
     calls = decode(model, policy, 12, rows=len(agreed))
     for layer in range(4):
         ran = sum(rows * places for first, end, rows, places in calls if first <= layer < end)
-        assert ran == sum(sum(report.drafted) + len(report.rows) for report in policy.rounds)
+        needed = sum(sum(report.drafted) + len(report.rows) for report in policy.rounds)
+        # Rows that draft by the same layers are drafted for as long as one of them drafts.
+        assert ran == needed if len(agreed) == 1 else ran >= needed
     for report in policy.rounds:
         assert all(0 <= accepted <= drafted for accepted, drafted in zip(report.accepted, report.drafted, strict=True))
         assert report.seconds > 0 and report.counts.tolist() == [accepted + 1 for accepted in report.accepted]

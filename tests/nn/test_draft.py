@@ -53,7 +53,9 @@ def test_a_draft_is_a_token_after_another(tiny_model, dtype, rows, count, temper
         for one, other in zip(found, expected, strict=True):
             assert torch.equal(one, other)
         if has_kernels() and dtype != torch.float64:
-            assert len(recordings) == (2 if count else 1) * compiled and all(recording.complete for recording in recordings.values())
+            assert len(recordings) == (2 if count else 1) * compiled and all(
+                recording.complete for recording in recordings.values()
+            )
 
 
 def test_without_kernels(tiny_model):
