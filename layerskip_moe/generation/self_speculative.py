@@ -110,7 +110,7 @@ class SelfSpeculative:
         started = time.perf_counter()
         exits = watched_exits(policy, session.model.config) if policy.shadow or hasattr(policy, "exits") else ()
         watch = Watch(exits, getattr(policy, "experts", False))
-        stop, floors = policy.should_stop, getattr(policy, "floors", None)
+        stop, floors = policy.should_stop, getattr(policy, "give_up_below", None)
         round_ = Round.begin(session, [length for _, length in plan], self.coupling, confident=stop is not None)
         exit_layers = [layer if limit else 0 for (layer, _), limit in zip(plan, round_.limits, strict=True)]
         confidences: list[list[float]] = [[] for _ in plan]

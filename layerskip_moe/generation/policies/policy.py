@@ -25,7 +25,7 @@ class RoundReport:
         accepted: how many of them the full model agreed with, before the first that it did not
         confidences: for each row and draft the probability the drafter gave it; no numbers where the policy has no
             `should_stop`
-        certainties: for each row and draft, where the policy has `floors`: how certain the drafter was of its
+        certainties: for each row and draft, where the policy has `give_up_below`: how certain the drafter was of its
             choice, the softmax of (logits / temperature + noise) there, greedy of the logits; the draft given up is
             among them
         seconds: wall time of drafting and verifying all rows, without `plan` and the head on shadow states. Rounds with
@@ -63,7 +63,7 @@ class Policy(Protocol):
     experts: where True, `RoundReport.experts` is filled in
     exits: exit layers, below L: shadow tokens are of these alone. Their states are kept in every round, so that one
         with shadow tokens takes no other calls than one without; and at the end of the prompts, in `Session.prompt`
-    floors: read after `plan`; None, or for each row a number: a draft is given up, and the row drafts no more in this
+    give_up_below: read after `plan`; None, or for each row a number: a draft is given up, and the row drafts no more in this
         round, where the product of the round's certainties so far is below. (Where `should_stop` is None, and all rows
         draft by the same layers; elsewhere all that is planned is drafted.)
     """

@@ -1,0 +1,181 @@
+"""CostModel: how long a round of self-speculation takes on this machine, by how much is drafted and verified.
+
+Verifying several tokens reads the union of their experts, so its time depends on the text: a formula of layers, rows and
+experts, whose few constants are fitted to rounds of the model itself, timed once.
+
+A rows of a batch, L layers, E experts, K chosen. Knows nothing of acceptance. Next: `policies/adaptive.py`, which weighs
+one against the other; `bench/replay.py`.
+"""
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+
+from layerskip_moe.generation.policies.policy import RoundReport
+from layerskip_moe.generation.sampling import Sampling
+from layerskip_moe.generation.session import Session
+from layerskip_moe.nn import ModelConfig, MoEDecoder, few_rows
+
+_SECONDS = 1.5  # for timing rounds
+_ROUNDS = 8  # of each kind, while there is time
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds of a round: the sum of what it does times what each costs.
+
+    Attributes:
+        n_layers: L
+        moe_layers: those with experts, by index
+        num_experts, top_k: E and K; 0 and 0 in a dense model
+        seconds: of each of `features`
+    """
+
+    n_layers: int
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    seconds: tuple[float, ...]
+
+    def round_seconds(
+        self, exit_layers: Sequence[int], drafted: Sequence[int], experts: Sequence[float] | None = None
+    ) -> float:
+        """Seconds of a round. By row: the layers that draft (0: none) and the drafts; by MoE layer: how many different
+        experts verification reads, by default as many as independent choices would be."""
+        return sum(
+            cost * amount
+            for cost, amount in zip(self.seconds, self.features(exit_layers, drafted, experts), strict=True)
+        )
+
+    def features(
+        self, exit_layers: Sequence[int], drafted: Sequence[int], experts: Sequence[float] | None = None
+    ) -> list[float]:
+        """What a round does: one round; drafting at all; tokens chosen while drafting; layers run while drafting, and
+        further rows of them; layers run while verifying, further rows of them, further experts of them; further rows
+        of the head."""
+        rows, places = len(drafted), sum(drafted) + len(drafted)
+        exit_layer, longest = max(exit_layers), max(drafted)
+        early, late = exit_layer * (longest + 1) if longest else 0, self.n_layers - (exit_layer if longest else 0)
+        more = 0.0
+        for index, layer in enumerate(self.moe_layers):
+            if layer >= self.n_layers - late:
+                read = self.expected_experts(places) if experts is None else experts[index]
+                more += read - self.top_k
+        return [
+            1.0,
+            float(longest > 0),
+            float(longest),
+            float(early),
+            float(early * (rows - 1)),
+            float(late),
+            float(late * (places - 1)),
+            more,
+            float(places - 1),
+        ]
+
+    def expected_experts(self, rows: int) -> float:
+        """Different experts that `rows` rows choose, were they to choose independently and evenly."""
+        return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** rows) if self.num_experts else 0.0
+
+
+_fitted: "WeakKeyDictionary[MoEDecoder, dict[object, CostModel]]" = WeakKeyDictionary()
+
+
+def fit_cost_model(model: MoEDecoder, batch_size: int = 1) -> CostModel:
+    """Time rounds of this model, for 2 seconds at most where a round takes less than a tenth of that, and fit the cost
+    model; at once where it was done before in this process."""
+    key = batch_size, model.device, model.dtype, model.compiled
+    fitted = _fitted.setdefault(model, {})
+    if key not in fitted:
+        fitted[key] = _fit(model, batch_size)
+    return fitted[key]
+
+
+class _Timed:
+    """A policy that has rounds of all kinds timed, in turn."""
+
+    shadow, should_stop, experts = False, None, True
+
+    def __init__(self, kinds: list[tuple[int, int]]) -> None:
+        self._kinds, self.reports = kinds, list[RoundReport]()
+
+    def plan(self, session: Session) -> list[tuple[int, int]]:
+        """The next kind, for every row."""
+        return [self._kinds[len(self.reports) % len(self._kinds)]] * len(session.row_numbers)
+
+    def observe(self, round: RoundReport) -> None:
+        """Keep it."""
+        self.reports.append(round)
+
+
+def _fit(model: MoEDecoder, batch_size: int) -> CostModel:
+    config = model.config
+    kinds = _kinds(config, batch_size)
+    policy, started, draw = _Timed(kinds), time.perf_counter(), random.Random(0)
+    least = 2 * len(kinds)  # the first of a kind is recorded, and takes longer
+    while len(policy.reports) < _ROUNDS * len(kinds):
+        tokens = min(64, config.max_seq_len - 2)
+        prompts = [[draw.randrange(config.vocab_size) for _ in range(2)] for _ in range(batch_size)]
+        session = Session(model, prompts, Sampling(), max_new_tokens=tokens)
+        _run(session, policy, started, least)
+        session.close()
+        if len(policy.reports) >= least and time.perf_counter() - started > _SECONDS:
+            break
+    empty = CostModel(
+        config.n_layers, _moe_layers(config), config.num_experts, config.top_k * bool(config.num_experts), ()
+    )
+    return _fitted_to(empty, policy.reports[len(kinds) :])
+
+
+def _run(session: Session, policy: _Timed, started: float, least: int) -> None:
+    """Decode until a row ends, or time is up."""
+    from layerskip_moe.generation.self_speculative import SelfSpeculative  # which imports `Adaptive`, and that this
+
+    strategy, rows = SelfSpeculative(policy=policy), len(session.rows)
+    session.prefill()
+    while len(session.row_numbers) == rows and min(session.remaining) > 10:
+        strategy.step(session)
+        if len(policy.reports) >= least and time.perf_counter() - started > _SECONDS:
+            return
+
+
+def _kinds(config: ModelConfig, batch_size: int) -> list[tuple[int, int]]:
+    """(exit layer, drafts) of the rounds to time: plain ones oftener, early and late exits, short and long drafts."""
+    early, late = max(config.n_layers // 6, 1), max(config.n_layers // 2, 1)
+    longest = max(min(8, few_rows.MOST_ROWS // batch_size - 1), 1)
+    lengths = sorted({1, 2, min(4, longest), longest})
+    pairs = [(exit_layer, length) for length in lengths for exit_layer in dict.fromkeys((early, late))]
+    return [(0, 0), *pairs, (0, 0)]
+
+
+def _moe_layers(config: ModelConfig) -> tuple[int, ...]:
+    return tuple(layer for layer in range(config.n_layers) if config.is_moe(layer))
+
+
+def _fitted_to(empty: CostModel, reports: Sequence[RoundReport]) -> CostModel:
+    """Least squares of relative errors, no cost below 0; of rounds that did the same the median counts."""
+    by_amounts: dict[tuple[float, ...], list[float]] = {}
+    for report in reports:
+        amounts = empty.features(report.exit_layers, report.drafted, report.experts)
+        by_amounts.setdefault(tuple(amounts), []).append(report.seconds)
+    amounts = torch.tensor(list(by_amounts), dtype=torch.float64)
+    seconds = torch.tensor([sorted(times)[len(times) // 2] for times in by_amounts.values()], dtype=torch.float64)
+    weights = torch.tensor([len(times) for times in by_amounts.values()], dtype=torch.float64).sqrt() / seconds
+    costs = _nonnegative_least_squares(amounts * weights[:, None], seconds * weights)
+    return CostModel(empty.n_layers, empty.moe_layers, empty.num_experts, empty.top_k, tuple(costs.tolist()))
+
+
+def _nonnegative_least_squares(matrix: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """x >= 0 of least |matrix x - target|, by coordinate descent on columns of unit length."""
+    norms = matrix.norm(dim=0).clamp(min=1e-30)
+    gram, goal = (matrix / norms).T @ (matrix / norms), (matrix / norms).T @ target
+    grams, goals, x = gram.tolist(), goal.tolist(), [0.0] * len(goal)
+    for _ in range(500):
+        for i, row in enumerate(grams):
+            if row[i] > 0:
+                x[i] = max(0.0, (goals[i] - sum(a * b for a, b in zip(row, x, strict=True)) + row[i] * x[i]) / row[i])
+    return torch.tensor(x, dtype=torch.float64) / norms
