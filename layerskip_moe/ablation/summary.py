@@ -15,14 +15,16 @@ TOLERATED = 0.02  # of final perplexity: what a change may cost that buys speed
 
 
 def measures_of(result: Mapping[str, Any]) -> dict[str, float | None]:
-    """The numbers that a run is compared by; None for one that could not be measured.
+    """The numbers that a run is compared by; None for one that could not be measured. Those with a temperature are
+    there only where the run was timed.
 
     perplexity: of the whole model
     perplexity_quarter, perplexity_half, agreement_quarter, agreement_half: at the exit after a quarter and a half
         of the layers, rounded up
     union_<span>: experts that so many adjacent rows need over those of one row, a shared expert among both
     speed_up_<temperature>, acceptance_<temperature>, tokens_per_second_<temperature>: of the fastest pair
-    distinct_4grams_<temperature>: of what it wrote; text that loops is easy to draft
+    plain_tokens_per_second_<temperature>: of plain decoding
+    distinct_4grams_<temperature>: of what the pair wrote; text that loops is easy to draft
     """
     exits, union, network = result["exits"], result["union"], result["setting"]["network"]
     n_layers = len(exits["perplexity"])
@@ -34,11 +36,12 @@ def measures_of(result: Mapping[str, Any]) -> dict[str, float | None]:
     shared = network["shared_expert_d_ff"] / (network["top_k"] * network["d_ff"])
     for span, value in zip(union["spans"], over_top_k, strict=True):
         found[f"union_{span}"] = None if value is None else (value + shared) / (1 + shared)
-    for decoding in result["decoding"]:
+    for decoding in result["decoding"] or ():
         at = f"{decoding['temperature']:g}"
         found[f"speed_up_{at}"] = decoding["speed_up"]
         found[f"acceptance_{at}"] = decoding["acceptance_rate"]
         found[f"tokens_per_second_{at}"] = decoding["tokens_per_second"]
+        found[f"plain_tokens_per_second_{at}"] = decoding["plain_tokens_per_second"]
         found[f"distinct_4grams_{at}"] = decoding["distinct_4grams"]
     return found
 
@@ -83,11 +86,16 @@ def _measured(of: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, float 
 
 def _means(found: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
     """Of each measure, over the seeds; None where one of them lacks it."""
-    columns = {name: [of[name] for of in found] for name in (found[0] if found else {})}
+    columns = {name: [of.get(name) for of in found] for name in _names(found)}
     return {
         name: None if None in values else mean(value for value in values if value is not None)
         for name, values in columns.items()
     }
+
+
+def _names(found: Sequence[Mapping[str, float | None]]) -> list[str]:
+    """Of all that was measured; runs that are not timed yet lack some."""
+    return list(dict.fromkeys(name for of in found for name in of))
 
 
 def _differences(
@@ -95,8 +103,8 @@ def _differences(
 ) -> dict[str, dict[str, Any]]:
     seeds = [seed for seed in found if seed in base]
     differences = {}
-    for name in found[seeds[0]] if seeds else ():
-        pairs = [(found[seed][name], base[seed].get(name)) for seed in seeds]
+    for name in _names([found[seed] for seed in seeds]):
+        pairs = [(found[seed].get(name), base[seed].get(name)) for seed in seeds]
         both = [(one, other) for one, other in pairs if one is not None and other is not None]
         if both:
             values, baseline = zip(*both, strict=True)

@@ -1,7 +1,9 @@
 """ablation.json, ablation.md and its figures, from the results of an ablation's runs.
 
-    ablation.json   {"command", "machine", "corpus", "seeds", "measures", "base", "variants": as `ablate` got them,
-                     "summary": see `summarise`, "runs": [result.json of each, but for its settings], "figures"}
+    ablation.json   {"command", "corpus", "measures", "decoding", "base": as `ablate` got them,
+                     "machine": what was timed on, None before that, "seeds", "variants": {name: what it changes},
+                     "summary": see `summarise`, "runs": [result.json of each, but for its settings, with `decoding` of
+                     decoding.json], "figures"}
 
 Knows nothing of how anything was measured. Next: `summary.py`; `analysis/figures/ablation.py`, which draws.
 """
@@ -22,15 +24,27 @@ _SPEED = {
     "speed_up": "speed-up",
     "acceptance": "drafts accepted",
     "tokens_per_second": "tokens/s",
+    "plain_tokens_per_second": "plain decoding's tokens/s",
     "distinct_4grams": "distinct 4-grams",
 }
 _SHARES = ("agreement", "acceptance", "distinct_4grams")
 
 
 def write_ablation(out_dir: Path, about: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> Path:
-    """Write all of it, each file in one piece; ablation.md's path. about: ablation.json's fields before summary."""
-    runs = [{name: value for name, value in result.items() if name != "setting"} for result in results]
-    told = plain({**about, "summary": summarise(results), "runs": runs})
+    """Write all of it, each file in one piece; ablation.md's path. about: ablation.json's fields before machine.
+    results: result.json's contents, with `decoding` and `timed_on` of decoding.json, None where that is not there."""
+    told = plain(
+        {
+            **about,
+            "machine": next((result["timed_on"] for result in results if result["timed_on"]), None),
+            "seeds": sorted({result["seed"] for result in results}),
+            "variants": {result["variant"]: result["changes"] for result in results},
+            "summary": summarise(results),
+            "runs": [
+                {name: of[name] for name in of if name not in ("setting", "changes", "timed_on")} for of in results
+            ],
+        }
+    )
     told = json.loads(json.dumps(told, allow_nan=False))  # so that the text cannot state what the file does not hold
     told["figures"] = _draw(out_dir, told)
     files = {"ablation.json": json.dumps(told, indent=1, allow_nan=False) + "\n", "ablation.md": ablation_text(told)}
@@ -44,7 +58,7 @@ def _draw(out_dir: Path, told: Mapping[str, Any]) -> dict[str, str]:
     """The figures that there is data for: name -> path within out_dir."""
     rows = [row for row in told["summary"] if row["seeds"]]
     drawn = {}
-    if any(name.startswith("speed_up_") for row in rows for name in row["mean"]):
+    if any(value is not None for row in rows for name, value in row["mean"].items() if name.startswith("speed_up_")):
         drawn["tradeoff"] = ablation_tradeoff(rows, tolerated=TOLERATED)
     if any(value is not None for row in rows for name, value in row["mean"].items() if name.startswith("union_")):
         union = next(run["union"] for run in told["runs"] if not run["failed"] and run["union"]["independent"])
@@ -72,17 +86,35 @@ def _setting(told: Mapping[str, Any], finished: Sequence[Mapping[str, Any]]) -> 
     lines = [code(told["command"]), ""] if told["command"] else []
     if not finished:
         return [*lines, "No run has finished.", ""]
-    network, machine, first = told["base"]["network"], told["machine"], finished[0]
-    cores = f"{machine['cores']} cores" if machine["accelerator"] is None else machine["accelerator"]
+    network, first = told["base"]["network"], finished[0]
     return [
         *lines,
         f"Base: {network['n_layers']} layers of width {network['d_model']}, {network['num_experts']} experts of which "
         f"{network['top_k']} are chosen; every run {number(first['steps'])} steps, {number(first['tokens'])} tokens of "
-        f"{told['corpus']['name']}. {machine['cpu']}, {cores}, torch {machine['versions'].get('torch')}. Speed-ups "
-        "are over plain decoding of the same model, by the exit layer and draft length that were fastest on other "
-        "prompts. Runs of a seed share first weights (where shapes are equal), batches and prompts.",
+        f"{told['corpus']['name']}. Runs of a seed share first weights (where shapes are equal), batches and dropout.",
         "",
+        *_timing(told, finished),
     ]
+
+
+def _timing(told: Mapping[str, Any], finished: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines, machine = [], told["machine"]
+    if machine is not None:
+        cores = f"{machine['cores']} cores" if machine["accelerator"] is None else machine["accelerator"]
+        lines = [
+            f"Timed on {machine['cpu']}, {cores}, torch {machine['versions'].get('torch')}, with the same prompts for "
+            "all runs. Tokens/s are of the exit layer and draft length that were fastest on other prompts, speed-ups "
+            "over plain decoding of the same model.",
+            "",
+        ]
+    untimed = [run for run in finished if not run["decoding"]]
+    if untimed:
+        lines += [
+            f"Decoding of {counted(len(untimed), 'run')} is not timed yet: give the same command without --no-timing, "
+            "on a machine that does nothing else.",
+            "",
+        ]
+    return lines
 
 
 def _verdict(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -169,7 +201,7 @@ def _title(measure: str) -> str:
 def _value(measure: str, value: float | None) -> str:
     if measure.startswith(_SHARES):
         return percent(value)
-    return number(value, 1 if measure.startswith(("perplexity", "tokens")) else 2)
+    return number(value, 1 if measure.startswith(("perplexity", "tokens", "plain_tokens")) else 2)
 
 
 def _difference(measure: str, of: Mapping[str, Any] | None) -> str:
@@ -177,7 +209,7 @@ def _difference(measure: str, of: Mapping[str, Any] | None) -> str:
     if of is None:
         return "-"
     shares = measure.startswith((*_QUALITY, *_SHARES))
-    factor, digits = (100, 1) if shares else (1, 0 if measure.startswith("tokens") else 2)
+    factor, digits = (100, 1) if shares else (1, 0 if measure.startswith(("tokens", "plain_tokens")) else 2)
     unit = "%" if measure.startswith("perplexity") else ""
     told = f"{factor * of['mean']:+.{digits}f}{unit}"
     if of["low"] is None:
