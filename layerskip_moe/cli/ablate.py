@@ -82,7 +82,7 @@ def run(arguments: list[str]) -> None:
     if network.dense_d_ff is None:
         config = dataclasses.replace(config, dense_d_ff=config.top_k * config.expert_d_ff)
     measures, decoding = MeasureConfig(**vars(measured)), DecodingConfig(**vars(timed))
-    variants = named_variants(options.variants, usual_variants(config))
+    named_variants(options.variants, usual_variants(config))  # likewise
     device = pick_device(options.device)
     corpus = load_text(text, "bpe", vocab_size=config.vocab_size)
     config = dataclasses.replace(config, vocab_size=corpus.vocab_size)
@@ -90,7 +90,7 @@ def run(arguments: list[str]) -> None:
         corpus,
         config,
         recipe,
-        variants,
+        named_variants(options.variants, usual_variants(config)),
         options.out_dir,
         seeds=options.seeds,
         measures=measures,
