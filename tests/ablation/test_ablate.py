@@ -168,6 +168,41 @@ def test_results_of_other_settings_are_not_mixed(
     assert str(error.value).endswith("or another out_dir.")
 
 
+def test_a_field_that_came_later_counts_as_its_default(
+    corpus, network, recipe, tmp_path, measured, no_training, monkeypatch
+):
+    only = {"base": Variant()}
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "train", loop.train)
+        ablate(corpus, network, recipe, only, tmp_path, seeds=(0,), **SMALL)
+    later = {  # dense_d_ff, if it is not given, is d_ff
+        "result.json": {"network": ["sliding_window", "dense_d_ff", "dropout"], "recipe": ["router_coherence_weight"]},
+        "decoding.json": {"decoding": ["prompt_seed"]},
+    }
+    for name, parts in later.items():
+        path = tmp_path / "runs/base/seed0" / name
+        saved = json.loads(path.read_text())
+        for part, fields in parts.items():
+            for field in fields:
+                del saved["setting"][part][field]
+        path.write_text(json.dumps(saved))
+    ablate(corpus, network, recipe, only, tmp_path, seeds=(0,), **SMALL)
+    assert [what for what, _ in measured] == ["measured", "timed"]  # neither again
+    for changes in (
+        dict(network=replace(network, dropout=0.5)),
+        dict(recipe=replace(recipe, router_coherence_weight=0.5)),
+    ):
+        with pytest.raises(ValueError, match=r"(dropout|router_coherence_weight) was 0.0 and is now 0.5"):
+            ablate(
+                corpus,
+                variants=only,
+                out_dir=tmp_path,
+                seeds=(0,),
+                **dict(network=network, recipe=recipe) | changes,
+                **SMALL,
+            )
+
+
 def test_a_damaged_result_is_not_taken(corpus, network, recipe, tmp_path, measured, no_training):
     folder = tmp_path / "runs" / "base" / "seed0"
     folder.mkdir(parents=True)
