@@ -6,6 +6,7 @@ Knows nothing of what a variant changes. Next: `summary.py`, which compares the 
 """
 
 import dataclasses
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -57,7 +58,8 @@ def ablate(
     progress: bool = True,
 ) -> Path:
     """Train and measure every variant with every seed, then time decoding of each; writes ablation.json, ablation.md
-    and figures to out_dir, anew after each run, and gives ablation.md's path.
+    and figures to out_dir, anew after each run, and gives ablation.md's path. They tell of every result in
+    out_dir/runs, those of other variants and seeds than are asked for too.
 
     network, recipe: the base, which the variant of that name is, and which the others change.
     seeds: of first weights, batches and dropout; runs of a seed are pairs. All variants have a turn with the first
@@ -71,9 +73,8 @@ def ablate(
     """
     measures, decoding = measures or MeasureConfig(), decoding or DecodingConfig()
     device, out_dir = torch.device(device), Path(out_dir)
-    runs = _plan(network, recipe, variants, out_dir, seeds)
-    _check(corpus, runs, measures, decoding)
-    settings = [_setting(run, corpus, measures, device) for run in runs]
+    asked = _plan(network, recipe, variants, out_dir, seeds)
+    _check(corpus, asked, measures, decoding)
     about = {
         "command": command,
         "corpus": {"name": corpus.name, "train_tokens": len(corpus.train), "vocab_size": corpus.vocab_size},
@@ -82,33 +83,32 @@ def ablate(
         "base": {"network": asdict(network), "recipe": asdict(recipe)},
     }
 
-    def results() -> list[dict[str, Any] | None]:
-        return [_whole(run, setting, decoding) for run, setting in zip(runs, settings, strict=True)]
+    def known(run: Run) -> dict[str, Any] | None:
+        return _known(run, _setting(run, corpus, measures, device), decoding)
 
-    def write() -> Path:
-        return write_ablation(out_dir, about, [result for result in results() if result is not None])
+    def results() -> list[dict[str, Any]]:
+        runs = [*asked, *_others(asked, network, recipe, out_dir)]  # another process may have made some meanwhile
+        return [result for result in map(known, runs) if result is not None]
 
-    found, machine = results(), describe_machine(device)
+    results()  # refuses what is of other settings
+    machine = describe_machine(device)
     if timing:
-        _check_timing(runs, found, machine)
-    missing = [(run, setting) for run, setting, result in zip(runs, settings, found, strict=True) if result is None]
-    bar = tqdm(missing, desc="training variants", unit="run", disable=not progress)
-    for run, setting in bar:
-        result = train_run(run, setting, corpus, measures, device, progress)
+        _check_timing({run.folder: known(run) for run in asked}, machine)
+    untrained = [run for run in asked if known(run) is None]
+    bar = tqdm(untrained, desc="training variants", unit="run", disable=not progress)
+    for run in bar:
+        result = train_run(run, _setting(run, corpus, measures, device), corpus, measures, device, progress)
         if progress:
             bar.write(_trained(result), file=sys.stderr)
-        write()
-    if timing:
-        untimed = [
-            run for run, of in zip(runs, results(), strict=True) if of and not of["failed"] and not of["decoding"]
-        ]
-        bar = tqdm(untimed, desc="timing variants", unit="run", disable=not progress)
-        for run in bar:
-            timed = time_run(run, corpus, decoding, machine, device, progress)
-            if progress:
-                bar.write(_timed(timed), file=sys.stderr)
-            write()
-    return write()
+        write_ablation(out_dir, about, results())
+    untimed = [run for run in asked if timing and _is_untimed(known(run))]
+    bar = tqdm(untimed, desc="timing variants", unit="run", disable=not progress)
+    for run in bar:
+        timed = time_run(run, corpus, decoding, machine, device, progress)
+        if progress:
+            bar.write(_timed(timed), file=sys.stderr)
+        write_ablation(out_dir, about, results())
+    return write_ablation(out_dir, about, results())
 
 
 def _plan(
@@ -138,6 +138,23 @@ def _run(name: str, variant: Variant, network: ModelConfig, recipe: TrainConfig,
     )
 
 
+def _others(asked: Sequence[Run], network: ModelConfig, recipe: TrainConfig, out_dir: Path) -> list[Run]:
+    """Runs that have a result and are not asked for, as this base makes them; ValueError where it cannot."""
+    changes, folders = {run.variant: run.changes for run in asked}, {run.folder for run in asked}
+    runs = []
+    for path in sorted((out_dir / "runs").glob(f"*/seed*/{RESULT}")):
+        if path.parent in folders:
+            continue
+        name = path.parent.parent.name
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            variant = changes.setdefault(name, Variant(**saved["changes"]))  # one name stands for the same in all seeds
+            runs.append(_run(name, variant, network, recipe, out_dir, saved["seed"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} does not fit here ({error!r}); remove it, or give another out_dir.") from None
+    return runs
+
+
 def _check(corpus: Corpus, runs: Sequence[Run], measures: MeasureConfig, decoding: DecodingConfig) -> None:
     """Raise ValueError for what training, measuring or timing would refuse after hours."""
     for run in runs:
@@ -149,18 +166,22 @@ def _check(corpus: Corpus, runs: Sequence[Run], measures: MeasureConfig, decodin
     decoding.check(corpus, [run.network for run in runs])
 
 
-def _check_timing(runs: Sequence[Run], results: Sequence[Mapping[str, Any] | None], machine: Mapping[str, Any]) -> None:
-    """Raise ValueError where runs cannot be timed, or not beside those that are."""
-    untimed = [not result or not (result["failed"] or result["decoding"]) for result in results]
-    for run, result, to_do in zip(runs, results, untimed, strict=True):
-        if to_do and result and not (run.folder / MODEL).is_dir():
+def _check_timing(results: Mapping[Path, Mapping[str, Any] | None], machine: Mapping[str, Any]) -> None:
+    """Raise ValueError where runs cannot be timed, or not beside those that are. results: of each run's folder."""
+    untimed = [folder for folder, result in results.items() if result is None or _is_untimed(result)]
+    for folder in untimed:
+        if results[folder] is not None and not (folder / MODEL).is_dir():
             raise ValueError(
-                f"{run.folder / MODEL} is gone, so that it cannot be timed; remove {RESULT} beside it, and it is "
-                "trained again."
+                f"{folder / MODEL} is gone, so that it cannot be timed; remove {RESULT} beside it, and it is trained "
+                "again."
             )
-    if any(untimed):
-        for path in sorted(runs[0].folder.parents[1].glob(f"*/seed*/{DECODING}")):
+    if untimed:
+        for path in sorted(untimed[0].parents[1].glob(f"*/seed*/{DECODING}")):
             check_machine(path, machine)
+
+
+def _is_untimed(result: Mapping[str, Any] | None) -> bool:
+    return result is not None and not result["failed"] and not result["decoding"]
 
 
 def _setting(run: Run, corpus: Corpus, measures: MeasureConfig, device: torch.device) -> dict[str, Any]:
@@ -176,7 +197,7 @@ def _setting(run: Run, corpus: Corpus, measures: MeasureConfig, device: torch.de
     )
 
 
-def _whole(run: Run, setting: Mapping[str, Any], decoding: DecodingConfig) -> dict[str, Any] | None:
+def _known(run: Run, setting: Mapping[str, Any], decoding: DecodingConfig) -> dict[str, Any] | None:
     """What is known of a run: its result, with `decoding` and `timed_on`, both None where it is not timed; None where
     there is no result."""
     result = read_result(run.folder / RESULT, setting)

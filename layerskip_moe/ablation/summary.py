@@ -47,7 +47,7 @@ def measures_of(result: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def summarise(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each variant, in the order in which they first occur:
+    """A row for each variant, the base first, then in the order in which they first occur:
 
     variant, parameters, active_parameters, seeds: those with a result, failed: those whose training diverged
     mean: {measure: mean over seeds}, see `measures_of`
@@ -57,7 +57,7 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         TOLERATED of final perplexity; None where no interval is known
     """
     by_variant: dict[str, dict[int, Mapping[str, Any]]] = {}
-    for result in results:
+    for result in sorted(results, key=lambda result: result["variant"] != BASE):
         by_variant.setdefault(result["variant"], {})[result["seed"]] = result
     rows = []
     base = _measured(by_variant.get(BASE, {}))

@@ -83,7 +83,7 @@ def ablation_text(told: Mapping[str, Any]) -> str:
 
 
 def _setting(told: Mapping[str, Any], finished: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = [code(told["command"]), ""] if told["command"] else []
+    lines = [f"Written by {code(told['command'])}.", ""] if told["command"] else []
     if not finished:
         return [*lines, "No run has finished.", ""]
     network, first = told["base"]["network"], finished[0]
@@ -110,8 +110,8 @@ def _timing(told: Mapping[str, Any], finished: Sequence[Mapping[str, Any]]) -> l
     untimed = [run for run in finished if not run["decoding"]]
     if untimed:
         lines += [
-            f"Decoding of {counted(len(untimed), 'run')} is not timed yet: give the same command without --no-timing, "
-            "on a machine that does nothing else.",
+            f"Decoding of {counted(len(untimed), 'run')} is not timed yet: give the command that trained them again, "
+            "without --no-timing, on a machine that does nothing else.",
             "",
         ]
     return lines

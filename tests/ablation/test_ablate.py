@@ -287,6 +287,37 @@ def test_without_timing_it_stops_when_all_are_trained(
     ] * 4 and "not timed yet" not in path.read_text()
 
 
+def test_what_is_asked_for_does_not_replace_what_else_there_is(corpus, network, recipe, tmp_path, measured):
+    variants = VARIANTS | {"deep": Variant(network={"n_layers": 6, "moe_layers": (1, 2)})}
+    ablate(corpus, network, recipe, variants, tmp_path, seeds=(0, 1), timing=False, **SMALL)
+    before = json.loads((tmp_path / "ablation.json").read_text())
+    count = len(measured)
+    ablate(corpus, network, recipe, {"base": Variant()}, tmp_path, seeds=(1,), timing=False, **SMALL)
+    after = json.loads((tmp_path / "ablation.json").read_text())
+    assert len(measured) == count and [row["variant"] for row in after["summary"]] == ["base", "deep", "paper"]
+    rows = {row["variant"]: row for row in after["summary"]}
+    assert all(row["mean"] == rows[row["variant"]]["mean"] for row in before["summary"])
+    assert after["variants"] == before["variants"] and after["seeds"] == [0, 1]
+
+    # Only what is asked for is trained and timed.
+    (tmp_path / "runs/paper/seed0/result.json").unlink()
+    path = ablate(corpus, network, recipe, {"base": Variant()}, tmp_path, seeds=(1, 2), **SMALL)
+    assert [what for what, _ in measured[count:]] == ["measured", "timed", "timed"]
+    assert "Decoding of 4 runs is not timed yet" in path.read_text()
+
+    # Other settings are not mixed with them, though nothing of them is asked for.
+    (tmp_path / "runs/base/seed1/result.json").unlink()
+    other = replace(network, dropout=0.5)
+    with pytest.raises(ValueError, match=r"runs/base/seed0/result.json is of another network \(dropout was 0.0"):
+        ablate(corpus, other, recipe, {"base": Variant()}, tmp_path, seeds=(1,), **SMALL)
+    path = tmp_path / "runs/deep/seed0/result.json"
+    saved = json.loads(path.read_text())
+    saved["changes"]["network"]["top_k"] = 99
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=r"runs/deep/seed0/result.json does not fit here .*top_k=99.* remove it"):
+        ablate(corpus, network, recipe, {"base": Variant()}, tmp_path, seeds=(1,), **SMALL)
+
+
 def test_a_run_that_is_trained_again_is_timed_again(corpus, network, recipe, tmp_path, measured):
     ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(0,), **SMALL)
     (tmp_path / "runs/paper/seed0/result.json").unlink()

@@ -113,7 +113,7 @@ def test_runs_that_are_not_timed_yet_have_no_speeds(result, tmp_path, monkeypatc
     untimed = {"decoding": None, "timed_on": None}
     text, told = told_of([result("base", 0, **untimed), result("other", 0, **untimed)], tmp_path, monkeypatch)
     assert told["machine"] is None and "Timed on" not in text and "speed-up" not in text
-    assert "Decoding of 2 runs is not timed yet: give the same command without --no-timing" in text
+    assert "Decoding of 2 runs is not timed yet: give the command that trained them again, without" in text
     assert told["summary"][1]["difference"]["union_2"]["mean"] == 0 and told["summary"][1]["pays"] is None
     # One of each is timed: the means of the other are not of all its seeds, and there is one pair.
     some = [result("base", 0), result("other", 0, **untimed), result("base", 1), result("other", 1, speed_up=1.5)]
