@@ -326,6 +326,16 @@ def test_a_run_that_is_trained_again_is_timed_again(corpus, network, recipe, tmp
     assert [path.parts[-3] for path in tmp_path.rglob("decoding.json")] == ["base"]
 
 
+def test_a_result_of_another_device_is_not_taken(corpus, network, recipe, tmp_path, measured):
+    ablate(corpus, network, recipe, {"base": Variant()}, tmp_path, seeds=(0,), timing=False, **SMALL)
+    path = tmp_path / "runs/base/seed0/result.json"
+    saved = json.loads(path.read_text())
+    assert saved["setting"]["device"] == "cpu" and saved["machine"] == describe_machine("cpu")
+    path.write_text(json.dumps(saved | {"setting": saved["setting"] | {"device": "cuda"}}))
+    with pytest.raises(ValueError, match=r"result.json is of another device; give the same settings again"):
+        ablate(corpus, network, recipe, {"base": Variant()}, tmp_path, seeds=(0,), **SMALL)
+
+
 def test_a_model_that_is_gone_cannot_be_timed(corpus, network, recipe, tmp_path, measured):
     ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(0,), timing=False, **SMALL)
     shutil.rmtree(tmp_path / "runs/paper/seed0/model")
