@@ -1,4 +1,5 @@
-"""The results of an ablation's runs side by side: means over seeds, and paired differences from the base.
+"""The results of an ablation's runs side by side: means over seeds, paired differences from the base, and what they
+prove.
 
 L layers. Knows nothing of how anything was trained or measured. Next: `write.py`, which tells it.
 """
@@ -9,9 +10,13 @@ from statistics import mean
 from typing import Any
 
 from layerskip_moe.ablation.variants import BASE
-from layerskip_moe.analysis.paired import paired_difference
+from layerskip_moe.analysis.paired import holm, paired_difference
 
 TOLERATED = 0.02  # of final perplexity: what a change may cost that buys speed
+_RISK = 0.05  # of calling anything faster or slower that is not
+_SPEED = "tokens_per_second_"
+# Speeds go as shares of the base's: unlike speed-ups over a model's own plain decoding, they compare networks too.
+RELATIVE = ("perplexity", _SPEED, "plain_" + _SPEED)
 
 
 def measures_of(result: Mapping[str, Any]) -> dict[str, float | None]:
@@ -51,10 +56,14 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     variant, parameters, active_parameters, seeds: those with a result, failed: those whose training diverged
     mean: {measure: mean over seeds}, see `measures_of`
-    difference: {measure: `PairedDifference` from the base over the seeds that both have}, of perplexities as
-        shares of the base's; {} for the base, and where there are no pairs
-    pays: temperatures at which its speed-up is above the base's, the whole interval, at a mean of less than
-        TOLERATED of final perplexity; None where no interval is known
+    difference: {measure: `PairedDifference` from the base over the seeds that both have}, of perplexities and
+        tokens/s as shares of the base's; {} for the base, and where there are no pairs
+    quality: of final perplexity's 95% interval: "within" if all of it is at most TOLERATED above the base's, "over" if
+        all is above that, else "not shown"; None where no interval is known
+    speed: {temperature: {p, verdict}} of the fastest pair's tokens/s beside those of the base's fastest pair: p
+        adjusted by Holm for all variants and temperatures; "faster" or "slower" if it is below 0.05, else "not shown";
+        where no interval is known, nothing
+    pays: temperatures at which it is "faster", if its quality is "within"; None where either is not known
     """
     by_variant: dict[str, dict[int, Mapping[str, Any]]] = {}
     for result in sorted(results, key=lambda result: result["variant"] != BASE):
@@ -74,9 +83,15 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "failed": [seed for seed, result in of.items() if result["failed"]],
                 "mean": _means(list(found.values())),
                 "difference": difference,
-                "pays": _pays(difference),
+                "quality": _quality(difference),
             }
         )
+    for row, speed in zip(rows, _speeds([row["difference"] for row in rows]), strict=True):
+        row["speed"] = speed
+        row["pays"] = None
+        if speed and row["quality"]:
+            faster = [at for at, of in speed.items() if of["verdict"] == "faster"]
+            row["pays"] = faster if row["quality"] == "within" else []
     return rows
 
 
@@ -108,15 +123,30 @@ def _differences(
         both = [(one, other) for one, other in pairs if one is not None and other is not None]
         if both:
             values, baseline = zip(*both, strict=True)
-            relative = name.startswith("perplexity")
+            relative = name.startswith(RELATIVE)
             differences[name] = asdict(paired_difference(values, baseline, relative=relative))
     return differences
 
 
-def _pays(difference: Mapping[str, Mapping[str, Any]]) -> list[str] | None:
-    speed_ups = {name: of for name, of in difference.items() if name.startswith("speed_up_")}
-    if not speed_ups or any(of["low"] is None for of in speed_ups.values()):
+def _quality(difference: Mapping[str, Mapping[str, Any]]) -> str | None:
+    of = difference.get("perplexity")
+    if of is None or of["low"] is None:
         return None
-    if "perplexity" not in difference or difference["perplexity"]["mean"] >= TOLERATED:
-        return []
-    return [name.removeprefix("speed_up_") for name, of in speed_ups.items() if of["low"] > 0]
+    if of["high"] <= TOLERATED:
+        return "within"
+    return "over" if of["low"] > TOLERATED else "not shown"
+
+
+def _speeds(differences: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[dict[str, dict[str, Any]]]:
+    """{temperature: {p, verdict}} of each variant, all tested together."""
+    tested = [
+        (place, name, of)
+        for place, difference in enumerate(differences)
+        for name, of in difference.items()
+        if name.startswith(_SPEED) and of["p"] is not None
+    ]
+    speeds: list[dict[str, dict[str, Any]]] = [{} for _ in differences]
+    for (place, name, of), p in zip(tested, holm([of["p"] for _, _, of in tested]), strict=True):
+        verdict = "not shown" if p >= _RISK else "faster" if of["mean"] > 0 else "slower"
+        speeds[place][name.removeprefix(_SPEED)] = {"p": p, "verdict": verdict}
+    return speeds
