@@ -164,7 +164,8 @@ seconds |= found.pop("seconds")
 clock = time.perf_counter()
 
 if compare:
-    plainly = replace(recipe, layer_dropout_max=0.0, expert_dropout=0.0, exit_curriculum="none")
+    plainly = replace(recipe, layer_dropout_max=0.0, expert_dropout=0.0)
+    plainly = replace(plainly, exit_curriculum="none", exit_weights="equal", drafting_exit=None)
     other, beside = MoEDecoder(config, seed=seed).to(device), Path(out_dir) / "without_layerskip"
     other_result = train(other, corpus, plainly, beside, resume=resume and (beside / "checkpoint.pt").exists())
     other_found = study(other, corpus, measured, whole=False)

@@ -6,7 +6,7 @@ import typing
 import docstring_parser  # what tyro reads docstrings with
 import pytest
 
-from layerskip_moe.ablation import MeasureConfig, Variant
+from layerskip_moe.ablation import DecodingConfig, MeasureConfig, Variant
 from layerskip_moe.bench.networks import Network
 from layerskip_moe.cli import ablate, bench, calibrate, evaluate, generate, options, report, train
 from layerskip_moe.cli.flags import fields_of, parse
@@ -27,7 +27,17 @@ COMMANDS = [
     report.Options,
     bench.Options,
 ]
-CONFIGS = [ModelConfig, TrainConfig, Sampling, StudyConfig, MeasureConfig, Network, *bench.SETTINGS.values(), *COMMANDS]
+CONFIGS = [
+    ModelConfig,
+    TrainConfig,
+    Sampling,
+    StudyConfig,
+    MeasureConfig,
+    DecodingConfig,
+    Network,
+    *bench.SETTINGS.values(),
+    *COMMANDS,
+]
 STRATEGIES = [Autoregressive, EarlyExit, LayerSkipping, SelfSpeculative, Speculative]
 FLAGS = {name: strategy_flags(name) for name in typing.get_args(StrategyName)}
 

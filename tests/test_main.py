@@ -70,7 +70,9 @@ def test_one_line_gives_a_model_and_a_report(text, tmp_path):
 
 def test_compare_trains_the_same_network_without_the_recipe(text, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", [str(MAIN), *command(dataset=text, out_dir=out), "--compare"])
+    monkeypatch.setattr(
+        sys, "argv", [str(MAIN), *command(dataset=text, out_dir=out), "--compare", "--exit_weights", "drafting"]
+    )
     runpy.run_path(str(MAIN), run_name="__main__")
     report = json.loads((out / "report.json").read_text())
     first, second = report["comparison"]["runs"]

@@ -4,12 +4,14 @@ L layers, D width, H heads, F hidden width of an expert, K experts chosen.
 Knows nothing of training. Next: `runs.py`.
 """
 
+import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from layerskip_moe.nn import ModelConfig
+from layerskip_moe.pretrained.config_file import empty_model
 
 BASE = "base"
 # Tried together by default, beside every variant alone.
@@ -31,7 +33,8 @@ class Variant:
 
 def usual_variants(base: ModelConfig) -> dict[str, Variant]:
     """Every variant that is known by name, as changes of that network. Those that it leaves no room for are absent:
-    a shared expert where one expert is chosen, depth against width where experts are in layers given by number."""
+    a shared expert where one expert is chosen, depth against width where experts are in layers given by number, and
+    more width where the embedding alone then has too many parameters."""
     half = max(base.n_layers // 2, 1)
     variants = {
         BASE: Variant(),
@@ -54,8 +57,10 @@ def usual_variants(base: ModelConfig) -> dict[str, Variant]:
     if base.top_k > 1:  # at equal active parameters: the shared expert takes the place of a chosen one
         variants["shared"] = Variant(network={"top_k": base.top_k - 1, "shared_expert_d_ff": base.expert_d_ff})
     if isinstance(base.moe_layers, str) and base.n_layers > 1:
-        variants["deep"] = Variant(network=_reshaped(base, 2 * base.n_layers))
-        variants["wide"] = Variant(network=_reshaped(base, half))
+        for name, n_layers in (("deep", 2 * base.n_layers), ("wide", half)):
+            changes = _reshaped(base, n_layers)
+            if changes is not None:
+                variants[name] = Variant(network=changes)
     return variants
 
 
@@ -87,16 +92,31 @@ def _together(name: str, known: Mapping[str, Variant]) -> Variant:
     return Variant(network, recipe)
 
 
-def _reshaped(base: ModelConfig, n_layers: int) -> dict[str, Any]:
-    """Another depth at about the same parameters in the layers, active ones too: those are L D^2 and L D F times
-    something, so D and F go with 1 / sqrt(L). D is a multiple of 2 H, for heads of an even width."""
+def _reshaped(base: ModelConfig, n_layers: int) -> dict[str, Any] | None:
+    """Another depth at the same active parameters, embedding and head among them; None where they are too many.
+
+    Those of the layers are L D^2 and L D F times something, so D goes with 1 / sqrt(L), as a multiple of 2 H, for heads
+    of an even width; F then makes up for what that and the embedding change.
+    """
     ratio = (base.n_layers / n_layers) ** 0.5
     width = max(round(ratio * base.d_model / (2 * base.n_heads)), 1) * 2 * base.n_heads
-    return {
-        "n_layers": n_layers,
-        "d_model": width,
-        "head_dim": width // base.n_heads,
-        "d_ff": max(round(ratio * base.expert_d_ff), 1),
-        "dense_d_ff": max(round(ratio * (base.dense_d_ff or base.expert_d_ff)), 1),
-        "init_std": None,  # follows from the width
-    }
+
+    def changes(d_ff: int) -> dict[str, Any]:
+        return {
+            "n_layers": n_layers,
+            "d_model": width,
+            "head_dim": width // base.n_heads,
+            "d_ff": d_ff,
+            "dense_d_ff": max(round(d_ff * (base.dense_d_ff or base.expert_d_ff) / base.expert_d_ff), 1),
+            "init_std": None,  # follows from the width
+        }
+
+    first = max(round(ratio * base.expert_d_ff), 1)
+    few, many = (_active(dataclasses.replace(base, **changes(d_ff))) for d_ff in (first, 2 * first))
+    d_ff = first + round(first * (_active(base) - few) / (many - few))  # they grow evenly with F
+    return changes(d_ff) if d_ff >= 1 else None
+
+
+def _active(network: ModelConfig) -> int:
+    """The parameters that one token uses."""
+    return empty_model(network).parameter_counts()[1]

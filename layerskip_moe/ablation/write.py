@@ -1,7 +1,9 @@
 """ablation.json, ablation.md and its figures, from the results of an ablation's runs.
 
-    ablation.json   {"command", "machine", "corpus", "seeds", "measures", "base", "variants": as `ablate` got them,
-                     "summary": see `summarise`, "runs": [result.json of each, but for its settings], "figures"}
+    ablation.json   {"command", "corpus", "measures", "decoding", "base": as `ablate` got them,
+                     "machine": what was timed on, None before that, "seeds", "variants": {name: what it changes},
+                     "summary": see `summarise`, "runs": [result.json of each, but for its settings, with `decoding` of
+                     decoding.json], "figures"}
 
 Knows nothing of how anything was measured. Next: `summary.py`; `analysis/figures/ablation.py`, which draws.
 """
@@ -11,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerskip_moe.ablation.summary import TOLERATED, summarise
+from layerskip_moe.ablation.summary import RELATIVE, TOLERATED, summarise
 from layerskip_moe.ablation.variants import BASE
 from layerskip_moe.analysis.figures import ablation_tradeoff, ablation_unions, save_figure
 from layerskip_moe.analysis.report_text.markdown import code, counted, figure, listed, number, percent, table
@@ -22,15 +24,27 @@ _SPEED = {
     "speed_up": "speed-up",
     "acceptance": "drafts accepted",
     "tokens_per_second": "tokens/s",
+    "plain_tokens_per_second": "plain decoding's tokens/s",
     "distinct_4grams": "distinct 4-grams",
 }
 _SHARES = ("agreement", "acceptance", "distinct_4grams")
 
 
 def write_ablation(out_dir: Path, about: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> Path:
-    """Write all of it, each file in one piece; ablation.md's path. about: ablation.json's fields before summary."""
-    runs = [{name: value for name, value in result.items() if name != "setting"} for result in results]
-    told = plain({**about, "summary": summarise(results), "runs": runs})
+    """Write all of it, each file in one piece; ablation.md's path. about: ablation.json's fields before machine.
+    results: result.json's contents, with `decoding` and `timed_on` of decoding.json, None where that is not there."""
+    told = plain(
+        {
+            **about,
+            "machine": next((result["timed_on"] for result in results if result["timed_on"]), None),
+            "seeds": sorted({result["seed"] for result in results}),
+            "variants": {result["variant"]: result["changes"] for result in results},
+            "summary": summarise(results),
+            "runs": [
+                {name: of[name] for name in of if name not in ("setting", "changes", "timed_on")} for of in results
+            ],
+        }
+    )
     told = json.loads(json.dumps(told, allow_nan=False))  # so that the text cannot state what the file does not hold
     told["figures"] = _draw(out_dir, told)
     files = {"ablation.json": json.dumps(told, indent=1, allow_nan=False) + "\n", "ablation.md": ablation_text(told)}
@@ -44,7 +58,8 @@ def _draw(out_dir: Path, told: Mapping[str, Any]) -> dict[str, str]:
     """The figures that there is data for: name -> path within out_dir."""
     rows = [row for row in told["summary"] if row["seeds"]]
     drawn = {}
-    if any(name.startswith("speed_up_") for row in rows for name in row["mean"]):
+    timed = [row["mean"].get(name) for row in rows for name in row["mean"] if name.startswith("tokens_per_second_")]
+    if rows and rows[0]["variant"] == BASE and any(value is not None for value in timed):
         drawn["tradeoff"] = ablation_tradeoff(rows, tolerated=TOLERATED)
     if any(value is not None for row in rows for name, value in row["mean"].items() if name.startswith("union_")):
         union = next(run["union"] for run in told["runs"] if not run["failed"] and run["union"]["independent"])
@@ -62,40 +77,82 @@ def ablation_text(told: Mapping[str, Any]) -> str:
     lines += _verdict(rows)
     lines += ["## Means over seeds", "", *_means(rows), *_failures(told["runs"])]
     lines += ["## Paired differences from the base", "", *_differences(rows)]
-    lines += figure(told, "tradeoff", "Perplexity against speed-up")
+    lines += figure(told, "tradeoff", "Perplexity against tokens/s")
     lines += figure(told, "unions", "Experts that adjacent rows need")
     lines += ["## What was changed", "", *_changes(told["variants"])]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _setting(told: Mapping[str, Any], finished: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = [code(told["command"]), ""] if told["command"] else []
+    lines = [f"Written by {code(told['command'])}.", ""] if told["command"] else []
     if not finished:
         return [*lines, "No run has finished.", ""]
-    network, machine, first = told["base"]["network"], told["machine"], finished[0]
-    cores = f"{machine['cores']} cores" if machine["accelerator"] is None else machine["accelerator"]
+    network, first = told["base"]["network"], finished[0]
     return [
         *lines,
         f"Base: {network['n_layers']} layers of width {network['d_model']}, {network['num_experts']} experts of which "
         f"{network['top_k']} are chosen; every run {number(first['steps'])} steps, {number(first['tokens'])} tokens of "
-        f"{told['corpus']['name']}. {machine['cpu']}, {cores}, torch {machine['versions'].get('torch')}. Speed-ups "
-        "are over plain decoding of the same model, by the exit layer and draft length that were fastest on other "
-        "prompts. Runs of a seed share first weights (where shapes are equal), batches and prompts.",
+        f"{told['corpus']['name']}. Runs of a seed share first weights (where shapes are equal), batches and dropout.",
         "",
+        *_timing(told, finished),
     ]
+
+
+def _timing(told: Mapping[str, Any], finished: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines, machine = [], told["machine"]
+    if machine is not None:
+        cores = f"{machine['cores']} cores" if machine["accelerator"] is None else machine["accelerator"]
+        lines = [
+            f"Timed on {machine['cpu']}, {cores}, torch {machine['versions'].get('torch')}, with the same prompts for "
+            "all runs. Tokens/s are of the exit layer and draft length that were fastest on other prompts, speed-ups "
+            "over plain decoding of the same model.",
+            "",
+        ]
+    untimed = [run for run in finished if not run["decoding"]]
+    if untimed:
+        lines += [
+            f"Decoding of {counted(len(untimed), 'run')} is not timed yet: give the command that trained them again, "
+            "without --no-timing, on a machine that does nothing else.",
+            "",
+        ]
+    return lines
 
 
 def _verdict(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    known = [row for row in rows if row["pays"] is not None]
-    if not known:
+    """What the differences prove: in a sentence, and for each variant."""
+    judged = [row for row in rows if row["quality"]]
+    if not judged:
         return []
-    paying = [f"{row['variant']} (temperature {listed(row['pays'])})" for row in known if row["pays"]]
-    names = listed(paying) if paying else "none of the variants"
-    return [
-        f"A larger speed-up than the base's (the whole 95% interval of the difference) at less than "
-        f"{percent(TOLERATED)} of final perplexity: {names}.",
-        "",
-    ]
+    lines = ["## What is shown", ""]
+    at = list(dict.fromkeys(temperature for row in judged for temperature in row["speed"]))
+    if at:
+        paying = [f"{row['variant']} (temperature {listed(row['pays'])})" for row in judged if row["pays"]]
+        tests = sum(len(row["speed"]) for row in judged)
+        lines += [
+            f"More tokens/s by the fastest pair than by the base's fastest pair (p below 0.05 by Holm's correction for "
+            f"{counted(tests, 'comparison')}), with the whole 95% interval of final perplexity within "
+            f"{percent(TOLERATED)} of the base's: {listed(paying) if paying else 'none of the variants'}.",
+            "",
+        ]
+    told = []
+    for row in judged:
+        perplexity = row["difference"]["perplexity"]
+        cells = [f"{100 * perplexity['mean']:+.1f}%", f"{100 * perplexity['high']:+.1f}%", _shown(row["quality"])]
+        for temperature in at:
+            speed, of = row["speed"].get(temperature), row["difference"].get(f"tokens_per_second_{temperature}")
+            cells.append("-" if speed is None else f"{100 * of['mean']:+.1f}%, p {speed['p']:.2g}: {speed['verdict']}")
+        told.append([row["variant"], *cells])
+    speeds = [f"tokens/s, {_temperature(temperature)}" for temperature in at]
+    return lines + table(["variant", "final perplexity", "upper end", "verdict", *speeds], told)
+
+
+def _shown(quality: str) -> str:
+    """ "within 2.0%", "over 2.0%" or "not shown"."""
+    return quality if quality == "not shown" else f"{quality} {percent(TOLERATED)}"
+
+
+def _temperature(at: str) -> str:
+    return "greedy" if at == "0" else f"temperature {at}"
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -134,8 +191,8 @@ def _differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     most = max(of["pairs"] for row in rows for of in row["difference"].values())
     lines = [
         f"Paired by seed, at most {counted(most, 'pair')}: mean, and Student's 95% interval in brackets where there "
-        "are two or more; bold where that leaves out 0, as one in twenty does by chance. Perplexities in % of the "
-        "base's, shares in percentage points.",
+        "are two or more; bold where that leaves out 0, as one in twenty does by chance. Perplexities and tokens/s in "
+        "% of the base's, shares in percentage points.",
         "",
     ]
     for measures in _measures(rows, "difference"):
@@ -163,22 +220,21 @@ def _title(measure: str) -> str:
         return f"experts of {where} rows / of one"
     if what not in _SPEED:
         return measure
-    return f"{_SPEED[what]}, {'greedy' if where == '0' else f'temperature {where}'}"
+    return f"{_SPEED[what]}, {_temperature(where)}"
 
 
 def _value(measure: str, value: float | None) -> str:
     if measure.startswith(_SHARES):
         return percent(value)
-    return number(value, 1 if measure.startswith(("perplexity", "tokens")) else 2)
+    return number(value, 1 if measure.startswith(("perplexity", "tokens", "plain_tokens")) else 2)
 
 
 def _difference(measure: str, of: Mapping[str, Any] | None) -> str:
     """ "+1.2 [0.3, 2.1]", bold where the interval leaves out 0."""
     if of is None:
         return "-"
-    shares = measure.startswith((*_QUALITY, *_SHARES))
-    factor, digits = (100, 1) if shares else (1, 0 if measure.startswith("tokens") else 2)
-    unit = "%" if measure.startswith("perplexity") else ""
+    factor, digits = (100, 1) if measure.startswith((*RELATIVE, *_SHARES)) else (1, 2)
+    unit = "%" if measure.startswith(RELATIVE) else ""
     told = f"{factor * of['mean']:+.{digits}f}{unit}"
     if of["low"] is None:
         return told

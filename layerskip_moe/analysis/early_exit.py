@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerskip_moe.analysis.held_out import chunks, held_out_batches, judge, run_layers
+from layerskip_moe.analysis.held_out import chunks, held_out_runs, judge
 from layerskip_moe.generation.confidence import Confidence, check_confidence, confidence_of, first_exit
 from layerskip_moe.generation.exit_classifier import ExitClassifier
 from layerskip_moe.nn import MoEDecoder
-from layerskip_moe.nn.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def evaluate_early_exit(
     agreed = torch.zeros(len(thresholds), dtype=torch.int64)
     left = torch.zeros(len(thresholds), n_layers + 1 - first, dtype=torch.int64)  # by exit: first..L
     confidences = []
-    batches = held_out_batches(
+    with held_out_runs(
         model,
         tokens,
         seq_len=seq_len,
@@ -114,11 +113,10 @@ def evaluate_early_exit(
         max_windows=max_windows,
         progress=progress,
         description="evaluating early exit",
-    )
-    with evaluating(model):
-        for inputs, labels in batches:
-            collected = run_layers(model, inputs, collect=True).collected
-            states = [model.embed(inputs), *(collected[layer] for layer in range(n_layers))]
+        collect=True,
+    ) as batches:
+        for inputs, labels, out in batches:
+            states = [model.embed(inputs), *(out.collected[layer] for layer in range(n_layers))]
             asked = [state.flatten(0, 1) for state in states[first - 1 :]]
             for *hidden, answers in chunks(model, *asked, labels.flatten()):
                 opinions = _ask_layers(model, hidden, answers, confidence, first)

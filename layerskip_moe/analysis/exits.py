@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerskip_moe.analysis.held_out import chunks, held_out_batches, judge, run_layers
+from layerskip_moe.analysis.held_out import chunks, held_out_runs, judge
 from layerskip_moe.nn import MoEDecoder
-from layerskip_moe.nn.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def evaluate_exits(
     loss = torch.zeros(n_layers, dtype=torch.float64)
     agreed = torch.zeros(n_layers, dtype=torch.int64)
     n_tokens = 0
-    batches = held_out_batches(
+    with held_out_runs(
         model,
         tokens,
         seq_len=seq_len,
@@ -59,11 +58,10 @@ def evaluate_exits(
         max_windows=max_windows,
         progress=progress,
         description="evaluating exits",
-    )
-    with evaluating(model):
-        for inputs, labels in batches:
-            collected = run_layers(model, inputs, collect=True).collected
-            exits = [collected[layer].flatten(0, 1) for layer in range(n_layers)]
+        collect=True,
+    ) as batches:
+        for _, labels, out in batches:
+            exits = [out.collected[layer].flatten(0, 1) for layer in range(n_layers)]
             for *hidden, answers in chunks(model, *exits, labels.flatten()):
                 opinions = [judge(model.unembed(state), answers) for state in hidden]
                 losses, choices = (torch.stack(part) for part in zip(*opinions, strict=True))

@@ -11,10 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from layerskip_moe.analysis.held_out import held_out_batches, run_layers
+from layerskip_moe.analysis.held_out import held_out_runs
 from layerskip_moe.data import steps_per_epoch
 from layerskip_moe.nn import MoEDecoder
-from layerskip_moe.nn.modes import evaluating
 
 _MIN_COUNT = 10  # positions that must hold a token before it can be typical of anything
 _STANDARD_ERRORS = 3.0  # below the measured share: among thousands of tokens, two would be reached by chance
@@ -120,7 +119,7 @@ def expert_choice(
     layers = [layer for layer in range(config.n_layers) if config.is_moe(layer)]
     counts = {layer: torch.zeros(2, len(ids), config.num_experts, dtype=torch.int32) for layer in layers}
     window = 0
-    batches = held_out_batches(
+    with held_out_runs(
         model,
         tokens,
         seq_len=seq_len,
@@ -128,12 +127,11 @@ def expert_choice(
         max_windows=n_windows,
         progress=progress,
         description="what experts are chosen for",
-    )
-    with evaluating(model):
-        for inputs, _ in batches:
+    ) as batches:
+        for inputs, _, out in batches:
             half = (torch.arange(window, window + len(inputs)) >= n_windows // 2).long()
             row = half[:, None] * len(ids) + torch.searchsorted(ids, inputs.cpu())
-            for layer, routing in run_layers(model, inputs).routing.items():
+            for layer, routing in out.routing.items():
                 place = (row.flatten()[:, None] * config.num_experts + routing.chosen.cpu()).flatten()
                 counts[layer].view(-1).scatter_add_(0, place, torch.ones_like(place, dtype=torch.int32))
             window += len(inputs)

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerskip_moe.analysis.held_out import held_out_batches, run_layers
+from layerskip_moe.analysis.held_out import held_out_runs
 from layerskip_moe.nn import MoEDecoder
-from layerskip_moe.nn.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def expert_union(
     layers = [layer for layer in range(config.n_layers) if config.is_moe(layer)]
     needed = {layer: torch.zeros(len(spans), dtype=torch.int64) for layer in layers}
     n_windows = 0
-    batches = held_out_batches(
+    with held_out_runs(
         model,
         tokens,
         seq_len=seq_len,
@@ -67,10 +66,9 @@ def expert_union(
         max_windows=max_windows,
         progress=progress,
         description="counting experts of adjacent rows",
-    )
-    with evaluating(model):
-        for inputs, _ in batches:
-            for layer, routing in run_layers(model, inputs).routing.items():
+    ) as batches:
+        for inputs, _, out in batches:
+            for layer, routing in out.routing.items():
                 chosen = torch.zeros(len(routing.chosen), config.num_experts, dtype=torch.bool, device=inputs.device)
                 chosen = chosen.scatter_(1, routing.chosen, True).view(*inputs.shape, -1)  # [B, T, E]
                 counts = [chosen.unfold(1, span, 1).any(dim=-1).sum() for span in spans]

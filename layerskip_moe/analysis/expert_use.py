@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerskip_moe.analysis.held_out import held_out_batches, run_layers
+from layerskip_moe.analysis.held_out import held_out_runs
 from layerskip_moe.nn import MoEDecoder
-from layerskip_moe.nn.modes import evaluating
 from layerskip_moe.training.balance import balance_metrics
 
 
@@ -46,7 +45,7 @@ def expert_use(
     config = model.config
     load = {i: torch.zeros(config.num_experts, dtype=torch.int64) for i in range(config.n_layers) if config.is_moe(i)}
     n_tokens = 0
-    batches = held_out_batches(
+    with held_out_runs(
         model,
         tokens,
         seq_len=seq_len,
@@ -54,10 +53,9 @@ def expert_use(
         max_windows=max_windows,
         progress=progress,
         description="counting experts",
-    )
-    with evaluating(model):
-        for inputs, _ in batches:
-            for layer, routing in run_layers(model, inputs).routing.items():
+    ) as batches:
+        for inputs, _, out in batches:
+            for layer, routing in out.routing.items():
                 load[layer] += routing.load.cpu()
             n_tokens += inputs.numel()
     return ExpertUse(

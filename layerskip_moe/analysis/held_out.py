@@ -4,6 +4,7 @@ N positions, V vocabulary. Knows nothing of what is measured. Next: `exits.py` a
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from tqdm.auto import tqdm
 
 from layerskip_moe.data import steps_per_epoch, windows
 from layerskip_moe.nn import MoEDecoder, RunOutput
+from layerskip_moe.nn.modes import evaluating
 
 LIVE_LOGITS = 2**24  # logits held at one time: 64 MiB in float32, whatever the vocabulary
 
 
-def held_out_batches(
+@contextmanager
+def held_out_runs(
     model: MoEDecoder,
     tokens: Tensor,
     *,
@@ -26,12 +29,28 @@ def held_out_batches(
     max_windows: int | None,
     progress: bool,
     description: str,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(inputs [B, T], labels [B, T]) on the model's device, in order, behind a progress bar.
+    collect: bool = False,
+) -> Iterator[Iterator[tuple[Tensor, Tensor, RunOutput]]]:
+    """Within the block, the model in evaluation mode and without gradients, batch after batch of held-out text: inputs
+    [B, T] and labels [B, T] on the model's device, and what all layers made of the inputs, see `run_layers`.
 
-    tokens: 1-D. max_windows: at most this many windows of seq_len tokens, all by default.
+    tokens: 1-D. max_windows: at most this many windows of seq_len tokens; None: all. description: of the progress bar.
     Raises ValueError for a text shorter than one window and for token ids the model does not have.
     """
+    with evaluating(model):
+        batches = _batches(model, tokens, seq_len, batch_size, max_windows, progress, description)
+        yield ((inputs, labels, run_layers(model, inputs, collect=collect)) for inputs, labels in batches)
+
+
+def _batches(
+    model: MoEDecoder,
+    tokens: Tensor,
+    seq_len: int,
+    batch_size: int,
+    max_windows: int | None,
+    progress: bool,
+    description: str,
+) -> Iterator[tuple[Tensor, Tensor]]:
     n_batches = steps_per_epoch(tokens, seq_len, batch_size)
     if max_windows is not None:
         n_batches = min(n_batches, -(-max_windows // batch_size))

@@ -58,13 +58,13 @@ def recipe_schedule(recipe: Mapping[str, Any]) -> RecipeSchedule:
         )
         for step in even
     ]
-    active = [
-        active_exits(step, steps, n_layers, curriculum=config["exit_curriculum"], rotation=config["exit_rotation"])
-        for step in curriculum_steps
-    ]
-    shape = {"kind": config["exit_weights"], "scale": config["exit_loss_scale"]}
-    drafting_exit = config.get("drafting_exit")  # which runs of before there was one did not write down
-    weights = [exit_weights(row, **shape, drafting_exit=drafting_exit) for row in active]
+    kind = {
+        "kind": config["exit_weights"],
+        "drafting_exit": config.get("drafting_exit"),  # which runs of before there was one did not write down
+    }
+    curriculum = {"curriculum": config["exit_curriculum"], "rotation": config["exit_rotation"]}
+    active = [active_exits(step, steps, n_layers, **curriculum, **kind) for step in curriculum_steps]
+    weights = [exit_weights(row, scale=config["exit_loss_scale"], **kind) for row in active]
     return RecipeSchedule(
         dropout_steps=even,
         rates=[row.tolist() for row in rates],

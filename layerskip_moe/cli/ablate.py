@@ -1,6 +1,7 @@
 """Train many variants of one network and recipe, each with several seeds, and tell what each change costs and buys.
 
     layerskip-moe ablate                                        # all of it, sized for two hours on two cores
+    layerskip-moe ablate --no-timing                            # trainings alone: the same without it then times them
     layerskip-moe ablate --variants paper drafting+coherence-0.1 --seeds 0 1
     layerskip-moe ablate --n-layers 4 --d-model 96 --max-steps 100 --out-dir runs/small
 
@@ -13,12 +14,13 @@ deep, wide. A run that is finished is not made again, and one that was stopped g
 
 import dataclasses
 import shlex
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from layerskip_moe.ablation import MeasureConfig, ablate, named_variants, usual_variants
+from layerskip_moe.ablation import DecodingConfig, MeasureConfig, ablate, named_variants, usual_variants
 from layerskip_moe.cli.flags import fields_of, parse
 from layerskip_moe.cli.options import Text, load_text
 from layerskip_moe.constants import pick_device
@@ -53,13 +55,15 @@ class Options:
     Attributes:
         out_dir: folder of ablation.json, ablation.md, figures and runs/<variant>/seed<n>
         variants: those to train beside the base; none given: all, and a few combinations
-        seeds: of first weights, batches, dropout and prompts
+        seeds: of first weights, batches and dropout
+        timing: when all are trained, time decoding of each, for which the machine must do nothing else
         device: cpu, cuda, cuda:1, ...; None: a GPU where there is one
     """
 
     out_dir: str = "runs/ablation"
     variants: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
+    timing: bool = True
     device: str | None = None
 
 
@@ -71,13 +75,14 @@ def run(arguments: list[str]) -> None:
         "model": fields_of(ModelConfig, without=("rope_scaling",), **_NETWORK),
         "training": fields_of(TrainConfig, without=("seed",), **_RECIPE),
         "measures": fields_of(MeasureConfig),
+        "decoding": fields_of(DecodingConfig),
     }
-    options, text, network, training, measured = parse("layerskip-moe ablate", __doc__, groups, arguments)
+    options, text, network, training, measured, timed = parse("layerskip-moe ablate", __doc__, groups, arguments)
     config, recipe = ModelConfig(**vars(network)), TrainConfig(**vars(training))  # refused before any text is read
     if network.dense_d_ff is None:
         config = dataclasses.replace(config, dense_d_ff=config.top_k * config.expert_d_ff)
-    measures = MeasureConfig(**vars(measured))
-    variants = named_variants(options.variants, usual_variants(config))
+    measures, decoding = MeasureConfig(**vars(measured)), DecodingConfig(**vars(timed))
+    named_variants(options.variants, usual_variants(config))  # likewise
     device = pick_device(options.device)
     corpus = load_text(text, "bpe", vocab_size=config.vocab_size)
     config = dataclasses.replace(config, vocab_size=corpus.vocab_size)
@@ -85,11 +90,17 @@ def run(arguments: list[str]) -> None:
         corpus,
         config,
         recipe,
-        variants,
+        named_variants(options.variants, usual_variants(config)),
         options.out_dir,
         seeds=options.seeds,
         measures=measures,
+        decoding=decoding,
+        timing=options.timing,
         device=device,
         command=shlex.join(["layerskip-moe", "ablate", *arguments]),
     )
+    if not options.timing:
+        print(
+            "trained, not timed: give the same command without --no-timing, and leave it the machine", file=sys.stderr
+        )
     print(path)

@@ -45,10 +45,10 @@ class TrainConfig:
         expert_dropout: probability that an expert sits out a step
 
         exit_weights: "paper", "equal" or "drafting" (see `exit_weights` in exit_loss.py)
-        drafting_exit: the exit layer, 1 to L-1, that "drafting" concentrates on; None: a quarter of the layers,
-            rounded up
+        drafting_exit: the exit layer, 1 to L-1, that "drafting" concentrates on: it is supervised at every step,
+            whatever the curriculum; None: a quarter of the layers, rounded up
         exit_loss_scale: e_scale
-        exit_curriculum: "rotational", "gradual", "all" or "none" (only the last layer)
+        exit_curriculum: "rotational", "gradual", "all" or "none" (only the last layer, so not with "drafting")
         exit_rotation: every how many layers one is supervised, under "rotational"
         exit_distillation: share of an early exit's target that is the last layer's own distribution
 
@@ -125,6 +125,10 @@ class TrainConfig:
         if self.drafting_exit is not None and self.exit_weights != "drafting":
             raise ValueError(
                 f"drafting_exit={self.drafting_exit} is for exit_weights='drafting', not {self.exit_weights!r}."
+            )
+        if self.exit_weights == "drafting" and self.exit_curriculum == "none":
+            raise ValueError(
+                "exit_weights='drafting' has nothing to supervise under exit_curriculum='none'; take another of them."
             )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed={self.seed!r} must be a whole number.")

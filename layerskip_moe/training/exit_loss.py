@@ -33,7 +33,14 @@ class ExitLosses(NamedTuple):
 
 
 def active_exits(
-    step: int, max_steps: int, n_layers: int, *, curriculum: Curriculum = "rotational", rotation: int = 1
+    step: int,
+    max_steps: int,
+    n_layers: int,
+    *,
+    curriculum: Curriculum = "rotational",
+    rotation: int = 1,
+    kind: WeightKind = "paper",
+    drafting_exit: int | None = None,
 ) -> Tensor:
     """Which layers' outputs are supervised at a step, C(t, l): bool [L]. The last layer always is.
 
@@ -41,9 +48,11 @@ def active_exits(
         exactly once in any `rotation` consecutive steps; "gradual" from the last layer down to the first, one
         more every T / (2L) steps; "all"; "none", the last layer only.
     step: 0 .. max_steps - 1. rotation: 1 or more (R in the paper); only "rotational" reads it.
+    kind, drafting_exit: as in `exit_weights`; "drafting" has its exit supervised at every step of any curriculum but
+        "none": to concentrate on an exit is not to wait for its turn.
     torchtune's rotation agrees where R divides L (elsewhere it wraps at L, and gaps of another size
     appear); its gradual curriculum enables each layer one T / (2L) later than the paper says.
-    Raises ValueError for an unknown curriculum or a step or rotation out of range.
+    Raises ValueError for an unknown curriculum, a step or rotation out of range, or a drafting exit that is none.
     """
     if n_layers < 1 or not 0 <= step < max_steps:
         raise ValueError(
@@ -61,6 +70,8 @@ def active_exits(
         active = torch.full((n_layers,), curriculum == "all")
     else:
         raise ValueError(f"unknown exit curriculum {curriculum!r}: choose one of {', '.join(get_args(Curriculum))}")
+    if kind == "drafting" and curriculum != "none":
+        active[_drafting_layer(n_layers, drafting_exit)] = True
     active[-1] = True
     return active
 
@@ -98,12 +109,8 @@ def exit_weights(
         weights = torch.full_like(layers, scale)
         weights[-1] = 2.0
     elif kind == "drafting":
-        if drafting_exit is not None and not 1 <= drafting_exit < n_layers:
-            raise ValueError(
-                f"drafting_exit={drafting_exit} must be an early exit, 1 to {n_layers - 1} of {n_layers} layers."
-            )
         weights = torch.zeros_like(layers)
-        weights[(drafting_exit or usual_drafting_exit(n_layers)) - 1] = scale
+        weights[_drafting_layer(n_layers, drafting_exit)] = scale
         weights[-1] = 2.0
     else:
         raise ValueError(f"unknown exit weights {kind!r}: choose one of {', '.join(get_args(WeightKind))}")
@@ -114,6 +121,15 @@ def exit_weights(
 def usual_drafting_exit(n_layers: int) -> int:
     """The exit layer that is to draft where none is named: a quarter of the layers, rounded up."""
     return -(-n_layers // 4)
+
+
+def _drafting_layer(n_layers: int, drafting_exit: int | None) -> int:
+    """The layer, 0 to L-1, whose output is the drafting exit."""
+    if drafting_exit is not None and not 1 <= drafting_exit < n_layers:
+        raise ValueError(
+            f"drafting_exit={drafting_exit} must be an early exit, 1 to {n_layers - 1} of {n_layers} layers."
+        )
+    return (drafting_exit or usual_drafting_exit(n_layers)) - 1
 
 
 def exit_loss(

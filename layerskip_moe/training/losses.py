@@ -99,7 +99,15 @@ def training_losses(
 
 def step_exit_weights(config: TrainConfig, n_layers: int, step: int, max_steps: int) -> Tensor:
     """How much each layer's output weighs in the loss of a step: float64 [L], sum 1; see `exit_weights`."""
-    active = active_exits(step, max_steps, n_layers, curriculum=config.exit_curriculum, rotation=config.exit_rotation)
+    active = active_exits(
+        step,
+        max_steps,
+        n_layers,
+        curriculum=config.exit_curriculum,
+        rotation=config.exit_rotation,
+        kind=config.exit_weights,
+        drafting_exit=config.drafting_exit,
+    )
     return exit_weights(
         active, kind=config.exit_weights, scale=config.exit_loss_scale, drafting_exit=config.drafting_exit
     )

@@ -38,13 +38,25 @@ def recipe():
 
 @pytest.fixture
 def result():
-    """result(variant, seed, perplexity=20.0, speed_up=1.2, **fields) -> a run's result, with what it is compared by."""
+    """result(variant, seed, perplexity=20.0, speed_up=1.2, tokens_per_second=100.0, **fields) -> a run's result, with
+    what it is compared by."""
 
-    def build(variant, seed, *, perplexity=20.0, speed_up=1.2, union=(1.5, 2.0), network=None, **fields):
+    def build(
+        variant,
+        seed,
+        *,
+        perplexity=20.0,
+        speed_up=1.2,
+        tokens_per_second=100.0,
+        union=(1.5, 2.0),
+        network=None,
+        **fields,
+    ):
         sizes = {"top_k": 2, "d_ff": 16, "shared_expert_d_ff": 0} | (network or {})
-        decoding = {"acceptance_rate": 0.75, "tokens_per_second": 100.0, "distinct_4grams": 0.25}
+        decoding = {"acceptance_rate": 0.75, "plain_tokens_per_second": 80.0, "distinct_4grams": 0.25}
         whole = {
-            "variant": variant, "seed": seed, "parameters": 2_340_000, "active_parameters": 1_230_000, "failed": None,
+            "variant": variant, "seed": seed, "changes": {"network": {}, "recipe": {}},
+            "parameters": 2_340_000, "active_parameters": 1_230_000, "failed": None,
             "steps": 4, "tokens": 256, "training_seconds": 60.0, "measuring_seconds": 15.0,
             "exits": {
                 "perplexity": [perplexity + 30, perplexity + 20, perplexity + 10, perplexity],
@@ -52,9 +64,10 @@ def result():
             },
             "union": {"spans": [2, 4], "over_top_k": list(union), "independent": [1.75, 2.734375]},
             "decoding": [
-                {"temperature": 0.0, "speed_up": speed_up, **decoding},
-                {"temperature": 0.8, "speed_up": speed_up - 0.3, **decoding},
+                {"temperature": 0.0, "speed_up": speed_up, "tokens_per_second": tokens_per_second, **decoding},
+                {"temperature": 0.8, "speed_up": speed_up - 0.3, "tokens_per_second": tokens_per_second, **decoding},
             ],
+            "timed_on": {"cpu": "A CPU", "cores": 2, "accelerator": None, "versions": {"torch": "2.13"}},
             "setting": {"network": sizes},
         }  # fmt: skip
         return whole | fields

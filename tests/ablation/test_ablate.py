@@ -1,32 +1,45 @@
 """ablate: every variant with every seed, once; what is stopped goes on, what fails is told, mistakes come first."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 
 from layerskip_moe import TrainConfig
-from layerskip_moe.ablation import MeasureConfig, Variant, ablate, runs
+from layerskip_moe.ablation import DecodingConfig, MeasureConfig, Variant, ablate, grid, runs
+from layerskip_moe.bench import describe_machine
 from layerskip_moe.training import loop
 
 VARIANTS = {"base": Variant(), "paper": Variant(recipe={"exit_weights": "paper"})}
-SMALL = MeasureConfig(max_windows=4, spans=(2, 4), draft_lengths=(2,), num_prompts=2, prompt_length=8, max_new_tokens=8)
+SMALL = dict(
+    measures=MeasureConfig(max_windows=4, spans=(2, 4)),
+    decoding=DecodingConfig(draft_lengths=(2,), num_prompts=2, prompt_length=8, max_new_tokens=8),
+    progress=False,
+)
 
 
 @pytest.fixture
 def measured(monkeypatch, result):
-    """Models are measured by the sum of their weights alone; gives the list of them."""
-    models = []
+    """Models are measured by the sum of their weights alone, and timed by it; gives what was done to which sum."""
+    done = []
 
-    def measure(model, corpus, measures, *, seed, **text):
-        models.append(model)
-        total = sum(float(weights.detach().double().abs().sum()) for weights in model.parameters())
-        numbers = result("any", seed, perplexity=total)
-        return {name: numbers[name] for name in ("exits", "union", "decoding")}
+    def total(model):
+        return sum(float(weights.detach().double().abs().sum()) for weights in model.parameters())
+
+    def measure(model, corpus, measures, **text):
+        done.append(("measured", total(model)))
+        numbers = result("any", 0, perplexity=total(model))
+        return {name: numbers[name] for name in ("exits", "union")}
+
+    def time_decoding(model, corpus, decoding, **options):
+        done.append(("timed", total(model)))
+        return result("any", 0, tokens_per_second=total(model))["decoding"]
 
     monkeypatch.setattr(runs, "measure", measure)
+    monkeypatch.setattr(runs, "time_decoding", time_decoding)
     monkeypatch.setattr("layerskip_moe.ablation.write._draw", lambda out_dir, told: {})
-    return models
+    return done
 
 
 @pytest.fixture
@@ -35,6 +48,13 @@ def no_training(monkeypatch):
         raise AssertionError("nothing is left to train")
 
     monkeypatch.setattr(runs, "train", train)
+
+
+ORDER = [f"{name} seed{seed}" for seed in (3, 7) for name in VARIANTS]
+
+
+def folder_of(out_dir, name):
+    return out_dir / "runs" / name.replace(" ", "/")
 
 
 def results_in(folder):
@@ -46,7 +66,7 @@ def test_every_variant_is_trained_with_every_seed_and_differs_in_nothing_else(
     corpus, network, recipe, tmp_path, measured
 ):
     variants = VARIANTS | {"last": Variant(network={"moe_layers": "last half"})}
-    path = ablate(corpus, network, recipe, variants, tmp_path, seeds=(3, 7), measures=SMALL, progress=False)
+    path = ablate(corpus, network, recipe, variants, tmp_path, seeds=(3, 7), **SMALL)
     assert path == tmp_path / "ablation.md" and path.read_text().startswith("# Ablation")
     found = results_in(tmp_path)
     assert sorted(found) == [f"{name} seed{seed}" for name in sorted(variants) for seed in (3, 7)]
@@ -68,18 +88,18 @@ def test_every_variant_is_trained_with_every_seed_and_differs_in_nothing_else(
 def test_a_finished_run_is_not_made_again(corpus, network, recipe, tmp_path, measured, no_training, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(runs, "train", loop.train)
-        ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(0,), measures=SMALL, progress=False)
+        ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(0,), **SMALL)
     before = (tmp_path / "ablation.json").read_text()
     (tmp_path / "ablation.md").unlink()
-    ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(0,), measures=SMALL, progress=False)
+    ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(0,), **SMALL)
     assert (tmp_path / "ablation.json").read_text() == before and (tmp_path / "ablation.md").exists()
     with pytest.raises(AssertionError, match="nothing is left"):  # another seed is another run
-        ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(0, 1), measures=SMALL, progress=False)
+        ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(0, 1), **SMALL)
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(corpus, network, recipe, tmp_path, measured, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    ablate(corpus, network, recipe, VARIANTS, whole, seeds=(0,), measures=SMALL, progress=False)
+    ablate(corpus, network, recipe, VARIANTS, whole, seeds=(0,), **SMALL)
     steps, real = [], loop._Run.step
 
     def step(run, number, text):
@@ -90,10 +110,10 @@ def test_a_stopped_run_goes_on_to_the_same_weights(corpus, network, recipe, tmp_
 
     monkeypatch.setattr(loop._Run, "step", step)
     with pytest.raises(KeyboardInterrupt):
-        ablate(corpus, network, recipe, VARIANTS, stopped, seeds=(0,), measures=SMALL, progress=False)
+        ablate(corpus, network, recipe, VARIANTS, stopped, seeds=(0,), **SMALL)
     assert [name for name in results_in(stopped)] == ["base seed0"]
     assert json.loads((stopped / "ablation.json").read_text())["summary"][0]["variant"] == "base"
-    ablate(corpus, network, recipe, VARIANTS, stopped, seeds=(0,), measures=SMALL, progress=False)
+    ablate(corpus, network, recipe, VARIANTS, stopped, seeds=(0,), **SMALL)
     base, paper = [("equal", n) for n in range(4)], [("paper", n) for n in (0, 1, 2, 2, 3)]
     assert steps == base + paper  # the base once, the other from where it was stopped
     told = [{name: result["exits"] for name, result in results_in(folder).items()} for folder in (whole, stopped)]
@@ -109,15 +129,15 @@ def test_a_run_stopped_while_it_was_measured_is_only_measured_again(
     only = {"base": Variant()}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runs, "measure", interrupted)
-        ablate(corpus, network, recipe, only, tmp_path, seeds=(0,), measures=SMALL, progress=False)
+        ablate(corpus, network, recipe, only, tmp_path, seeds=(0,), **SMALL)
     monkeypatch.setattr(loop._Run, "step", interrupted)
-    ablate(corpus, network, recipe, only, tmp_path, seeds=(0,), measures=SMALL, progress=False)
-    assert len(measured) == 1 and list(results_in(tmp_path)) == ["base seed0"]
+    ablate(corpus, network, recipe, only, tmp_path, seeds=(0,), **SMALL)
+    assert [what for what, _ in measured] == ["measured", "timed"] and list(results_in(tmp_path)) == ["base seed0"]
 
 
 def test_a_run_that_diverges_is_told_and_the_next_begins(corpus, network, recipe, tmp_path, measured):
     variants = {"base": Variant(), "wild": Variant(recipe={"learning_rate": 1e30}), "paper": VARIANTS["paper"]}
-    path = ablate(corpus, network, recipe, variants, tmp_path, seeds=(0,), measures=SMALL, progress=False)
+    path = ablate(corpus, network, recipe, variants, tmp_path, seeds=(0,), **SMALL)
     found = results_in(tmp_path)
     assert "lower learning_rate" in found["wild seed0"]["failed"] and found["paper seed0"]["failed"] is None
     assert f"- wild, seed 0: {found['wild seed0']['failed']}" in path.read_text()
@@ -129,6 +149,7 @@ def test_a_run_that_diverges_is_told_and_the_next_begins(corpus, network, recipe
     [
         (dict(recipe={"learning_rate": 0.5}), r"of another recipe \(learning_rate was 0.001 and is now 0.5\)"),
         (dict(measures={"max_windows": 5}), r"of another measures \(max_windows was 4 and is now 5\)"),
+        (dict(decoding={"prompt_seed": 5}), r"of another decoding \(prompt_seed was 0 and is now 5\)"),
         (dict(network={"d_ff": 8}), r"of another network \(d_ff was 16 and is now 8\)"),
     ],
 )
@@ -138,16 +159,48 @@ def test_results_of_other_settings_are_not_mixed(
     only = {"base": Variant()}
     with monkeypatch.context() as patch:
         patch.setattr(runs, "train", loop.train)
-        ablate(corpus, network, recipe, only, tmp_path, seeds=(0,), measures=SMALL, progress=False)
-    parts = {"network": network, "recipe": recipe, "measures": SMALL}
+        ablate(corpus, network, recipe, only, tmp_path, seeds=(0,), **SMALL)
+    parts = {"network": network, "recipe": recipe, **SMALL}
     for part, fields in changes.items():
         parts[part] = replace(parts[part], **fields)
     with pytest.raises(ValueError, match=sentence) as error:
-        ablate(
-            corpus, parts["network"], parts["recipe"], only, tmp_path, seeds=(0,), measures=parts["measures"],
-            progress=False,
-        )  # fmt: skip
+        ablate(corpus, variants=only, out_dir=tmp_path, seeds=(0,), **parts)
     assert str(error.value).endswith("or another out_dir.")
+
+
+def test_a_field_that_came_later_counts_as_its_default(
+    corpus, network, recipe, tmp_path, measured, no_training, monkeypatch
+):
+    only = {"base": Variant()}
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "train", loop.train)
+        ablate(corpus, network, recipe, only, tmp_path, seeds=(0,), **SMALL)
+    later = {  # dense_d_ff, if it is not given, is d_ff
+        "result.json": {"network": ["sliding_window", "dense_d_ff", "dropout"], "recipe": ["router_coherence_weight"]},
+        "decoding.json": {"decoding": ["prompt_seed"]},
+    }
+    for name, parts in later.items():
+        path = tmp_path / "runs/base/seed0" / name
+        saved = json.loads(path.read_text())
+        for part, fields in parts.items():
+            for field in fields:
+                del saved["setting"][part][field]
+        path.write_text(json.dumps(saved))
+    ablate(corpus, network, recipe, only, tmp_path, seeds=(0,), **SMALL)
+    assert [what for what, _ in measured] == ["measured", "timed"]  # neither again
+    for changes in (
+        dict(network=replace(network, dropout=0.5)),
+        dict(recipe=replace(recipe, router_coherence_weight=0.5)),
+    ):
+        with pytest.raises(ValueError, match=r"(dropout|router_coherence_weight) was 0.0 and is now 0.5"):
+            ablate(
+                corpus,
+                variants=only,
+                out_dir=tmp_path,
+                seeds=(0,),
+                **dict(network=network, recipe=recipe) | changes,
+                **SMALL,
+            )
 
 
 def test_a_damaged_result_is_not_taken(corpus, network, recipe, tmp_path, measured, no_training):
@@ -156,7 +209,7 @@ def test_a_damaged_result_is_not_taken(corpus, network, recipe, tmp_path, measur
     for text in ("{", "[]", "{}"):
         (folder / "result.json").write_text(text)
         with pytest.raises(ValueError, match=r"result.json is damaged \(.*remove it"):
-            ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(0,), measures=SMALL, progress=False)
+            ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(0,), **SMALL)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +217,10 @@ def test_a_damaged_result_is_not_taken(corpus, network, recipe, tmp_path, measur
     [
         (dict(variants={"paper": Variant()}), "the variants paper lack 'base'"),
         (dict(variants={"base": Variant(), "long": Variant(recipe={"max_steps": 9})}), "'long' changes max_steps"),
-        (dict(variants={"base": Variant(), "a/b": Variant()}), "'a/b' must be named as a folder can be"),
+        *(
+            (dict(variants={"base": Variant(), name: Variant()}), f"'{name}' must be named as a folder can be")
+            for name in ("a/b", "", ".", "..")
+        ),
         (dict(variants={"base": Variant(), "x": Variant(network={"top_k": 9})}), "top_k=9 experts cannot be chosen"),
         (
             dict(variants={"base": Variant(), "x": Variant(recipe={"exit_weights": "drafting", "drafting_exit": 4})}),
@@ -175,28 +231,125 @@ def test_a_damaged_result_is_not_taken(corpus, network, recipe, tmp_path, measur
         (dict(seeds=()), "seeds=.* must be at least one"),
         (dict(seeds=(1, 1)), "differ from each other"),
         (dict(measures=MeasureConfig(spans=(2, 17))), "within a window of seq_len=16"),
-        (dict(measures=MeasureConfig(prompt_length=60, num_prompts=2)), "past max_seq_len=64"),
-        (dict(measures=MeasureConfig(num_prompts=9000)), "separate prompts"),
+        (dict(decoding=DecodingConfig(prompt_length=60, num_prompts=2)), "past max_seq_len=64"),
+        (dict(decoding=DecodingConfig(num_prompts=9000)), "separate prompts"),
         (dict(recipe=TrainConfig(max_steps=4, seq_len=5000)), "longer than max_seq_len=64"),
     ],
 )
 def test_a_mistake_is_found_before_anything_is_trained(
     corpus, network, recipe, tmp_path, no_training, changes, sentence
 ):
-    given = dict(network=network, recipe=recipe, variants=VARIANTS, seeds=(0,), measures=SMALL) | changes
+    given = dict(network=network, recipe=recipe, variants=VARIANTS, seeds=(0,)) | SMALL | changes
     with pytest.raises(ValueError, match=sentence):
-        ablate(corpus, out_dir=tmp_path, progress=False, **given)
+        ablate(corpus, out_dir=tmp_path, **given)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        dict(max_windows=0), dict(spans=()), dict(spans=(0,)), dict(draft_lengths=()), dict(num_prompts=0),
-        dict(prompt_length=0), dict(max_new_tokens=-1), dict(temperatures=(0.8, 0.8)), dict(temperatures=(-1.0,)),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_measures_that_make_no_sense_are_refused(fields):
-    with pytest.raises(ValueError, match=next(iter(fields)).removesuffix("s")):
-        MeasureConfig(**fields)
+def test_all_are_trained_before_any_is_timed_and_each_as_it_was_trained(corpus, network, recipe, tmp_path, measured):
+    ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(3, 7), **SMALL)
+    sums = [results_in(tmp_path)[name]["exits"]["perplexity"][-1] for name in ORDER]
+    assert measured == [*(("measured", of) for of in sums), *(("timed", of) for of in sums)]  # by seed, then variant
+    for name in ORDER:
+        timed = json.loads((folder_of(tmp_path, name) / "decoding.json").read_text())
+        assert f"{timed['variant']} seed{timed['seed']}" == name
+        assert timed["machine"] == describe_machine("cpu")
+        assert timed["decoding"][0]["tokens_per_second"] == results_in(tmp_path)[name]["exits"]["perplexity"][-1]
+    told = json.loads((tmp_path / "ablation.json").read_text())
+    assert told["machine"] == describe_machine("cpu") and all(run["decoding"] for run in told["runs"])
+
+
+def test_without_timing_it_stops_when_all_are_trained(
+    corpus, network, recipe, tmp_path, measured, no_training, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "train", loop.train)
+        path = ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(3, 7), timing=False, **SMALL)
+    assert "Decoding of 4 runs is not timed yet" in path.read_text()
+    told = json.loads((tmp_path / "ablation.json").read_text())
+    assert told["machine"] is None and [run["decoding"] for run in told["runs"]] == [None] * 4
+    assert not list(tmp_path.rglob("decoding.json"))
+
+    real, left = runs.time_decoding, [1]
+
+    def time_decoding(*args, **options):  # stopped after the first
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs, "time_decoding", time_decoding)
+        ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(3, 7), **SMALL)
+    assert "Decoding of 3 runs is not timed yet" in path.read_text()
+    ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(3, 7), **SMALL)
+    assert [what for what, _ in measured] == ["measured"] * 4 + [
+        "timed"
+    ] * 4 and "not timed yet" not in path.read_text()
+
+
+def test_what_is_asked_for_does_not_replace_what_else_there_is(corpus, network, recipe, tmp_path, measured):
+    variants = VARIANTS | {"deep": Variant(network={"n_layers": 6, "moe_layers": (1, 2)})}
+    ablate(corpus, network, recipe, variants, tmp_path, seeds=(0, 1), timing=False, **SMALL)
+    before = json.loads((tmp_path / "ablation.json").read_text())
+    count = len(measured)
+    ablate(corpus, network, recipe, {"base": Variant()}, tmp_path, seeds=(1,), timing=False, **SMALL)
+    after = json.loads((tmp_path / "ablation.json").read_text())
+    assert len(measured) == count and [row["variant"] for row in after["summary"]] == ["base", "deep", "paper"]
+    rows = {row["variant"]: row for row in after["summary"]}
+    assert all(row["mean"] == rows[row["variant"]]["mean"] for row in before["summary"])
+    assert after["variants"] == before["variants"] and after["seeds"] == [0, 1]
+
+    # Only what is asked for is trained and timed.
+    (tmp_path / "runs/paper/seed0/result.json").unlink()
+    path = ablate(corpus, network, recipe, {"base": Variant()}, tmp_path, seeds=(1, 2), **SMALL)
+    assert [what for what, _ in measured[count:]] == ["measured", "timed", "timed"]
+    assert "Decoding of 4 runs is not timed yet" in path.read_text()
+
+    # Other settings are not mixed with them, though nothing of them is asked for.
+    (tmp_path / "runs/base/seed1/result.json").unlink()
+    other = replace(network, dropout=0.5)
+    with pytest.raises(ValueError, match=r"runs/base/seed0/result.json is of another network \(dropout was 0.0"):
+        ablate(corpus, other, recipe, {"base": Variant()}, tmp_path, seeds=(1,), **SMALL)
+    path = tmp_path / "runs/deep/seed0/result.json"
+    saved = json.loads(path.read_text())
+    saved["changes"]["network"]["top_k"] = 99
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=r"runs/deep/seed0/result.json does not fit here .*top_k=99.* remove it"):
+        ablate(corpus, network, recipe, {"base": Variant()}, tmp_path, seeds=(1,), **SMALL)
+
+
+def test_a_run_that_is_trained_again_is_timed_again(corpus, network, recipe, tmp_path, measured):
+    ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(0,), **SMALL)
+    (tmp_path / "runs/paper/seed0/result.json").unlink()
+    path = ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(0,), timing=False, **SMALL)
+    assert "Decoding of 1 run is not timed yet" in path.read_text()
+    assert [path.parts[-3] for path in tmp_path.rglob("decoding.json")] == ["base"]
+
+
+def test_a_result_of_another_device_is_not_taken(corpus, network, recipe, tmp_path, measured):
+    ablate(corpus, network, recipe, {"base": Variant()}, tmp_path, seeds=(0,), timing=False, **SMALL)
+    path = tmp_path / "runs/base/seed0/result.json"
+    saved = json.loads(path.read_text())
+    assert saved["setting"]["device"] == "cpu" and saved["machine"] == describe_machine("cpu")
+    path.write_text(json.dumps(saved | {"setting": saved["setting"] | {"device": "cuda"}}))
+    with pytest.raises(ValueError, match=r"result.json is of another device; give the same settings again"):
+        ablate(corpus, network, recipe, {"base": Variant()}, tmp_path, seeds=(0,), **SMALL)
+
+
+def test_a_model_that_is_gone_cannot_be_timed(corpus, network, recipe, tmp_path, measured):
+    ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(0,), timing=False, **SMALL)
+    shutil.rmtree(tmp_path / "runs/paper/seed0/model")
+    with pytest.raises(ValueError, match=r"model is gone, .* remove result.json beside it"):
+        ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(0,), **SMALL)
+    ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(0,), timing=False, **SMALL)
+
+
+def test_all_are_timed_on_one_machine(corpus, network, recipe, tmp_path, measured, monkeypatch):
+    ablate(corpus, network, recipe, {"base": Variant()}, tmp_path, seeds=(0,), **SMALL)
+    other = describe_machine("cpu") | {"cpu": "another", "memory_gib": 1.0}
+    monkeypatch.setattr(grid, "describe_machine", lambda device: other)
+    with pytest.raises(ValueError, match=r"was timed elsewhere \(cpu was .* and is now 'another'\); time all runs"):
+        ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(0,), **SMALL)
+    ablate(corpus, network, recipe, {"base": Variant()}, tmp_path, seeds=(0,), **SMALL)  # nothing is left to time
+    ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(0,), timing=False, **SMALL)
+    assert [what for what, _ in measured] == ["measured", "timed", "measured"]

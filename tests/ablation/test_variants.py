@@ -8,7 +8,8 @@ from layerskip_moe import ModelConfig, MoEDecoder, TrainConfig
 from layerskip_moe.ablation import named_variants, usual_variants
 from layerskip_moe.ablation.variants import COMBINATIONS, Variant
 
-USUAL = ModelConfig(vocab_size=64, d_model=192, n_heads=4, n_kv_heads=2, d_ff=192, dense_d_ff=384)
+# The default network of `layerskip-moe ablate`.
+USUAL = ModelConfig(vocab_size=2048, d_model=192, n_heads=4, n_kv_heads=2, d_ff=192, dense_d_ff=384)
 
 
 def changed(config, variant):
@@ -25,17 +26,23 @@ def test_each_changes_something_that_exists_and_the_base_nothing():
 def test_active_parameters_are_equal_where_that_is_the_point():
     variants = usual_variants(USUAL)
 
-    def in_layers(name):
-        model = MoEDecoder(changed(USUAL, variants[name]))
-        return model.parameter_counts()[1] - 2 * model.embedding.weight.numel()
-
-    base = in_layers("base")
+    active = {name: MoEDecoder(changed(USUAL, of)).parameter_counts()[1] for name, of in variants.items()}
     for name in ("shared", "deep", "wide", "every-other", "first-half", "last-half"):
-        assert in_layers(name) == pytest.approx(base, rel=0.03), name
+        assert active[name] == pytest.approx(active["base"], rel=0.02), name
     shapes = {
         name: (config.n_layers, config.d_model) for name in variants if (config := changed(USUAL, variants[name]))
     }
     assert (shapes["base"], shapes["deep"], shapes["wide"]) == ((8, 192), (16, 136), (4, 272))
+
+
+@pytest.mark.parametrize("vocab_size", [8, 512, 4096])
+def test_reshaped_networks_make_up_for_the_embedding(vocab_size):
+    base = dataclasses.replace(USUAL, vocab_size=vocab_size, moe_layers="every other")
+    deep, wide = (changed(base, usual_variants(base)[name]) for name in ("deep", "wide"))
+    assert (deep.dense_d_ff, wide.dense_d_ff) == (2 * deep.d_ff, 2 * wide.d_ff)
+    for network in (deep, wide):
+        counted = [MoEDecoder(config).parameter_counts()[1] for config in (network, base)]
+        assert counted[0] == pytest.approx(counted[1], rel=0.02)
 
 
 def test_what_a_network_leaves_no_room_for_is_absent():
@@ -43,6 +50,7 @@ def test_what_a_network_leaves_no_room_for_is_absent():
     given = usual_variants(dataclasses.replace(USUAL, moe_layers=(0, 3)))
     assert not {"deep", "wide"} & given.keys()
     assert not any("deep" in name for name in named_variants([], given))
+    assert "wide" not in usual_variants(dataclasses.replace(USUAL, vocab_size=50_000))
     odd = usual_variants(ModelConfig(vocab_size=8, n_layers=1, d_model=6, n_heads=3))
     assert "wide" not in odd
 

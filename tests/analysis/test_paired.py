@@ -1,17 +1,18 @@
-"""Paired differences: by hand, and against scipy."""
+"""Paired differences, alone and many together: by hand, and against scipy."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from layerskip_moe.analysis.paired import paired_difference
+from layerskip_moe.analysis.paired import holm, paired_difference, student_p
 
 
 def test_by_hand():
     # Differences 1, 2, 3: mean 2, s = 1, t of two degrees of freedom is 4.303.
     found = paired_difference([11.0, 22.0, 33.0], [10.0, 20.0, 30.0])
     assert (found.mean, found.pairs) == (2.0, 3)
+    assert found.p == pytest.approx(1 - (12 / 14) ** 0.5)  # t^2 = 12; of two degrees of freedom, 1 - t / sqrt(2 + t^2)
     assert found.high - found.mean == pytest.approx(4.303 / 3**0.5) == found.mean - found.low
     shares = paired_difference([11.0, 22.0, 33.0], [10.0, 20.0, 30.0], relative=True)
     assert (shares.mean, shares.low, shares.high) == pytest.approx((0.1, 0.1, 0.1))
@@ -19,7 +20,31 @@ def test_by_hand():
 
 def test_one_pair_has_no_interval():
     found = paired_difference([3.0], [4.0])
-    assert (found.mean, found.low, found.high, found.pairs) == (-1.0, None, None, 1)
+    assert (found.mean, found.low, found.high, found.p, found.pairs) == (-1.0, None, None, None, 1)
+
+
+@given(st.integers(1, 60), st.floats(-1e6, 1e6))
+def test_p_is_students(degrees, t):
+    assert student_p(t, degrees) == pytest.approx(2 * stats.t.sf(abs(t), degrees), rel=1e-6, abs=1e-13)
+
+
+def test_differences_that_do_not_vary():
+    assert paired_difference([3.0, 3.0], [1.0, 1.0]).p == 0
+    assert paired_difference([1.0, 1.0], [1.0, 1.0]).p == 1
+
+
+def test_holm_by_hand():
+    # The smallest four times, the next three times, ..., none less than the one before it.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_holm_lies_between_none_and_bonferroni_and_keeps_the_order(p_values):
+    adjusted = holm(p_values)
+    assert all(p <= found <= min(len(p_values) * p, 1) for p, found in zip(p_values, adjusted, strict=True))
+    places = sorted(range(len(p_values)), key=p_values.__getitem__)
+    assert [adjusted[place] for place in places] == sorted(adjusted)
 
 
 @settings(deadline=None)

@@ -87,6 +87,7 @@ def test_token_dependence_is_judged_against_chance(written, dependence, said):
             "exit layer 1, which is to draft, 0.75, the last",
         ),
         ({"exit_weights": "drafting", "drafting_exit": 2}, "exit layer 2, which is to draft, 0.75, the last layer 2"),
+        ({"exit_weights": "drafting", "drafting_exit": 2}, "a step; the exit that is to draft and the last of the"),
         ({"exit_loss_scale": 0.0}, "only the last layer learns"),
     ],
 )

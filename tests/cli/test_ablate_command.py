@@ -40,12 +40,16 @@ def test_the_defaults_are_a_grid_of_three_seeds(shell, text, asked):
 
 
 def test_fields_of_network_recipe_and_measures_can_be_given(shell, text, asked):
-    given = "--n-layers 4 --top-k 1 --dense-d-ff 50 --learning-rate 0.5 --spans 2 3 --seeds 5 --variants wide paper"
+    given = (
+        "--n-layers 4 --top-k 1 --dense-d-ff 50 --learning-rate 0.5 --spans 2 3 --num-prompts 4 --seeds 5 "
+        "--variants wide paper"
+    )
     code, _, err = shell("ablate", "--dataset", text, *given.split())
     assert code == 0, err
     (call,) = asked
     assert (call["network"].n_layers, call["network"].dense_d_ff, call["recipe"].learning_rate) == (4, 50, 0.5)
     assert call["measures"].spans == (2, 3) and call["seeds"] == (5,)
+    assert call["timing"] and call["decoding"].num_prompts == 4
     assert list(call["variants"]) == ["base", "wide", "paper"]
 
 
@@ -82,9 +86,15 @@ def test_two_variants_trained_measured_and_told(shell, text, tmp_path):
         "--out-dir",
         "grid",
     ]
+    code, out, err = shell("ablate", *given, "--no-timing")
+    assert (code, out) == (0, "grid/ablation.md\n"), err
+    assert "drafting+coherence-0.1, seed 0: perplexity " in err and "give the same command without --no-timing" in err
+    told = json.loads((tmp_path / "grid" / "ablation.json").read_text())
+    assert not any("speed_up_0" in row["mean"] for row in told["summary"]) and set(told["figures"]) == {"unions"}
+
     code, out, err = shell("ablate", *given)
     assert (code, out) == (0, "grid/ablation.md\n"), err
-    assert "drafting+coherence-0.1, seed 0: perplexity " in err
+    assert "perplexity" not in err and "drafting+coherence-0.1, seed 0: " in err and "tokens/s at temperature 0" in err
     told = json.loads((tmp_path / "grid" / "ablation.json").read_text())
     assert [row["variant"] for row in told["summary"]] == ["base", "drafting+coherence-0.1"]
     assert all(row["mean"]["speed_up_0"] > 0 and row["mean"]["perplexity"] > 1 for row in told["summary"])

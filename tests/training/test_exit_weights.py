@@ -5,7 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layerskip_moe.training import TrainConfig
 from layerskip_moe.training.exit_loss import active_exits, exit_weights, usual_drafting_exit
+from layerskip_moe.training.losses import step_exit_weights
 
 ALL_4 = torch.ones(4, dtype=torch.bool)
 
@@ -43,6 +45,8 @@ def test_drafting_weights_by_hand():
 def test_a_drafting_exit_is_an_early_one(drafting_exit):
     with pytest.raises(ValueError, match=f"drafting_exit={drafting_exit} must be an early exit, 1 to 3 of 4"):
         exit_weights(ALL_4, kind="drafting", drafting_exit=drafting_exit)
+    with pytest.raises(ValueError, match=f"drafting_exit={drafting_exit} must be an early exit, 1 to 3 of 4"):
+        active_exits(0, 1, 4, kind="drafting", drafting_exit=drafting_exit)
     assert exit_weights(ALL_4, kind="equal", drafting_exit=drafting_exit).equal(exit_weights(ALL_4, kind="equal"))
 
 
@@ -143,6 +147,20 @@ def test_gradual_only_grows_and_is_complete_at_half_time(n_layers, max_steps):
         assert (now | before).equal(now)
         assert now.all() or 2 * step < max_steps
         before = now
+
+
+@pytest.mark.parametrize("curriculum", ["rotational", "gradual", "all"])
+def test_the_drafting_exit_is_supervised_at_every_step(curriculum):
+    config = TrainConfig(exit_weights="drafting", drafting_exit=3, exit_curriculum=curriculum, exit_rotation=4)
+    for step in range(40):
+        assert step_exit_weights(config, 8, step, 40).tolist() == pytest.approx([0, 0, 1 / 3, 0, 0, 0, 0, 2 / 3])
+    usual = TrainConfig(exit_weights="drafting", exit_curriculum=curriculum)
+    assert step_exit_weights(usual, 8, 0, 40)[1] == pytest.approx(1 / 3)
+    # Others have their turns as before, and other kinds of weights wait for it.
+    options = dict(curriculum="rotational", rotation=4)
+    assert layers_on(1, 40, 8, **options, kind="drafting", drafting_exit=3) == [1, 2, 5, 7]
+    assert layers_on(1, 40, 8, **options, kind="equal", drafting_exit=3) == [1, 5, 7]
+    assert layers_on(1, 40, 8, curriculum="none", kind="drafting") == [7]
 
 
 def test_all_and_none():

@@ -105,3 +105,10 @@ def test_a_drafting_exit_is_for_drafting_weights():
     with pytest.raises(ValueError, match=r"drafting_exit=2 is for exit_weights='drafting', not 'equal'\."):
         TrainConfig(max_steps=1, exit_weights="equal", drafting_exit=2)
     TrainConfig(max_steps=1, exit_weights="drafting", drafting_exit=2)
+
+
+def test_drafting_weights_without_early_exits_are_refused():
+    with pytest.raises(
+        ValueError, match=r"exit_weights='drafting' has nothing to supervise under exit_curriculum='none'"
+    ):
+        TrainConfig(max_steps=1, exit_weights="drafting", exit_curriculum="none")

@@ -24,31 +24,33 @@ if TYPE_CHECKING:
 
 
 def ablation_tradeoff(rows: Sequence[Mapping[str, Any]], *, tolerated: float) -> "Figure":
-    """Final perplexity against speed-up over plain decoding of the same model, a panel per temperature, a point per
-    variant, the first (the base) apart; left of the dashed line, perplexity is less than `tolerated` above the base's.
+    """Final perplexity against tokens/s of the fastest pair of exit layer and draft length, a panel per temperature, a
+    point per variant, the first (the base) apart; left of the dashed line, perplexity is less than `tolerated` above
+    the base's; the dotted line is plain decoding of the base.
 
     Raises ValueError where no variant was timed.
     """
-    timed = dict.fromkeys(name for row in rows for name in row["mean"] if name.startswith("speed_up_"))
+    timed = dict.fromkeys(name for row in rows for name in row["mean"] if name.startswith("tokens_per_second_"))
     points = {name: _points(rows, name) for name in timed}
     points = {name: found for name, found in points.items() if found}
     if not points:
-        raise ValueError("There is no speed-up to draw: no variant was timed.")
+        raise ValueError("There are no tokens/s to draw: no variant was timed.")
     base = drawable(rows[0]["mean"].get("perplexity"))
     height = max(2.6, 1.2 + 0.19 * len(rows))
     figure, panels = new_panels(len(points), width=9.5, height=len(points) * height, columns=1)
     handles: list[Any] = []
     for (measure, found), axes in zip(points.items(), panels, strict=True):
-        at = measure.removeprefix("speed_up_")
+        at = measure.removeprefix("tokens_per_second_")
         axes.set_title("greedy" if at == "0" else f"temperature {at}", fontsize=10)
-        line = axes.axhline(1.0, color=GREY, linewidth=1, linestyle=":", label="as fast as plain decoding")
+        plainly = drawable(rows[0]["mean"].get(f"plain_{measure}"))
+        line = axes.axhline(plainly, color=GREY, linewidth=1, linestyle=":", label="plain decoding of the base")
         most, name = (1 + tolerated) * base, f"base's perplexity + {tolerated:.0%}"
         limit = axes.axvline(most, color=GREY, linewidth=1, linestyle="--", label=name)
-        for perplexity, speed_up, name in found:
+        for perplexity, speed, name in found:
             colour, marker, _ = SERIES[0 if name == rows[0]["variant"] else 1]
-            axes.plot(perplexity, speed_up, color=colour, marker=marker, linestyle="", zorder=3)
+            axes.plot(perplexity, speed, color=colour, marker=marker, linestyle="", zorder=3)
         scale_for_ratios(axes, "x", [*(point[0] for point in found), most], "perplexity")
-        scale_for_ratios(axes, "y", [*(point[1] for point in found), 1.0], "speed-up")
+        scale_for_ratios(axes, "y", [*(point[1] for point in found), plainly], "tokens/s")
         labels_beside(axes, found, gap=0.23 / height)
         handles = [line, limit]
     legend_outside(figure, handles, below=2)

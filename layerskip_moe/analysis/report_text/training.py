@@ -110,7 +110,8 @@ def _curriculum(config: Report, n_layers: int) -> str:
         "all": "all layers at every step",
         "none": "the last layer only, so that no earlier one learns to be an exit",
     }["all" if curriculum == "rotational" and rotation == 1 else curriculum]
-    lines = f"Supervised exits (`{curriculum}`): {told}; the last of the {n_layers} layers always."
+    always = "the exit that is to draft and " if config["exit_weights"] == "drafting" else ""
+    lines = f"Supervised exits (`{curriculum}`): {told}; {always}the last of the {n_layers} layers always."
     if curriculum == "none" or n_layers == 1:
         return lines
     scale = config["exit_loss_scale"]
