@@ -9,14 +9,14 @@ Knows nothing of how confidence is measured. Next: `confidence.py`; `calibration
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from layerskip_moe.generation.calibration import read_calibration
+from layerskip_moe.generation.calibration import Certified, read_calibration
 from layerskip_moe.generation.confidence import Confidence, asks_head, check_confidence, confidence_of, first_exit
 from layerskip_moe.generation.exit_classifier import ExitClassifier
 from layerskip_moe.generation.session import Session
@@ -37,7 +37,8 @@ class EarlyExit:
         threshold: an exit is taken at this confidence or above, 0 to 1; 1 never exits, 0 exits at the first allowed
             layer, whatever the confidence. Several: one for each of exit layers 1..L-1. A path: of a calibration's
             JSON (`layerskip-moe calibrate`), which then says all settings below too, and wins over one that is left
-            at its default here.
+            at its default here. Decoding by it is refused where its promise does not hold: for other weights, more new
+            tokens, another temperature or repetition penalty.
         confidence: "softmax_diff", the two largest probabilities' difference; "state", the cosine between the
             states before and after a layer, from layer 2 on; an `ExitClassifier`; or a function of (hidden [N, D],
             previous [N, D], logits [N, V]) to [N] (see `confidence.py`)
@@ -49,6 +50,7 @@ class EarlyExit:
             projections (CALM's, cheap, approximate). "exact": its run is taken up again from the exit state when
             a later token goes deeper, so that a token sees what the full model would have stored.
         tau: how fast the threshold decays where it does, 0 or more; the paper's is 4
+        certified: what the JSON's promise holds for; None where no JSON was given
     """
 
     threshold: float | Sequence[float] | str | Path
@@ -57,10 +59,13 @@ class EarlyExit:
     decay: bool = False
     cache: CacheRule = "propagate"
     tau: float = 4.0
+    certified: Certified | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.threshold, str | Path):
-            self._take(read_calibration(self.threshold), Path(self.threshold))
+            settings, certified = read_calibration(self.threshold)
+            self._take(settings, Path(self.threshold))
+            object.__setattr__(self, "certified", certified)
         if isinstance(self.threshold, list | tuple):
             object.__setattr__(self, "threshold", tuple(self.threshold))
         for level in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
@@ -103,7 +108,9 @@ class EarlyExit:
             self.confidence.check(config)
 
     def start(self, session: Session) -> None:
-        """Run the prompts through all layers."""
+        """Run the prompts through all layers. Raises ValueError where a calibration's promise does not hold."""
+        if self.certified is not None:
+            self.certified.check(session, decay=self.decay)
         session.prefill()
         session.state = _Depths(session)
 

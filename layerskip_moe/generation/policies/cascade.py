@@ -20,9 +20,9 @@ class Cascade:
 
     Plain rounds measure the time to compare with, `trial` of them. Then the test phase climbs from the last K that was
     best in at most `trials` trials of `trial` rounds each: up where the first one's utility is 1 or more, else down,
-    until it falls; and where none paid, K = 1 is tried before it is given up. The K of the largest utility is set for
-    `rounds` rounds, or 0 where that is below 1; each time that it is 0 again the phase lasts twice as long. Test and set
-    phases follow each other.
+    until it falls; where none paid, K = 1 is tried too, before drafting is given up. The K of the largest utility is
+    set for `rounds` rounds, or 0 where that is below 1; each time that it is 0 again the phase lasts twice as long.
+    Test and set phases follow each other.
 
     A round has one time for all rows of a batch, so they have one K. A new text, or another number of rows, begins with
     a test phase from `start`; only the seconds of plain rounds of so many rows are kept, if they were ever measured.

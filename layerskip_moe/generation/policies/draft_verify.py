@@ -22,8 +22,8 @@ _GREEDY, _SAMPLED = 0.8, 0.5  # g to begin with
 
 class DraftVerify:
     """Drafts until one is less probable than a threshold, which rises while fewer than 90% are accepted and falls while
-    more are. The threshold is one for all rows: a probability means the same in each. There are two, of greedy texts and
-    of sampled ones, and each is kept from one text of its kind to the next; the rows' acceptance rates are not.
+    more are. The threshold is one for all rows: a probability means the same in each. There are two, of greedy texts
+    and of sampled ones, each kept from one text of its kind to the next; the rows' acceptance rates are not.
 
     exit_layer: the layers that draft, 1..L
     length:     the most drafts in a round, the paper's d_max
