@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from layerskip_moe.generation.calibration import Certified, read_calibration
-from layerskip_moe.generation.confidence import Confidence, asks_head, check_confidence, confidence_of, first_exit
+from layerskip_moe.generation.confidence import (
+    Confidence,
+    asks_head,
+    asks_previous,
+    check_confidence,
+    confidence_of,
+    first_exit,
+)
 from layerskip_moe.generation.exit_classifier import ExitClassifier
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import KVCache, ModelConfig
@@ -123,27 +130,30 @@ class EarlyExit:
         going = list(range(len(session.newest)))  # the rows that have not left, R of them
         hidden, exit_layers = model.embed(session.newest), [n_layers] * len(going)
         logits = hidden.new_empty(len(going), 1, model.config.vocab_size)
-        done, end = 0, self._first_exit(thresholds)
-        while going:
-            hidden, previous = depths.run(session, hidden, going, range(done, end), self.cache)
-            threshold, told = thresholds[end - 1], None
-            if threshold in (0, 1):  # nobody is asked
-                leaves = [threshold == 0] * len(going)
+        done = 0
+        for end in self._exits(thresholds):
+            everybody = thresholds[end - 1] == 0  # leaves here, and nobody is asked
+            kind = "softmax_diff" if everybody else self.confidence  # then the head is all that is wanted
+            hidden, previous, told = depths.run(session, hidden, going, range(done, end), self.cache, kind)
+            if everybody:
+                leaves = [True] * len(going)
             else:
-                told = model.unembed(hidden) if asks_head(self.confidence) else None
-                asked = None if told is None else told[:, 0]
-                sure = confidence_of(self.confidence, hidden[:, 0], previous[:, 0], asked, layer=end)
-                leaves = (sure >= self._decayed(threshold, session)).tolist()
+                before, asked = (None if tensor is None else tensor[:, 0] for tensor in (previous, told))
+                sure = confidence_of(self.confidence, hidden[:, 0], before, asked, layer=end)
+                leaves = (sure >= self._decayed(thresholds[end - 1], session)).tolist()
             if any(leaves):
                 left = [index for index, leave in enumerate(leaves) if leave]
                 stay = [index for index, leave in enumerate(leaves) if not leave]
                 rows = [going[index] for index in left]
                 logits[rows] = model.unembed(hidden[left]) if told is None else told[left]
-                depths.leave(rows, hidden[left])
+                if end < n_layers:
+                    depths.leave(rows, hidden[left])
                 for row in rows:
                     exit_layers[row] = end
                 going, hidden = [going[index] for index in stay], hidden[stay]
-            done, end = end, end + 1
+            if not going:
+                break
+            done = end
         depths.newest = [position + 1 for position in depths.newest]
         session.append(session.choose(session.scores(logits), session.noise(1)), layers_run=exit_layers)
 
@@ -153,10 +163,10 @@ class EarlyExit:
         levels = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * (n_layers - 1)
         return (*levels, 0)
 
-    def _first_exit(self, thresholds: tuple[float, ...]) -> int:
-        """The first exit layer, up to L, that may be taken and ever is."""
+    def _exits(self, thresholds: tuple[float, ...]) -> list[int]:
+        """The exit layers, up to L, that may be taken and ever are; the layers between two of them run together."""
         first = min(first_exit(self.confidence, self.min_layer), len(thresholds))
-        return next(layer for layer in range(first, len(thresholds) + 1) if thresholds[layer - 1] < 1)
+        return [layer for layer in range(first, len(thresholds) + 1) if thresholds[layer - 1] < 1]
 
     def _decayed(self, threshold: float, session: Session) -> float:
         """This round's threshold. Every active row has got equally many tokens, t of N."""
@@ -165,6 +175,10 @@ class EarlyExit:
         t = session.max_new_tokens - session.remaining[0]
         decayed = 0.9 * threshold + 0.1 * math.exp(-self.tau * t / session.max_new_tokens)
         return min(max(decayed, 0.0), 1.0)
+
+
+# States [R, 1, D] of rows at an exit; where the confidence asks for them those one layer before; and logits [R, 1, V].
+_Asked = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class _Depths:
@@ -194,21 +208,19 @@ class _Depths:
         self.states[rows, [self.newest[row] for row in rows]] = hidden[:, 0]
 
     def run(
-        self, session: Session, hidden: Tensor, rows: list[int], layers: range, rule: CacheRule
-    ) -> tuple[Tensor, Tensor]:
-        """The newest tokens of R rows through some layers, and first what waits there before them.
-
-        hidden [R, 1, D] -> the states after the last layer and before it, both [R, 1, D].
-        """
+        self, session: Session, hidden: Tensor, rows: list[int], layers: range, rule: CacheRule, kind: Confidence
+    ) -> _Asked:
+        """The newest tokens of R rows, hidden [R, 1, D], through the layers between two exits, and first what waits
+        there before them. kind: the confidence, of which follows what is returned."""
         waiting: dict[int, list[int]] = {}  # how many positions wait -> which of the R rows have that many
         for index, row in enumerate(rows):
             waiting.setdefault(self.newest[row] - self.reached[row][layers[0]], []).append(index)
             self.reached[row][layers[0] : layers[-1] + 1] = [self.newest[row] + 1] * len(layers)
         if waiting.keys() == {0}:
-            return self._run_newest(session, hidden, rows, layers)
-        assert len(layers) == 1, "what waits, waits behind an exit, and from there on exits are one layer apart"
-        # Rows that have equally much to make up for do it together: padding would cost what early exit saves.
-        after = torch.empty_like(hidden)
+            return self._run_newest(session, hidden, rows, layers, kind)
+        # Rows that have equally much to make up for do it together: padding would cost what early exit saves. What
+        # waits for the first of the layers waits for all of them, because nobody leaves between them.
+        after, before = torch.empty_like(hidden), torch.empty_like(hidden)
         for count, indices in waiting.items():
             at, positions, cache = self._places(session, [rows[index] for index in indices], count)
             if rule == "propagate":
@@ -217,16 +229,20 @@ class _Depths:
                     session.model.fill(states, layers, positions=positions[:, :-1], cache=cache)
                 continue
             self.states[at[:, 0], positions[:, -1]] = hidden[indices, 0]
-            out = session.model.run(self.states[at, positions], layers, positions=positions, cache=cache).hidden
-            self.states[at, positions] = out
-            after[indices] = out[:, -1:]
-        return self._run_newest(session, hidden, rows, layers) if rule == "propagate" else (after, hidden)
+            states, previous = _run(session, self.states[at, positions], layers, positions, cache)
+            self.states[at, positions] = states
+            after[indices], before[indices] = states[:, -1:], previous[:, -1:]
+        if rule == "propagate":
+            return self._run_newest(session, hidden, rows, layers, kind)
+        return after, before, session.model.unembed(after) if asks_head(kind) else None
 
-    def _run_newest(self, session: Session, hidden: Tensor, rows: list[int], layers: range) -> tuple[Tensor, Tensor]:
+    def _run_newest(self, session: Session, hidden: Tensor, rows: list[int], layers: range, kind: Confidence) -> _Asked:
         _, positions, cache = self._places(session, rows, 0)
-        before = layers[-2:-1]  # the layer whose output is wanted too; none where there is but one
-        out = session.model.run(hidden, layers, positions=positions, cache=cache, collect=before)
-        return out.hidden, out.collected[before[0]] if before else hidden
+        if asks_head(kind) and not asks_previous(kind):  # in one call
+            states, logits = session.model.decode(hidden, layers, positions=positions, cache=cache)
+            return states, None, logits
+        states, before = _run(session, hidden, layers, positions, cache)
+        return states, before, session.model.unembed(states) if asks_head(kind) else None
 
     def _places(self, session: Session, rows: list[int], waiting: int) -> tuple[Tensor, Tensor, KVCache]:
         """Where the newest token of each of R rows stands, and as many positions before it as wait: rows [R, 1],
@@ -237,3 +253,10 @@ class _Depths:
         if len(rows) < len(self.newest):
             cache = cache.subset(at)
         return at[:, None], newest[:, None] + torch.arange(-waiting, 1, device=device), cache
+
+
+def _run(session: Session, hidden: Tensor, layers: range, positions: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
+    """States [R, T, D] after the last of some layers, and before it."""
+    before = layers[-2:-1]  # the layer whose output is wanted too; none where there is but one
+    out = session.model.run(hidden, layers, positions=positions, cache=cache, collect=before)
+    return out.hidden, out.collected[before[0]] if before else hidden
