@@ -129,7 +129,8 @@ class EarlyExit:
         thresholds = self._by_layer(n_layers)
         going = list(range(len(session.newest)))  # the rows that have not left, R of them
         hidden, exit_layers = model.embed(session.newest), [n_layers] * len(going)
-        logits = hidden.new_empty(len(going), 1, model.config.vocab_size)
+        order: list[int] = []  # the rows as they left, and the logits of those that left together
+        said: list[Tensor] = []
         done = 0
         for end in self._exits(thresholds):
             everybody = thresholds[end - 1] == 0  # leaves here, and nobody is asked
@@ -144,16 +145,20 @@ class EarlyExit:
             if any(leaves):
                 left = [index for index, leave in enumerate(leaves) if leave]
                 stay = [index for index, leave in enumerate(leaves) if not leave]
-                rows = [going[index] for index in left]
-                logits[rows] = model.unembed(hidden[left]) if told is None else told[left]
+                rows, state = [going[index] for index in left], _picked(hidden, left)
+                said.append(model.unembed(state) if told is None else _picked(told, left))
+                order += rows
                 if end < n_layers:
-                    depths.leave(rows, hidden[left])
+                    depths.leave(rows, state)
                 for row in rows:
                     exit_layers[row] = end
-                going, hidden = [going[index] for index in stay], hidden[stay]
+                going, hidden = [going[index] for index in stay], _picked(hidden, stay)
             if not going:
                 break
             done = end
+        logits = said[0]
+        if len(said) > 1:
+            logits = torch.cat(said)[sorted(range(len(order)), key=order.__getitem__)]
         depths.newest = [position + 1 for position in depths.newest]
         session.append(session.choose(session.scores(logits), session.noise(1)), layers_run=exit_layers)
 
@@ -247,12 +252,19 @@ class _Depths:
     def _places(self, session: Session, rows: list[int], waiting: int) -> tuple[Tensor, Tensor, KVCache]:
         """Where the newest token of each of R rows stands, and as many positions before it as wait: rows [R, 1],
         positions [R, waiting + 1], and the cache of these rows."""
+        if not waiting and len(rows) == len(self.newest):
+            return session.rows[:, None], session.positions(1), session.cache
         device, cache = self.states.device, session.cache
         at = torch.tensor(rows, device=device)
         newest = torch.tensor([self.newest[row] for row in rows], device=device)
         if len(rows) < len(self.newest):
             cache = cache.subset(at)
         return at[:, None], newest[:, None] + torch.arange(-waiting, 1, device=device), cache
+
+
+def _picked(tensor: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of a tensor, in rising order; all of them are the tensor itself."""
+    return tensor if len(rows) == len(tensor) else tensor[rows]
 
 
 def _run(session: Session, hidden: Tensor, layers: range, positions: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
