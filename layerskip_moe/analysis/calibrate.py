@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from layerskip_moe.analysis.consistency import Consistency, Measured, Sequences, full_model, measure
 from layerskip_moe.analysis.document_split import one_of_each, split_documents
-from layerskip_moe.analysis.exit_shape import choose_shape, thresholds_at
+from layerskip_moe.analysis.exit_shape import choose_shape, spaced_exits, thresholds_at
 from layerskip_moe.analysis.exit_states import exit_opinions
 from layerskip_moe.analysis.learn_then_test import Trial, certified, p_value, sequences_needed, walk
 from layerskip_moe.generation import EarlyExit, check_prompts
@@ -112,6 +112,7 @@ def calibrate_early_exit(
     tolerance: float = 0.05,
     risk: float = 0.05,
     max_new_tokens: int = 64,
+    exits: int | None = None,
     stop_tokens: Collection[int] = (),
     steps: int = 12,
     batch_size: int = 32,
@@ -132,6 +133,8 @@ def calibrate_early_exit(
                  has a part in both. Where the certifying ones are of as many documents as are needed, only the first
                  prompt of each counts; where not, all count, and the promise is not about new documents (`holds_for`).
     consistency: the loss that is bounded; see `consistency.py`
+    exits:       at how many layers a token may leave, evenly spaced; None: at every one. Few are faster: each asks the
+                 head, or its probe, about every token that comes to it, and the layers between two are one call
     stop_tokens: ids that end a text
     steps:       scales tried: 1 - (1 / steps)^2, 1 - (2 / steps)^2, ..., 0, in this order, up to the first that fails;
                  they lie closer near 1, where a long text of its own goes astray
@@ -143,7 +146,7 @@ def calibrate_early_exit(
     strategy.check(model.config)
     check_prompts(prompts, model.config, max_new_tokens)
     asked = [list(prompt) for prompt in prompts]
-    texts = _check(len(asked), references, documents, consistency, tolerance, risk, max_new_tokens, steps)
+    texts = _check(len(asked), references, documents, consistency, tolerance, risk, max_new_tokens, exits, steps)
     documents = range(len(asked)) if documents is None else documents
     for_shape, certifies = split_documents(documents, max(1, len(asked) // SHAPE_SHARE), seed)
     apart = one_of_each(documents, certifies)
@@ -158,7 +161,7 @@ def calibrate_early_exit(
             references = None if texts is None else [texts[i] for i in chosen]
             return full_model(model, [asked[i] for i in chosen], references, consistency, **decoding)
 
-        shape = _shape(model, strategy, full(for_shape), tolerance, batch_size, progress)
+        shape = _shape(model, strategy, full(for_shape), tolerance, exits, batch_size, progress)
         certifying = full(certifies)
         n, n_layers = len(certifying.prompts), model.config.n_layers
         measured = {1.0: Measured(torch.zeros(n), 1.0, float(n_layers))}  # the full model itself
@@ -203,6 +206,7 @@ def _check(
     tolerance: float,
     risk: float,
     max_new_tokens: int,
+    exits: int | None,
     steps: int,
 ) -> list[list[int]] | None:
     """The references that are used, cut; ValueError as `calibrate_early_exit` says."""
@@ -210,6 +214,8 @@ def _check(
         raise ValueError(f"consistency={consistency!r} is unknown; it is 'textual', 'token' or 'risk'.")
     if steps < 1:
         raise ValueError(f"steps={steps} must be 1 or more: how many scales are tried.")
+    if exits is not None and exits < 1:
+        raise ValueError(f"exits={exits} must be 1 or more, or None for all: at how many layers a token may leave.")
     needed, left = sequences_needed(tolerance, risk), n_prompts - max(1, n_prompts // SHAPE_SHARE)
     if left < needed:
         raise ValueError(
@@ -227,7 +233,13 @@ def _check(
 
 
 def _shape(
-    model: MoEDecoder, strategy: EarlyExit, sequences: Sequences, tolerance: float, batch_size: int, progress: bool
+    model: MoEDecoder,
+    strategy: EarlyExit,
+    sequences: Sequences,
+    tolerance: float,
+    exits: int | None,
+    batch_size: int,
+    progress: bool,
 ) -> list[float]:
     """By layer 1..L-1, from what every exit says along the texts of these sequences."""
     n_layers = model.config.n_layers
@@ -244,4 +256,8 @@ def _shape(
     # Along its own text the full model says what stands there; along a reference, more or less often.
     right = opinions.labels if sequences.full is not sequences.texts else opinions.choice[-1]
     wrong = (opinions.choice != right).float()
-    return [0.0] * (first - 1) + choose_shape(opinions.confidence, wrong[:-1] - wrong[-1], tolerance)
+    layers = spaced_exits(first, n_layers, exits)
+    which = [layer - first for layer in layers]
+    chosen = choose_shape(opinions.confidence[which], (wrong[:-1] - wrong[-1])[which], tolerance)
+    shape = dict(zip(layers, chosen, strict=True))
+    return [shape.get(layer, 0.0) for layer in range(1, n_layers)]

@@ -59,6 +59,7 @@ class Options:
         classifier_sequences: how many more, which train the probes of --confidence classifier
         prompt_length: tokens of each prompt
         max_new_tokens: tokens decoded after it
+        exits: at how many layers a token may leave, evenly spaced; None: at every one, which is slower
         steps: scales of the shape to try, from never leaving on down
         batch_size: sequences decoded together
         seed: of the draw of the sequences
@@ -76,6 +77,7 @@ class Options:
     classifier_sequences: int = 100
     prompt_length: int = 32
     max_new_tokens: int = 64
+    exits: int | None = None
     steps: int = 12
     batch_size: int = 32
     seed: int = 0
@@ -121,6 +123,7 @@ def run(arguments: list[str]) -> None:
         tolerance=options.tolerance,
         risk=options.risk,
         max_new_tokens=options.max_new_tokens,
+        exits=options.exits,
         stop_tokens=stop_tokens(options.checkpoint),
         steps=options.steps,
         batch_size=options.batch_size,

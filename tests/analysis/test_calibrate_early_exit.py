@@ -93,6 +93,15 @@ def test_documents_have_a_part_in_shape_or_certificate_and_one_prompt_each_where
     assert (len(shape), len(certifying), found.documents, found.holds_for) == (10, 30, 1, THESE_DOCUMENTS)
 
 
+@pytest.mark.parametrize(("min_layer", "exits"), [(1, {2}), (3, {3})])
+def test_few_exits_are_the_only_ones_that_are_taken(model, min_layer, exits):
+    strategy = EarlyExit(0.1, min_layer=min_layer)
+    found = calibrate_early_exit(model, PROMPTS, strategy, consistency="token", exits=1, **HOW)
+    assert {layer for layer, depth in enumerate(found.shape, start=1) if depth} == exits
+    out = generate(model, PROMPTS, found.strategy, max_new_tokens=6)
+    assert {depth for row in out.layers_run for depth in row} == exits | {4}
+
+
 def test_the_seed_draws_the_split_and_nothing_else_is_random(model):
     one, same, other = (calibrate_early_exit(model, PROMPTS, consistency="token", seed=s, **HOW) for s in (0, 0, 1))
     assert one == same and one.shape != other.shape
@@ -156,6 +165,7 @@ def test_too_few_prompts_are_refused_with_the_number_needed(model, tolerance, ri
         (dict(consistency="risk", references=REFERENCES[1:]), "needs one reference for each prompt"),
         (dict(consistency="risk", references=[[]] * 40), "of 1 token or more"),
         (dict(documents=[1, 2]), "documents has 2 numbers for 40 prompts"),
+        (dict(exits=0), "exits=0 must be 1 or more, or None for all"),
         (dict(steps=0), "steps=0 must be 1 or more"),
         (dict(tolerance=0.0), "tolerance=0.0 must be above 0"),
         (dict(max_new_tokens=500), "past max_seq_len"),

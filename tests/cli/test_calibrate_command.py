@@ -23,7 +23,7 @@ def story(tmp_path):
 @pytest.mark.parametrize("consistency", ["textual", "token", "risk"])
 def test_what_is_written_decodes(shell, checkpoint, story, tmp_path, confidence, consistency):
     given = ["--checkpoint", checkpoint, "--prompts", story, "--consistency", consistency, "--out", "found/exit.json"]
-    more = ["--confidence", confidence, "--classifier-sequences", 3, "--cache", "exact", "--decay"]
+    more = ["--confidence", confidence, "--classifier-sequences", 3, "--cache", "exact", "--decay", "--exits", 2]
     code, out, err = shell("calibrate", *given, *TINY, *more)
     assert code == 0, err
     told = json.loads((tmp_path / "found" / "exit.json").read_text())
@@ -32,6 +32,7 @@ def test_what_is_written_decodes(shell, checkpoint, story, tmp_path, confidence,
     assert found["confidence"] == confidence and found["text"] == str(story)
     assert found["command"].startswith("layerskip-moe calibrate --checkpoint ")
     assert (told["early_exit"]["cache"], told["early_exit"]["decay"]) == ("exact", True)
+    assert {layer for layer, depth in enumerate(found["shape"], start=1) if depth} <= {2, 3}
     assert (tmp_path / "found" / "exit.safetensors").exists() == (confidence == "classifier")
     lines = out.splitlines()
     assert lines[0].startswith("certified: ") and lines[-1] == "found/exit.json"
