@@ -77,8 +77,9 @@ def test_help_of_a_strategy_shows_every_flags_text(name, capsys, monkeypatch):
     """A flag's own text, where the shell takes something else than Python does."""
     flags = FLAGS[name]
     texts = texts_of(flags)
-    for field, hint in typing.get_type_hints(flags, include_extras=True).items():
+    hints = typing.get_type_hints(flags, include_extras=True)
+    for field, hint in hints.items():
         texts[field] = hint.__metadata__[0].help if typing.get_origin(hint) is typing.Annotated else texts[field]
     shown = help_of(flags, capsys, monkeypatch)
-    assert [field for field, text in texts.items() if words(text) not in shown] == []
+    assert [field for field in hints if words(texts[field]) not in shown] == []
     assert "a function of" not in shown  # which a shell cannot say

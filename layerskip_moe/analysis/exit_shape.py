@@ -17,6 +17,14 @@ from torch import Tensor
 _TARGETS = 40  # error rates tried; the finest is a tenth of the tolerance
 
 
+def spaced_exits(first: int, n_layers: int, count: int | None) -> list[int]:
+    """At most `count` of the exit layers first..L-1, evenly spaced; None: all of them."""
+    layers = list(range(first, n_layers))
+    if count is None or count >= len(layers):
+        return layers
+    return [first - 1 + round((n_layers - first + 1) * place / (count + 1)) for place in range(1, count + 1)]
+
+
 def thresholds_at(shape: Sequence[float], scale: float) -> tuple[float, ...]:
     """The thresholds of a shape (each 0 to 1) at a scale (0 to 1)."""
     return tuple(1 - depth * (1 - scale) for depth in shape)

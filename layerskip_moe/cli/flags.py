@@ -20,7 +20,7 @@ _FRAME = re.compile("[\u2500-\u257f]+")  # box-drawing characters
 
 
 def fields_of(kind: type, *, without: Sequence[str] = (), **changed: tuple[Any, Any]) -> type:
-    """A dataclass with the fields, defaults and help of the dataclass `kind`, but none of its checks.
+    """A dataclass with the fields that `kind` is built from, their defaults and help, but none of its checks.
 
     without: fields that no word can say; they keep their default. changed: field name -> (type, default), where the
     shell's differ. Without checks, because a value may depend on
@@ -30,7 +30,7 @@ def fields_of(kind: type, *, without: Sequence[str] = (), **changed: tuple[Any, 
     hints = typing.get_type_hints(kind)
     columns = []
     for field in dataclasses.fields(kind):
-        if field.name in without:
+        if field.name in without or not field.init:
             continue
         hint, default = changed.get(field.name, (hints[field.name], field.default))
         columns.append((field.name, hint, dataclasses.field(default=default, default_factory=field.default_factory)))

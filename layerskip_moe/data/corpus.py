@@ -21,6 +21,7 @@ from layerskip_moe.data import cache
 from layerskip_moe.data.hub import SHORT_NAMES, hub_source
 from layerskip_moe.data.local import SUFFIXES, path_source, stdlib_source
 from layerskip_moe.data.source import Source
+from layerskip_moe.data.stretches import draw_stretches
 from layerskip_moe.data.tokenizer import end_of_text_id, id_count, tokenizer_identity
 from layerskip_moe.files import cache_folder
 
@@ -60,27 +61,23 @@ class Corpus:
         They come from n different documents where that many are long enough, and else from as many as there
         are. A pure function of the arguments and the corpus. Raises ValueError when the split is too small.
         """
+        return [tokens for _, tokens in self.validation_stretches(n, length, seed)]
+
+    def validation_stretches(self, n: int, length: int, seed: int = 0) -> list[tuple[int, list[int]]]:
+        """`validation_prompts`, each after the number of the held-out document that it is of."""
         if n < 1 or length < 1:
             raise ValueError(f"n={n} and length={length} must both be at least 1.")
         separators = torch.nonzero(self.validation == self.end_of_text).flatten().numpy()
         starts = np.concatenate([[0], separators + 1])
         ends = np.concatenate([separators, [len(self.validation)]])
-        stretches = (ends - starts) // length  # [documents]
-        if stretches.sum() < n:
+        drawn = draw_stretches(ends - starts, n, length, seed)
+        if drawn is None:
             raise ValueError(
-                f"The validation split of '{self.name}' holds {stretches.sum()} separate prompts of {length} "
-                f"tokens, not {n}: ask for fewer or shorter ones."
+                f"The validation split of '{self.name}' holds {((ends - starts) // length).sum()} separate prompts of "
+                f"{length} tokens, not {n}: ask for fewer or shorter ones."
             )
-        draws = np.random.default_rng(seed % 2**64)
-        documents = draws.permutation(np.flatnonzero(stretches))[:n]
-        orders = [draws.permutation(stretches[document]) for document in documents]
-        turns = [
-            (turn, starts[document] + stretch * length)
-            for document, order in zip(documents, orders, strict=True)
-            for turn, stretch in enumerate(order[:n])
-        ]
-        turns.sort(key=lambda one: one[0])  # stable: the first of each document, then the second of each, ...
-        return [self.validation[begin : begin + length].tolist() for _, begin in turns[:n]]
+        begins = [(document, starts[document] + begin) for document, begin in drawn]
+        return [(document, self.validation[begin : begin + length].tolist()) for document, begin in begins]
 
 
 def load_corpus(

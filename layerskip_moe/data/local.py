@@ -71,6 +71,16 @@ def path_source(path: Path, sample_fraction: float, seed: int) -> Source:
     return _source(path.resolve().name, documents, sample_fraction, seed)
 
 
+def read_documents(path: Path) -> list[str]:
+    """The documents of a file, or of every supported file below a folder, as `path_source` tells them apart; a file of
+    any other suffix is one text. Raises ValueError for what cannot be read, and where there is none."""
+    files = _visible_files(path, SUFFIXES) if path.is_dir() else [path]
+    documents = [text for file in files for text in _read_file(file)]
+    if not documents:
+        raise ValueError(f"{path} holds no text: name a file, or a folder of {_listed(SUFFIXES)} files.")
+    return documents
+
+
 def _source(name: str, documents: list[Document], sample_fraction: float, seed: int) -> Source:
     documents = _sample(documents, sample_fraction, seed)
     digest = hashlib.sha256()

@@ -1,22 +1,32 @@
-"""The file that holds calibrated thresholds for early exit, and the settings they were calibrated under.
+"""The file that holds calibrated thresholds for early exit, the settings they were calibrated under, and what they are
+certified for.
 
     {"early_exit": {"threshold": 0.8, or one for each of layers 1..L-1, "confidence": "softmax_diff", "min_layer": 1,
                     "decay": false, "cache": "propagate", "tau": 4.0, "classifier": null},
+     "certified": {"weights": digest, "max_new_tokens": 64, "temperature": 0.0, "repetition_penalty": 1.0},
      "calibration": {what was promised, of how many sequences, ...: for people}}
 
 With confidence "classifier", its probes are in a file beside this one: {"file": name, "sha256": digest}.
 Knows nothing of how a threshold is found. Next: `early_exit.py`, which reads it; `analysis/calibrate.py`, which finds.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from layerskip_moe.files import plain, replacing, sha256
 from layerskip_moe.generation.exit_classifier import ExitClassifier, load_classifier
+from layerskip_moe.generation.session import Session
+from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.nn.products import as_floats
 
-# What a file states, and of what kind each value is.
+# What a file states in its two parts that are read, and of what kind each value is.
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "threshold": (int, float, list),
     "confidence": str,
@@ -26,11 +36,76 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "tau": (int, float),
     "classifier": (dict, type(None)),
 }
+CERTIFIED: dict[str, type | tuple[type, ...]] = {
+    "weights": str,
+    "max_new_tokens": int,
+    "temperature": (int, float),
+    "repetition_penalty": (int, float),
+}
+_UNUSED = ("max_seq_len", "dropout", "init_std")  # settings that change no text
 
 
-def read_calibration(path: str | Path) -> dict[str, Any]:
-    """The arguments of `EarlyExit` in a calibration's JSON; what else it holds is for people. Raises ValueError for a
-    file that is missing or of another form, and for probes that are not those it was calibrated with."""
+@dataclass(frozen=True)
+class Certified:
+    """What a calibration was made for. Of anything else it promises nothing.
+
+    Attributes:
+        weights: `fingerprint` of the model
+        max_new_tokens: new tokens of a text, at most; with decay, exactly, because thresholds follow their number
+        temperature: of sampling; 0 is greedy
+        repetition_penalty: of sampling; 1 is none
+    """
+
+    weights: str
+    max_new_tokens: int
+    temperature: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def check(self, session: Session, *, decay: bool) -> None:
+        """Raise ValueError for a session that it does not hold for. decay: `EarlyExit.decay`."""
+        most, asked = self.max_new_tokens, session.max_new_tokens
+        if asked > most or (decay and asked != most):
+            held = f"exactly {most} new tokens, with which its thresholds decay" if decay else f"{most} new tokens"
+            raise ValueError(f"early exit was calibrated for {held}, not {asked}; ask for {most}, or calibrate again.")
+        for name in ("temperature", "repetition_penalty"):
+            if getattr(session.sampling, name) != getattr(self, name):
+                raise ValueError(
+                    f"early exit was calibrated at {name}={getattr(self, name)}, and promises nothing at "
+                    f"{getattr(session.sampling, name)}; leave {name} as it was."
+                )
+        if fingerprint(session.model) != self.weights:
+            raise ValueError(
+                "early exit was calibrated for another model's weights, or for these in another type; calibrate again, "
+                "for this model."
+            )
+
+
+def fingerprint(model: MoEDecoder) -> str:
+    """Tells a model from others, also from its own copy in another type or quantised: a digest of the settings, and of
+    the first and the last row of each of its tensors. Wherever it is moved to, or saved and loaded, it stays the same.
+    """
+    settings = {name: value for name, value in asdict(model.config).items() if name not in _UNUSED}
+    weights = model.state_dict(keep_vars=True)  # a quantised one has no view in inference mode, and is given as it is
+    kinds = [[name, type(weight).__name__, str(weight.dtype), list(weight.shape)] for name, weight in weights.items()]
+    ends = torch.cat([_end(weight, end) for weight in weights.values() for end in (0, -1)])
+    digest = hashlib.sha256(json.dumps([settings, kinds]).encode())
+    digest.update(ends.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _end(weight: Tensor, end: int) -> Tensor:
+    """The first (0) or last (-1) row of a tensor of any shape, [n] float32."""
+    while weight.dim() > 2:
+        weight = weight[end]
+    if weight.dim() == 2:
+        weight = weight[:1] if end == 0 else weight[-1:]
+    return as_floats(weight, torch.float32).flatten()
+
+
+def read_calibration(path: str | Path) -> tuple[dict[str, Any], Certified]:
+    """The arguments of `EarlyExit` in a calibration's JSON, and what they are certified for; what else it holds is for
+    people. Raises ValueError for a file that is missing or of another form, and for probes that are not those it was
+    calibrated with."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"There is no calibration file '{path}'; give a number between 0 and 1, or the JSON's path.")
@@ -38,22 +113,19 @@ def read_calibration(path: str | Path) -> dict[str, Any]:
         told = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"'{path}' is not JSON ({error}); write it again.") from None
-    settings = told.get("early_exit") if isinstance(told, dict) else None
-    if not isinstance(settings, dict) or settings.keys() != FIELDS.keys():
-        raise ValueError(f"'{path}' is no calibration: its \"early_exit\" must state {', '.join(FIELDS)}.")
-    for name, kind in FIELDS.items():
-        value = settings[name]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"'{path}' has {name}={value!r}, which is not of the right kind.")
+    settings = _part(told, "early_exit", FIELDS, path)
+    certified = Certified(**_part(told, "certified", CERTIFIED, path))
     probes = settings.pop("classifier")
     if (settings["confidence"] == "classifier") != (probes is not None):
         raise ValueError(f"'{path}' must name a classifier's file if, and only if, its confidence is 'classifier'.")
     if probes is not None:
         settings["confidence"] = _read_probes(probes, path)
-    return settings
+    return settings, certified
 
 
-def write_calibration(path: str | Path, settings: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+def write_calibration(
+    path: str | Path, settings: Mapping[str, Any], certified: Certified, told: Mapping[str, Any]
+) -> None:
     """Write what `read_calibration` reads. settings: by `EarlyExit`'s names; told: plain values, for people.
 
     An `ExitClassifier` goes to a file of the same name beside it, with .safetensors for .json. Raises ValueError for
@@ -69,8 +141,20 @@ def write_calibration(path: str | Path, settings: Mapping[str, Any], told: Mappi
     early_exit = {**settings, "confidence": confidence, "classifier": probes}
     assert early_exit.keys() == FIELDS.keys(), "read_calibration refuses others"
     with replacing(path) as beside:
-        contents = json.dumps(plain({"early_exit": early_exit, "calibration": told}), indent=2, allow_nan=False)
-        beside.write_text(contents + "\n", encoding="utf-8")
+        contents = plain({"early_exit": early_exit, "certified": certified, "calibration": told})
+        beside.write_text(json.dumps(contents, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _part(told: Any, part: str, fields: Mapping[str, type | tuple[type, ...]], path: Path) -> dict[str, Any]:
+    """A part of the JSON, each of its values of the right kind."""
+    values = told.get(part) if isinstance(told, dict) else None
+    if not isinstance(values, dict) or values.keys() != fields.keys():
+        raise ValueError(f"'{path}' is no calibration: its \"{part}\" must state {', '.join(fields)}.")
+    for name, kind in fields.items():
+        value = values[name]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"'{path}' has {name}={value!r}, which is not of the right kind.")
+    return values
 
 
 def _read_probes(named: dict[str, Any], path: Path) -> ExitClassifier:

@@ -37,17 +37,25 @@ def asks_head(kind: Confidence) -> bool:
     return kind != "state" and not isinstance(kind, ExitClassifier)
 
 
-def confidence_of(kind: Confidence, hidden: Tensor, previous: Tensor, logits: Tensor | None, *, layer: int) -> Tensor:
-    """Confidences [N] of states hidden [N, D] after the first `layer` layers; logits may be None unless `asks_head`.
-    Raises ValueError for a function that returns another shape."""
-    if kind == "state":
-        return state_similarity(previous, hidden)
+def asks_previous(kind: Confidence) -> bool:
+    """Whether a confidence is made from the state one layer before, too."""
+    return kind != "softmax_diff" and not isinstance(kind, ExitClassifier)
+
+
+def confidence_of(
+    kind: Confidence, hidden: Tensor, previous: Tensor | None, logits: Tensor | None, *, layer: int
+) -> Tensor:
+    """Confidences [N] of states hidden [N, D] after the first `layer` layers; logits may be None unless `asks_head`,
+    and previous unless `asks_previous`. Raises ValueError for a function that returns another shape."""
     if isinstance(kind, ExitClassifier):
         return kind.confidence(hidden, layer)
-    assert logits is not None, "only the cosine and the probes do without the head"
     if kind == "softmax_diff":
+        assert logits is not None, "only the cosine and the probes do without the head"
         return softmax_diff(logits)
-    assert callable(kind), "check_confidence refuses other names"
+    assert previous is not None, "only the head's opinion and the probes do without it"
+    if kind == "state":
+        return state_similarity(previous, hidden)
+    assert callable(kind) and logits is not None, "check_confidence refuses other names"
     found = kind(hidden, previous, logits)
     if found.shape != hidden.shape[:1]:
         raise ValueError(

@@ -9,15 +9,22 @@ Knows nothing of how confidence is measured. Next: `confidence.py`; `calibration
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from layerskip_moe.generation.calibration import read_calibration
-from layerskip_moe.generation.confidence import Confidence, asks_head, check_confidence, confidence_of, first_exit
+from layerskip_moe.generation.calibration import Certified, read_calibration
+from layerskip_moe.generation.confidence import (
+    Confidence,
+    asks_head,
+    asks_previous,
+    check_confidence,
+    confidence_of,
+    first_exit,
+)
 from layerskip_moe.generation.exit_classifier import ExitClassifier
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import KVCache, ModelConfig
@@ -37,7 +44,8 @@ class EarlyExit:
         threshold: an exit is taken at this confidence or above, 0 to 1; 1 never exits, 0 exits at the first allowed
             layer, whatever the confidence. Several: one for each of exit layers 1..L-1. A path: of a calibration's
             JSON (`layerskip-moe calibrate`), which then says all settings below too, and wins over one that is left
-            at its default here.
+            at its default here. Decoding by it is refused where its promise does not hold: for other weights, more new
+            tokens, another temperature or repetition penalty.
         confidence: "softmax_diff", the two largest probabilities' difference; "state", the cosine between the
             states before and after a layer, from layer 2 on; an `ExitClassifier`; or a function of (hidden [N, D],
             previous [N, D], logits [N, V]) to [N] (see `confidence.py`)
@@ -49,6 +57,7 @@ class EarlyExit:
             projections (CALM's, cheap, approximate). "exact": its run is taken up again from the exit state when
             a later token goes deeper, so that a token sees what the full model would have stored.
         tau: how fast the threshold decays where it does, 0 or more; the paper's is 4
+        certified: what the JSON's promise holds for; None where no JSON was given
     """
 
     threshold: float | Sequence[float] | str | Path
@@ -57,10 +66,13 @@ class EarlyExit:
     decay: bool = False
     cache: CacheRule = "propagate"
     tau: float = 4.0
+    certified: Certified | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.threshold, str | Path):
-            self._take(read_calibration(self.threshold), Path(self.threshold))
+            settings, certified = read_calibration(self.threshold)
+            self._take(settings, Path(self.threshold))
+            object.__setattr__(self, "certified", certified)
         if isinstance(self.threshold, list | tuple):
             object.__setattr__(self, "threshold", tuple(self.threshold))
         for level in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
@@ -103,7 +115,9 @@ class EarlyExit:
             self.confidence.check(config)
 
     def start(self, session: Session) -> None:
-        """Run the prompts through all layers."""
+        """Run the prompts through all layers. Raises ValueError where a calibration's promise does not hold."""
+        if self.certified is not None:
+            self.certified.check(session, decay=self.decay)
         session.prefill()
         session.state = _Depths(session)
 
@@ -115,28 +129,36 @@ class EarlyExit:
         thresholds = self._by_layer(n_layers)
         going = list(range(len(session.newest)))  # the rows that have not left, R of them
         hidden, exit_layers = model.embed(session.newest), [n_layers] * len(going)
-        logits = hidden.new_empty(len(going), 1, model.config.vocab_size)
-        done, end = 0, self._first_exit(thresholds)
-        while going:
-            hidden, previous = depths.run(session, hidden, going, range(done, end), self.cache)
-            threshold, told = thresholds[end - 1], None
-            if threshold in (0, 1):  # nobody is asked
-                leaves = [threshold == 0] * len(going)
+        order: list[int] = []  # the rows as they left, and the logits of those that left together
+        said: list[Tensor] = []
+        done = 0
+        for end in self._exits(thresholds):
+            everybody = thresholds[end - 1] == 0  # leaves here, and nobody is asked
+            kind = "softmax_diff" if everybody else self.confidence  # then the head is all that is wanted
+            hidden, previous, told = depths.run(session, hidden, going, range(done, end), self.cache, kind)
+            if everybody:
+                leaves = [True] * len(going)
             else:
-                told = model.unembed(hidden) if asks_head(self.confidence) else None
-                asked = None if told is None else told[:, 0]
-                sure = confidence_of(self.confidence, hidden[:, 0], previous[:, 0], asked, layer=end)
-                leaves = (sure >= self._decayed(threshold, session)).tolist()
+                before, asked = (None if tensor is None else tensor[:, 0] for tensor in (previous, told))
+                sure = confidence_of(self.confidence, hidden[:, 0], before, asked, layer=end)
+                leaves = (sure >= self._decayed(thresholds[end - 1], session)).tolist()
             if any(leaves):
                 left = [index for index, leave in enumerate(leaves) if leave]
                 stay = [index for index, leave in enumerate(leaves) if not leave]
-                rows = [going[index] for index in left]
-                logits[rows] = model.unembed(hidden[left]) if told is None else told[left]
-                depths.leave(rows, hidden[left])
+                rows, state = [going[index] for index in left], _picked(hidden, left)
+                said.append(model.unembed(state) if told is None else _picked(told, left))
+                order += rows
+                if end < n_layers:
+                    depths.leave(rows, state)
                 for row in rows:
                     exit_layers[row] = end
-                going, hidden = [going[index] for index in stay], hidden[stay]
-            done, end = end, end + 1
+                going, hidden = [going[index] for index in stay], _picked(hidden, stay)
+            if not going:
+                break
+            done = end
+        logits = said[0]
+        if len(said) > 1:
+            logits = torch.cat(said)[sorted(range(len(order)), key=order.__getitem__)]
         depths.newest = [position + 1 for position in depths.newest]
         session.append(session.choose(session.scores(logits), session.noise(1)), layers_run=exit_layers)
 
@@ -146,10 +168,10 @@ class EarlyExit:
         levels = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * (n_layers - 1)
         return (*levels, 0)
 
-    def _first_exit(self, thresholds: tuple[float, ...]) -> int:
-        """The first exit layer, up to L, that may be taken and ever is."""
+    def _exits(self, thresholds: tuple[float, ...]) -> list[int]:
+        """The exit layers, up to L, that may be taken and ever are; the layers between two of them run together."""
         first = min(first_exit(self.confidence, self.min_layer), len(thresholds))
-        return next(layer for layer in range(first, len(thresholds) + 1) if thresholds[layer - 1] < 1)
+        return [layer for layer in range(first, len(thresholds) + 1) if thresholds[layer - 1] < 1]
 
     def _decayed(self, threshold: float, session: Session) -> float:
         """This round's threshold. Every active row has got equally many tokens, t of N."""
@@ -158,6 +180,10 @@ class EarlyExit:
         t = session.max_new_tokens - session.remaining[0]
         decayed = 0.9 * threshold + 0.1 * math.exp(-self.tau * t / session.max_new_tokens)
         return min(max(decayed, 0.0), 1.0)
+
+
+# States [R, 1, D] of rows at an exit; where the confidence asks for them those one layer before; and logits [R, 1, V].
+_Asked = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class _Depths:
@@ -187,21 +213,19 @@ class _Depths:
         self.states[rows, [self.newest[row] for row in rows]] = hidden[:, 0]
 
     def run(
-        self, session: Session, hidden: Tensor, rows: list[int], layers: range, rule: CacheRule
-    ) -> tuple[Tensor, Tensor]:
-        """The newest tokens of R rows through some layers, and first what waits there before them.
-
-        hidden [R, 1, D] -> the states after the last layer and before it, both [R, 1, D].
-        """
+        self, session: Session, hidden: Tensor, rows: list[int], layers: range, rule: CacheRule, kind: Confidence
+    ) -> _Asked:
+        """The newest tokens of R rows, hidden [R, 1, D], through the layers between two exits, and first what waits
+        there before them. kind: the confidence, of which follows what is returned."""
         waiting: dict[int, list[int]] = {}  # how many positions wait -> which of the R rows have that many
         for index, row in enumerate(rows):
             waiting.setdefault(self.newest[row] - self.reached[row][layers[0]], []).append(index)
             self.reached[row][layers[0] : layers[-1] + 1] = [self.newest[row] + 1] * len(layers)
         if waiting.keys() == {0}:
-            return self._run_newest(session, hidden, rows, layers)
-        assert len(layers) == 1, "what waits, waits behind an exit, and from there on exits are one layer apart"
-        # Rows that have equally much to make up for do it together: padding would cost what early exit saves.
-        after = torch.empty_like(hidden)
+            return self._run_newest(session, hidden, rows, layers, kind)
+        # Rows that have equally much to make up for do it together: padding would cost what early exit saves. What
+        # waits for the first of the layers waits for all of them, because nobody leaves between them.
+        after, before = torch.empty_like(hidden), torch.empty_like(hidden)
         for count, indices in waiting.items():
             at, positions, cache = self._places(session, [rows[index] for index in indices], count)
             if rule == "propagate":
@@ -210,23 +234,41 @@ class _Depths:
                     session.model.fill(states, layers, positions=positions[:, :-1], cache=cache)
                 continue
             self.states[at[:, 0], positions[:, -1]] = hidden[indices, 0]
-            out = session.model.run(self.states[at, positions], layers, positions=positions, cache=cache).hidden
-            self.states[at, positions] = out
-            after[indices] = out[:, -1:]
-        return self._run_newest(session, hidden, rows, layers) if rule == "propagate" else (after, hidden)
+            states, previous = _run(session, self.states[at, positions], layers, positions, cache)
+            self.states[at, positions] = states
+            after[indices], before[indices] = states[:, -1:], previous[:, -1:]
+        if rule == "propagate":
+            return self._run_newest(session, hidden, rows, layers, kind)
+        return after, before, session.model.unembed(after) if asks_head(kind) else None
 
-    def _run_newest(self, session: Session, hidden: Tensor, rows: list[int], layers: range) -> tuple[Tensor, Tensor]:
+    def _run_newest(self, session: Session, hidden: Tensor, rows: list[int], layers: range, kind: Confidence) -> _Asked:
         _, positions, cache = self._places(session, rows, 0)
-        before = layers[-2:-1]  # the layer whose output is wanted too; none where there is but one
-        out = session.model.run(hidden, layers, positions=positions, cache=cache, collect=before)
-        return out.hidden, out.collected[before[0]] if before else hidden
+        if asks_head(kind) and not asks_previous(kind):  # in one call
+            states, logits = session.model.decode(hidden, layers, positions=positions, cache=cache)
+            return states, None, logits
+        states, before = _run(session, hidden, layers, positions, cache)
+        return states, before, session.model.unembed(states) if asks_head(kind) else None
 
     def _places(self, session: Session, rows: list[int], waiting: int) -> tuple[Tensor, Tensor, KVCache]:
         """Where the newest token of each of R rows stands, and as many positions before it as wait: rows [R, 1],
         positions [R, waiting + 1], and the cache of these rows."""
+        if not waiting and len(rows) == len(self.newest):
+            return session.rows[:, None], session.positions(1), session.cache
         device, cache = self.states.device, session.cache
         at = torch.tensor(rows, device=device)
         newest = torch.tensor([self.newest[row] for row in rows], device=device)
         if len(rows) < len(self.newest):
             cache = cache.subset(at)
         return at[:, None], newest[:, None] + torch.arange(-waiting, 1, device=device), cache
+
+
+def _picked(tensor: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of a tensor, in rising order; all of them are the tensor itself."""
+    return tensor if len(rows) == len(tensor) else tensor[rows]
+
+
+def _run(session: Session, hidden: Tensor, layers: range, positions: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
+    """States [R, T, D] after the last of some layers, and before it."""
+    before = layers[-2:-1]  # the layer whose output is wanted too; none where there is but one
+    out = session.model.run(hidden, layers, positions=positions, cache=cache, collect=before)
+    return out.hidden, out.collected[before[0]] if before else hidden

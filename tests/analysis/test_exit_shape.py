@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip_moe.analysis.exit_shape import choose_shape, thresholds_at
+from layerskip_moe.analysis.exit_shape import choose_shape, spaced_exits, thresholds_at
 
 
 def slow_shape(confidence, harm, tolerance):
@@ -74,3 +74,26 @@ def test_a_smaller_scale_lowers_every_threshold(shape, one, other):
     assert all(0 <= a <= b <= 1 for a, b in zip(below, above, strict=True))
     assert thresholds_at(shape, 1.0) == (1.0,) * len(shape)
     assert thresholds_at([1.0] * 3, low) == pytest.approx((low,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("first", "n_layers", "count", "exits"),
+    [
+        (1, 12, 3, [3, 6, 9]),
+        (1, 12, 1, [6]),
+        (4, 12, 2, [6, 9]),
+        (2, 5, None, [2, 3, 4]),
+        (2, 5, 3, [2, 3, 4]),
+        (2, 5, 9, [2, 3, 4]),
+        (1, 1, 2, []),
+    ],
+)
+def test_exits_are_evenly_spaced(first, n_layers, count, exits):
+    assert spaced_exits(first, n_layers, count) == exits
+
+
+@given(first=st.integers(1, 20), more=st.integers(0, 30), count=st.integers(1, 30))
+def test_there_are_as_many_exits_as_asked_for_between_the_first_and_the_last_layer(first, more, count):
+    exits = spaced_exits(first, first + more, count)
+    assert len(set(exits)) == len(exits) == min(count, more)
+    assert exits == sorted(exits) and all(first <= layer < first + more for layer in exits)

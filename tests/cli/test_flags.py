@@ -105,7 +105,7 @@ def test_the_value_of_a_flag_is_found_before_parsing():
 
 
 def names(*kinds):
-    return [field.name for kind in kinds for field in dataclasses.fields(kind)]
+    return [field.name for kind in kinds for field in dataclasses.fields(kind) if field.init]
 
 
 def test_no_name_is_in_two_groups_of_a_command():

@@ -209,6 +209,8 @@ def test_prompts_are_separate_stretches_of_as_many_documents_as_there_are(length
     long_enough = sum(tokens >= length for tokens in lengths)
     assert len({prompt[0] // 1000 for prompt in prompts}) == min(n, long_enough)
     assert corpus.validation_prompts(n, length, seed) == prompts
+    stretches = corpus.validation_stretches(n, length, seed)
+    assert stretches == [(prompt[0] // 1000 - 1, prompt) for prompt in prompts]
 
 
 def test_prompts_depend_on_the_seed():

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from layerskip_moe.data import load_corpus
-from layerskip_moe.data.local import path_source, stdlib_source
+from layerskip_moe.data.local import path_source, read_documents, stdlib_source
 
 
 def read(path, fraction=1.0, seed=0):
@@ -36,6 +36,21 @@ def test_rows_are_documents_and_the_last_twentieth_is_validation(tmp_path):
     pq.write_table(pa.table({"text": [*texts, None, " \n"]}), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.parquet"):
         assert read(tmp_path / name) == {"train": texts[:95], "validation": texts[95:]}
+
+
+def test_documents_of_a_file_or_a_folder_are_read_whole(tmp_path):
+    lines = ["".join(f"{word} {i}" for word in ("a", "row")) for i in range(3)]
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in lines))
+    (tmp_path / "a.md").write_text("one text")
+    (tmp_path / "c.csv").write_text("x,y")
+    assert read_documents(tmp_path / "b.jsonl") == lines
+    assert read_documents(tmp_path / "c.csv") == ["x,y"]  # named itself, it is one text whatever its suffix
+    assert read_documents(tmp_path) == ["one text", *lines]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "white.txt").write_text(" \n")
+    for name in ("empty", "white.txt"):
+        with pytest.raises(ValueError, match=f"{name} holds no text: name a file, or a folder of .txt"):
+            read_documents(tmp_path / name)
 
 
 def test_a_folder_is_split_by_name_alone(tmp_path):

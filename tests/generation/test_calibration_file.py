@@ -1,14 +1,25 @@
 """EarlyExit from a calibration's file: whole settings are taken over, anything else is refused in one sentence."""
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
 from layerskip_moe.generation import EarlyExit, generate
+from layerskip_moe.generation.calibration import Certified, fingerprint
+from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.pretrained import quantize
 
 OWN = {"threshold": 0.75, "confidence": "state", "min_layer": 2, "decay": True, "cache": "exact", "tau": 3.0}
 SETTINGS = {**OWN, "classifier": None}
+CERTIFIED = {"weights": "00ff", "max_new_tokens": 12, "temperature": 0.0, "repetition_penalty": 1.0}
 CALIBRATED = EarlyExit(**OWN)
+
+
+def settings_of(strategy):
+    return {name: getattr(strategy, name) for name in OWN}
 
 
 @pytest.fixture
@@ -25,25 +36,82 @@ def file(tmp_path):
 
 
 def test_settings_come_from_the_file(file):
-    path = file({"early_exit": SETTINGS, "model": "what else it holds is for people"})
-    assert EarlyExit(path) == EarlyExit(str(path)) == CALIBRATED
+    path = file({"certified": CERTIFIED, "early_exit": SETTINGS, "model": "what else it holds is for people"})
+    assert EarlyExit(path) == EarlyExit(str(path)) and settings_of(EarlyExit(path)) == OWN
+    assert EarlyExit(path).certified == Certified(**CERTIFIED) and CALIBRATED.certified is None
 
 
 def test_a_whole_number_is_a_threshold(file):
-    assert EarlyExit(file({"early_exit": {**SETTINGS, "threshold": 1}})).threshold == 1
+    assert EarlyExit(file({"certified": CERTIFIED, "early_exit": {**SETTINGS, "threshold": 1}})).threshold == 1
 
 
 def test_decoding_is_that_of_the_same_settings(trained_model, file):
     model, prompts = trained_model(n_layers=5), [[3], [5, 1, 7, 2]]
-    got = generate(model, prompts, EarlyExit(file({"early_exit": SETTINGS})), max_new_tokens=12)
+    certified = {**CERTIFIED, "weights": fingerprint(model)}
+    got = generate(model, prompts, EarlyExit(file({"certified": certified, "early_exit": SETTINGS})), max_new_tokens=12)
     expected = generate(model, prompts, CALIBRATED, max_new_tokens=12)
     assert (got.tokens, got.layers_run) == (expected.tokens, expected.layers_run)
     assert len({layer for row in got.layers_run for layer in row}) > 1
 
 
 def test_settings_that_agree_may_be_said_again(file):
-    path = file({"early_exit": SETTINGS})
-    assert EarlyExit(path, confidence="state", min_layer=2, decay=True, cache="exact", tau=3) == CALIBRATED
+    path = file({"certified": CERTIFIED, "early_exit": SETTINGS})
+    said_again = EarlyExit(path, confidence="state", min_layer=2, decay=True, cache="exact", tau=3)
+    assert settings_of(said_again) == OWN and said_again.certified == Certified(**CERTIFIED)
+
+
+@pytest.mark.parametrize(
+    ("decay", "asked", "message"),
+    [
+        (False, dict(max_new_tokens=13), "calibrated for 12 new tokens, not 13; ask for 12, or calibrate again."),
+        (False, dict(max_new_tokens=5), None),
+        (True, dict(max_new_tokens=5), "exactly 12 new tokens, with which its thresholds decay, not 5; ask for 12"),
+        (False, dict(temperature=0.8), "calibrated at temperature=0.0, and promises nothing at 0.8"),
+        (False, dict(repetition_penalty=1.2), "calibrated at repetition_penalty=1.0, and promises nothing at 1.2"),
+        (True, dict(top_k=3, seed=1), None),
+    ],
+    ids=str,
+)
+def test_what_a_calibration_does_not_hold_for_is_refused(tiny_model, file, decay, asked, message):
+    model = tiny_model()
+    held = {**CERTIFIED, "weights": fingerprint(model)}
+    strategy = EarlyExit(file({"certified": held, "early_exit": {**SETTINGS, "decay": decay}}))
+    how = {"max_new_tokens": 12, **asked}
+    unbound = replace(strategy, threshold=strategy.threshold)  # the same settings, and no promise
+    expected = generate(model, [[1, 2]], unbound, **how).tokens
+    if message is None:
+        assert generate(model, [[1, 2]], strategy, **how).tokens == expected
+        return
+    with pytest.raises(ValueError, match=message):
+        generate(model, [[1, 2]], strategy, **how)
+
+
+def test_other_weights_are_refused(tiny_model, file):
+    model = tiny_model()
+    held = {**CERTIFIED, "weights": fingerprint(model)}
+    strategy = EarlyExit(file({"certified": held, "early_exit": SETTINGS}))
+    generate(model, [[1]], strategy, max_new_tokens=12)
+    for other in (tiny_model(seed=1), copy.deepcopy(model).bfloat16(), quantize(model, "int8")):
+        with pytest.raises(ValueError, match="another model's weights, or for these in another type; calibrate again"):
+            generate(other, [[1]], strategy, max_new_tokens=12)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_a_fingerprint_is_of_every_tensor_and_survives_the_disk(tiny_model, tmp_path, quantization):
+    sizes = dict(bias_balancing=True, d_ff=16)
+    model = tiny_model(**sizes)
+    model = model if quantization is None else quantize(model, quantization)
+    print_ = fingerprint(model)
+    assert fingerprint(copy.deepcopy(model)) == print_
+    model.save_pretrained(tmp_path / "model")
+    assert fingerprint(MoEDecoder.from_pretrained(tmp_path / "model")) == print_
+    for name, tensor in copy.deepcopy(model).state_dict().items():
+        if quantization is not None and type(tensor.data) is not torch.Tensor:
+            continue  # whole numbers have no place for a small change
+        changed = copy.deepcopy(model)
+        changed.state_dict()[name][-1] += 1e-3
+        assert fingerprint(changed) != print_, name
+    assert fingerprint(tiny_model(**sizes, norm_eps=1e-5)) != print_
 
 
 @pytest.mark.parametrize(
@@ -56,7 +124,7 @@ def test_settings_that_agree_may_be_said_again(file):
 )
 def test_other_settings_than_the_file_s_are_refused(file, own, name):
     with pytest.raises(ValueError, match=f"was calibrated with {name}"):
-        EarlyExit(file({"early_exit": SETTINGS}), **own)
+        EarlyExit(file({"certified": CERTIFIED, "early_exit": SETTINGS}), **own)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +138,7 @@ def test_other_settings_than_the_file_s_are_refused(file, own, name):
 )
 def test_each_setting_is_guarded(file, name, other, own):
     with pytest.raises(ValueError, match=rf"{name}={other!r}, not {own!r}; leave {name} out\."):
-        EarlyExit(file({"early_exit": {**SETTINGS, name: other}}), **{name: own})
+        EarlyExit(file({"certified": CERTIFIED, "early_exit": {**SETTINGS, name: other}}), **{name: own})
 
 
 def without(name):
@@ -82,7 +150,7 @@ def without(name):
     [
         ("", "is not JSON"),
         ("{", "is not JSON"),
-        (json.dumps({"early_exit": SETTINGS})[:-9], "is not JSON"),
+        (json.dumps({"certified": CERTIFIED, "early_exit": SETTINGS})[:-9], "is not JSON"),
         (b'{"early_exit": "\xff"}', "is not JSON"),
         ([], "is no calibration"),
         (0.5, "is no calibration"),
@@ -90,17 +158,32 @@ def without(name):
         (SETTINGS, "is no calibration"),
         ({"early_exit": 0.5}, "is no calibration"),
         ({"early_exit": {}}, "must state threshold, confidence, min_layer, decay, cache, tau"),
-        *(({"early_exit": without(name)}, "is no calibration") for name in SETTINGS),
-        ({"early_exit": {**SETTINGS, "temperature": 1.0}}, "is no calibration"),
-        ({"early_exit": {**SETTINGS, "threshold": "0.5"}}, "threshold='0.5', which is not of the right kind"),
-        ({"early_exit": {**SETTINGS, "threshold": True}}, "threshold=True, which is not of the right kind"),
-        ({"early_exit": {**SETTINGS, "threshold": None}}, "threshold=None"),
-        ({"early_exit": {**SETTINGS, "threshold": float("nan")}}, "threshold=nan must be between 0"),
-        ({"early_exit": {**SETTINGS, "min_layer": 2.5}}, "min_layer=2.5"),
-        ({"early_exit": {**SETTINGS, "min_layer": True}}, "min_layer=True"),
-        ({"early_exit": {**SETTINGS, "decay": 1}}, "decay=1"),
-        ({"early_exit": {**SETTINGS, "confidence": "entropy"}}, "confidence='entropy' is unknown"),
-        ({"early_exit": {**SETTINGS, "cache": "none"}}, "cache='none' is unknown"),
+        *(({"certified": CERTIFIED, "early_exit": without(name)}, "is no calibration") for name in SETTINGS),
+        ({"certified": CERTIFIED, "early_exit": {**SETTINGS, "temperature": 1.0}}, "is no calibration"),
+        ({"early_exit": SETTINGS}, '"certified" must state weights, max_new_tokens, temperature, repetition_penalty'),
+        ({"early_exit": SETTINGS, "certified": {**CERTIFIED, "weights": None}}, "weights=None, which is not"),
+        ({"early_exit": SETTINGS, "certified": {**CERTIFIED, "max_new_tokens": 1.5}}, "max_new_tokens=1.5"),
+        (
+            {"certified": CERTIFIED, "early_exit": {**SETTINGS, "threshold": "0.5"}},
+            "threshold='0.5', which is not of the right kind",
+        ),
+        (
+            {"certified": CERTIFIED, "early_exit": {**SETTINGS, "threshold": True}},
+            "threshold=True, which is not of the right kind",
+        ),
+        ({"certified": CERTIFIED, "early_exit": {**SETTINGS, "threshold": None}}, "threshold=None"),
+        (
+            {"certified": CERTIFIED, "early_exit": {**SETTINGS, "threshold": float("nan")}},
+            "threshold=nan must be between 0",
+        ),
+        ({"certified": CERTIFIED, "early_exit": {**SETTINGS, "min_layer": 2.5}}, "min_layer=2.5"),
+        ({"certified": CERTIFIED, "early_exit": {**SETTINGS, "min_layer": True}}, "min_layer=True"),
+        ({"certified": CERTIFIED, "early_exit": {**SETTINGS, "decay": 1}}, "decay=1"),
+        (
+            {"certified": CERTIFIED, "early_exit": {**SETTINGS, "confidence": "entropy"}},
+            "confidence='entropy' is unknown",
+        ),
+        ({"certified": CERTIFIED, "early_exit": {**SETTINGS, "cache": "none"}}, "cache='none' is unknown"),
     ],
     ids=str,
 )
@@ -117,6 +200,6 @@ def test_a_path_that_holds_no_file_is_refused(tmp_path):
 
 
 def test_the_file_s_first_layer_must_be_the_model_s(tiny_model, file):
-    strategy = EarlyExit(file({"early_exit": {**SETTINGS, "min_layer": 4}}))
+    strategy = EarlyExit(file({"certified": CERTIFIED, "early_exit": {**SETTINGS, "min_layer": 4}}))
     with pytest.raises(ValueError, match="min_layer=4 must be between 1 and n_layers=3"):
         generate(tiny_model(), [[1]], strategy, max_new_tokens=4)

@@ -108,6 +108,25 @@ def test_no_row_pays_for_what_another_makes_up_for(watched, cache):
     assert len({tuple(exits) for exits in out.layers_run}) == len(PROMPTS)
 
 
+@pytest.mark.parametrize("confidence", ["softmax_diff", "state", lambda h, p, z: z.softmax(-1).amax(-1)])
+@pytest.mark.parametrize("cache", ["exact", "propagate"])
+def test_layers_between_two_exits_run_together_and_change_nothing(watched, monkeypatch, cache, confidence):
+    """A threshold of 1 is not asked, one that nothing reaches is: the same text, from runs of several layers."""
+    model, _, _ = watched
+    spans, run = [], model.run
+    monkeypatch.setattr(
+        model, "run", lambda hidden, layers, **how: spans.append(tuple(layers)) or run(hidden, layers, **how)
+    )
+    level = 0.9 if confidence == "state" else 0.6
+    how = dict(max_new_tokens=14, temperature=0.7, stop_tokens=[9])
+    apart = generate(model, PROMPTS, EarlyExit([1.0, level, 1.0, 1.0], confidence, cache=cache), **how)
+    assert set(spans[1:]) == {(0, 1), (2, 3, 4)}
+    never = 1 - 1e-12
+    asked = generate(model, PROMPTS, EarlyExit([never, level, never, never], confidence, cache=cache), **how)
+    assert (apart.tokens, apart.layers_run) == (asked.tokens, asked.layers_run)
+    assert {depth for row in apart.layers_run for depth in row} == {2, LAYERS}
+
+
 def test_a_layer_that_is_never_left_is_not_asked(watched):
     """Layers before the first exit run together, and the head is asked after layers 3 and 5 alone."""
     model, _, _ = watched

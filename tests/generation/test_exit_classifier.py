@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from layerskip_moe.generation import EarlyExit, generate
-from layerskip_moe.generation.calibration import write_calibration
+from layerskip_moe.generation.calibration import Certified, fingerprint, write_calibration
 from layerskip_moe.generation.exit_classifier import ExitClassifier, load_classifier
 
 PROMPTS = [[3], [5, 1, 7, 2], [8, 8, 1, 0, 2, 3]]
@@ -20,10 +20,11 @@ def probes(*, n_layers=5, width=16, seed=0):
 
 
 @pytest.fixture
-def saved(tmp_path):
+def saved(tmp_path, exact_model):
     """The path of a calibration with probes, and those."""
     path, classifier = tmp_path / "early.json", probes()
-    write_calibration(path, {**SETTINGS, "confidence": classifier}, {"promise": "none"})
+    certified = Certified(fingerprint(exact_model(n_layers=5)), 8)
+    write_calibration(path, {**SETTINGS, "confidence": classifier}, certified, {"promise": "none"})
     return path, classifier
 
 
@@ -114,7 +115,9 @@ def test_probes_that_were_exchanged_or_lost_are_refused(saved):
 )
 def test_damaged_names_are_refused(saved, confidence, named, message):
     path, _ = saved
-    contents = {"early_exit": {**SETTINGS, "confidence": confidence, "classifier": named}}
+    contents = json.loads(path.read_text()) | {
+        "early_exit": {**SETTINGS, "confidence": confidence, "classifier": named}
+    }
     path.write_text(json.dumps(contents))
     with pytest.raises(ValueError, match=message):
         EarlyExit(path)
@@ -122,7 +125,9 @@ def test_damaged_names_are_refused(saved, confidence, named, message):
 
 def test_a_function_fits_in_no_file(tmp_path):
     with pytest.raises(ValueError, match="is a function, which no file can hold"):
-        write_calibration(tmp_path / "x.json", {**SETTINGS, "confidence": lambda h, p, z: h[:, 0]}, {})
+        write_calibration(
+            tmp_path / "x.json", {**SETTINGS, "confidence": lambda h, p, z: h[:, 0]}, Certified("", 8), {}
+        )
     assert not list(tmp_path.iterdir())
 
 

@@ -8,6 +8,7 @@ Knows nothing of layers or experts: it looks at the clock. Next: `../self_specul
 from statistics import mean, median
 
 from layerskip_moe.generation.policies.fixed import check_length
+from layerskip_moe.generation.policies.new_text import NewText
 from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.session import Session
 
@@ -19,14 +20,16 @@ class Cascade:
 
     Plain rounds measure the time to compare with, `trial` of them. Then the test phase climbs from the last K that was
     best in at most `trials` trials of `trial` rounds each: up where the first one's utility is 1 or more, else down,
-    until it falls. The K of the largest utility is set for `rounds` rounds, or 0 where that is below 1; each time that
-    it is 0 again the phase lasts twice as long. Test and set phases follow each other.
+    until it falls; where none paid, K = 1 is tried too, before drafting is given up. The K of the largest utility is
+    set for `rounds` rounds, or 0 where that is below 1; each time that it is 0 again the phase lasts twice as long.
+    Test and set phases follow each other.
 
-    A round has one time for all rows of a batch, so they have one K; with another number of rows all is measured anew.
+    A round has one time for all rows of a batch, so they have one K. A new text, or another number of rows, begins with
+    a test phase from `start`; only the seconds of plain rounds of so many rows are kept, if they were ever measured.
     Times are medians: the first round of a kind is recorded and takes longer.
 
     exit_layer: the layers that draft, 1..L
-    start:      the K of the first trial (ours; the constants below are the paper's)
+    start:      the K of a text's first trial (ours; the constants below are the paper's)
     length:     the most drafts in a round (ours)
     trial, trials, rounds: see above
     """
@@ -44,9 +47,10 @@ class Cascade:
                 raise ValueError(f"{name}={value} must be 1 or more.")
         self.exit_layer, self.length, self.trial, self.trials, self.rounds = exit_layer, length, trial, trials, rounds
         self.draft_length = 0  # K in use
-        self._climb_from = min(start, length)
-        self._plain_seconds = 0.0
-        self._n_rows = 0  # of the batch that was measured
+        self._start = self._climb_from = min(start, length)
+        self._plain_seconds: dict[int, float] = {}  # by number of rows
+        self._n_rows = 0  # of the rounds that are noted
+        self._is_new = NewText()
         self._off_rounds = rounds  # how long the next phase at K = 0 lasts
         self._utilities: dict[int, float] = {}  # by K, of the trials of this test phase
         self._begin("plain", 0, trial)
@@ -54,9 +58,12 @@ class Cascade:
     def plan(self, session: Session) -> list[tuple[int, int]]:
         """One K for all rows."""
         rows = session.row_numbers
-        if len(rows) != self._n_rows:
-            self._n_rows = len(rows)
-            self._begin("plain", 0, self.trial)
+        if self._is_new(session) or len(rows) != self._n_rows:
+            self._n_rows, self._climb_from, self._off_rounds = len(rows), self._start, self.rounds
+            if self._n_rows in self._plain_seconds:
+                self._begin_test()
+            else:
+                self._begin("plain", 0, self.trial)
         return [(self.exit_layer, self.draft_length)] * len(rows)
 
     def observe(self, round: RoundReport) -> None:
@@ -69,12 +76,11 @@ class Cascade:
             return
         seconds = median(self._seconds)
         if self.draft_length == 0:
-            self._plain_seconds = seconds
+            self._plain_seconds[self._n_rows] = seconds
         if self._phase != "test":
-            self._utilities = {}
-            self._begin("test", self._climb_from, self.trial)
+            self._begin_test()
             return
-        self._utilities[self.draft_length] = mean(self._tokens) / (seconds / self._plain_seconds)
+        self._utilities[self.draft_length] = mean(self._tokens) / (seconds / self._plain_seconds[self._n_rows])
         following = self._next_trial()
         if following is None:
             self._set()
@@ -86,12 +92,18 @@ class Cascade:
         self._tokens: list[float] = []
         self._seconds: list[float] = []
 
+    def _begin_test(self) -> None:
+        self._utilities = {}
+        self._begin("test", self._climb_from, self.trial)
+
     def _next_trial(self) -> int | None:
         """The K to try after the newest trial; None where the climb is over."""
         utilities = list(self._utilities.values())
         fell = len(utilities) > 1 and utilities[-1] < utilities[-2]
         following = self.draft_length + (1 if utilities[0] >= 1 else -1)
-        return None if fell or len(utilities) == self.trials or not 1 <= following <= self.length else following
+        if not fell and len(utilities) < self.trials and 1 <= following <= self.length:
+            return following
+        return 1 if max(utilities) < 1 and 1 not in self._utilities else None
 
     def _set(self) -> None:
         best = max(self._utilities, key=self._utilities.__getitem__)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from layerskip_moe.generation.policies.fixed import check_length
+from layerskip_moe.generation.policies.new_text import NewText
 from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.session import Session
 
@@ -20,8 +21,9 @@ class DEL:
 
     where a_l is how often layer l's shadow token was the full model's, by row: counts over the places of each round up
     to the first mismatch, older ones weighted down by `decay` per round. A row begins with one place, half agreed upon,
-    for every layer (the paper does not say). Drafting stops early below the mean of two mean confidences, that of
-    accepted drafts and that of the first refused ones, decayed likewise; these are counted over all rows.
+    for every layer, or where there was a text before, agreed upon as often as the layer was right in it, all rows
+    together (the paper does not say). Drafting stops early below the mean of two mean confidences, that of accepted
+    drafts and that of the first refused ones, decayed likewise; these are counted over all rows and all texts.
 
     length: the most drafts in a round, the paper's d_max
     decay:  0 (the last round alone) to 1 (all rounds alike)
@@ -36,13 +38,17 @@ class DEL:
         self.length, self.decay = length, decay
         self.agreed: dict[int, list[float]] = {}  # by row number, for each layer: places it was right at
         self.places: dict[int, float] = {}  # by row number: of how many
+        self.prior: list[float] | None = None  # by layer, how often it was right in the last text; None: there was none
         self.accepted, self.refused = [0.0, 0.0], [0.0, 0.0]  # drafts: sum of confidences, how many
+        self._is_new = NewText()
 
     def plan(self, session: Session) -> list[tuple[int, int]]:
         """By row, the pair of most tokens per layer."""
-        n_layers, plan = session.model.config.n_layers, []
+        if self._is_new(session):
+            self._pool()
+        plan = []
         for row in session.row_numbers:
-            agreed, places = self.agreed.get(row, [0.5] * n_layers), self.places.get(row, 1.0)
+            agreed, places = self._counts(row, session.model.config.n_layers)
             plan.append(best_pair([count / places for count in agreed], self.length))
         return plan
 
@@ -58,7 +64,7 @@ class DEL:
         context_held = torch.arange(round.tokens.shape[1], device=round.tokens.device) < round.counts[:, None]
         right = (round.shadow == round.tokens[:, None]) & context_held[:, None]
         for row, counts, accepted in zip(round.rows, right.sum(dim=-1).tolist(), round.accepted, strict=True):
-            before, places = self.agreed.get(row, [0.5] * len(counts)), self.places.get(row, 1.0)
+            before, places = self._counts(row, len(counts))
             self.agreed[row] = [self.decay * old + new for old, new in zip(before, counts, strict=True)]
             self.places[row] = self.decay * places + accepted + 1
         for sums in (self.accepted, self.refused):
@@ -67,6 +73,19 @@ class DEL:
             for place, confidence in enumerate(confidences[: accepted + 1]):
                 sums = self.accepted if place < accepted else self.refused
                 sums[:] = [sums[0] + confidence, sums[1] + 1]
+
+    def _counts(self, row: int, n_layers: int) -> tuple[list[float], float]:
+        """A row's `agreed` and `places`; before its first round, one place."""
+        if row in self.places:
+            return self.agreed[row], self.places[row]
+        return self.prior or [0.5] * n_layers, 1.0
+
+    def _pool(self) -> None:
+        """Make the rows' counts the next text's prior."""
+        if self.places:
+            places = sum(self.places.values())
+            self.prior = [sum(counts) / places for counts in zip(*self.agreed.values(), strict=True)]
+        self.agreed, self.places = {}, {}
 
 
 def best_pair(acceptance: list[float], length: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ Next: `draft_verify.py`, which adapts the threshold instead of the length.
 from torch import Tensor
 
 from layerskip_moe.generation.policies.fixed import check_length
+from layerskip_moe.generation.policies.new_text import NewText
 from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.session import Session
 
@@ -14,7 +15,7 @@ class Heuristic:
     """`num_assistant_tokens_schedule="heuristic"` of transformers, with its `assistant_confidence_threshold`: two more
     drafts after a round whose drafts were all accepted, else one less, but at least one; and no more in a round after a
     draft less probable than the threshold. (transformers also moves the threshold where scikit-learn is installed; this
-    one stays.)
+    one stays.) A new text begins with `length` again, as transformers' "heuristic_transient" does.
 
     exit_layer: the layers that draft, 1..L
     length:     drafts of a row's first round, transformers' `num_assistant_tokens`
@@ -28,9 +29,12 @@ class Heuristic:
         check_threshold(threshold)
         self.exit_layer, self.length, self.threshold = exit_layer, length, threshold
         self.lengths: dict[int, int] = {}  # by row number
+        self._is_new = NewText()
 
     def plan(self, session: Session) -> list[tuple[int, int]]:
         """Each row by what became of its last round."""
+        if self._is_new(session):
+            self.lengths = {}
         return [(self.exit_layer, self.lengths.get(row, self.length)) for row in session.row_numbers]
 
     def should_stop(self, confidence: Tensor, position: int) -> Tensor:
