@@ -7,7 +7,7 @@ Next: `policies.py`, which replays; `decoding.py`, which times strategies.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -64,10 +64,6 @@ class CheckedRun:
     measured_over_modelled: float
     modelled_speed_up: float
     measured_speed_up: float
-
-    def as_report(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
 
 def check_policies(

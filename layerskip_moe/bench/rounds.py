@@ -54,7 +54,10 @@ class TextRounds:
         chosen = text.experts[:, first:]
         sent = (chosen[..., None] == np.arange(config.num_experts)).any(axis=2)  # [M, N, E]
         # By place: [M, N - place], the different experts of that place and so many after it.
-        self._union = [np.logical_or.accumulate(sent[:, place:], axis=1).sum(axis=-1) for place in range(self.length)]
+        self._union = [
+            np.logical_or.accumulate(sent[:, place:], axis=1).sum(axis=-1, dtype=np.uint16)
+            for place in range(self.length)
+        ]
         self._seconds: dict[tuple[int, int, int], float] = {}
 
     def accepted(self, place: int, exit_layer: int, drafted: int) -> int:
@@ -77,7 +80,3 @@ class TextRounds:
             experts = self.experts(place, exit_layer, drafted) if self._moe_layers else None
             self._seconds[key] = self._cost.round_seconds([exit_layer], [drafted], experts)
         return self._seconds[key]
-
-    def plain_seconds(self) -> float:
-        """Of the whole continuation, decoded plainly."""
-        return sum(self.seconds(place, 0, 0) for place in range(self.length))

@@ -4,8 +4,8 @@
     layerskip-moe bench policies --trace runs/trace.npz --out runs/policies
     layerskip-moe bench policies --trace runs/trace.npz --checkpoint runs/main/model --check
 
-Beside them stand the best fixed pair of exit layer and draft length, and the oracle that knows the future. The same
-command prints the same numbers again: but for --check, nothing is timed.
+Beside them stand the best fixed pair of exit layer and draft length, and the oracle that knows the future. Without a
+checkpoint nothing is timed, and the same command prints the same numbers again.
 """
 
 # Next: `bench/policies.py`, which compares; `bench/policy_tables.py`, which says what the columns mean.
@@ -16,8 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from layerskip_moe.analysis.figures import save_figure
-from layerskip_moe.analysis.figures.policies import policy_map
+from layerskip_moe.analysis.figures import policy_map, save_figure
 from layerskip_moe.analysis.record_trace import model_fingerprint
 from layerskip_moe.analysis.trace import Trace, load_trace
 from layerskip_moe.bench.machine import describe_machine

@@ -79,4 +79,4 @@ def test_rounds_by_hand(small_model, invented_text, cost_of):
     unions = [len(np.unique(text.experts[layer, first + 1 : first + 4])) for layer in (2, 3)]
     assert rounds.experts(1, 2, 2) == [2, 2, *unions] and rounds.experts(1, 0, 0) == [2] * 4
     assert rounds.seconds(1, 2, 2) == pytest.approx(3 * 2 + 0.5 * 2 + 2 + 0.5 + 0.1 * (4 + sum(unions)))
-    assert rounds.plain_seconds() == pytest.approx(5 * (4 + 0.5 + 0.8))
+    assert rounds.seconds(4, 0, 0) == pytest.approx(4 + 0.5 + 0.8)
