@@ -8,7 +8,18 @@ import pytest
 
 from layerskip_moe.ablation import DecodingConfig, MeasureConfig, Variant
 from layerskip_moe.bench.networks import Network
-from layerskip_moe.cli import ablate, bench, calibrate, evaluate, generate, options, report, train
+from layerskip_moe.cli import (
+    ablate,
+    bench,
+    bench_policies,
+    calibrate,
+    evaluate,
+    generate,
+    options,
+    report,
+    trace,
+    train,
+)
 from layerskip_moe.cli.flags import fields_of, parse
 from layerskip_moe.cli.strategies import StrategyName, strategy_flags
 from layerskip_moe.generation import Autoregressive, EarlyExit, LayerSkipping, SelfSpeculative, Speculative
@@ -26,6 +37,8 @@ COMMANDS = [
     evaluate.Options,
     report.Options,
     bench.Options,
+    bench_policies.Options,
+    trace.Options,
 ]
 CONFIGS = [
     ModelConfig,

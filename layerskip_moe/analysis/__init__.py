@@ -1,7 +1,8 @@
 """What a trained model does, and the report that tells it.
 
 `exits.py`, `early_exit.py`, `expert_use.py`, `expert_choice.py`, `expert_union.py` and `continuations.py` measure,
-`figures/` shows, `report.py` tells; `calibrate.py` bounds what early exit may lose. Start reading at `exits.py`.
+`figures/` shows, `report.py` tells; `calibrate.py` bounds what early exit may lose; `record_trace.py` keeps
+what every exit says. Start reading at `exits.py`.
 """
 
 from layerskip_moe.analysis.calibrate import Calibration, calibrate_early_exit

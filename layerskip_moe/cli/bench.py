@@ -4,12 +4,13 @@
     layerskip-moe bench prefill --network qwen3 --peers hf --precisions float32,bfloat16
     layerskip-moe bench train --out train.json --plot train.png
     layerskip-moe bench memory --model runs/main/model
+    layerskip-moe bench policies --trace runs/trace.npz
 
 `layerskip-moe bench decode --help` lists that one's options. The peers are packages of their own: `pip install
 'layerskip-moe[bench]'` brings them all.
 """
 
-# Next: `bench/decode.py` and its neighbours, which measure; `bench/tables.py`, which tells.
+# Next: `bench/decode.py` and its neighbours, which measure; `bench/tables.py`, which tells; `bench_policies.py`.
 
 import difflib
 import json
@@ -32,6 +33,7 @@ from layerskip_moe.bench.prefill import PrefillSettings, prefill_benchmark
 from layerskip_moe.bench.scaling import scaling
 from layerskip_moe.bench.tables import result_text
 from layerskip_moe.bench.train import TrainSettings, train_benchmark
+from layerskip_moe.cli import bench_policies
 from layerskip_moe.cli.flags import fields_of, parse
 from layerskip_moe.constants import pick_device
 from layerskip_moe.files import plain, replacing
@@ -69,9 +71,13 @@ def run(arguments: list[str]) -> None:
     if name in ("--help", "-h"):
         print(__doc__.strip())
         return
+    if name == "policies":  # of a trace, not of a network
+        bench_policies.run(arguments[1:])
+        return
     if name not in SETTINGS:
-        close = difflib.get_close_matches(name, SETTINGS, n=1)
-        advice = f"did you mean {close[0]}?" if close else f"give one of {', '.join(SETTINGS)}, or --help."
+        known = [*SETTINGS, "policies"]
+        close = difflib.get_close_matches(name, known, n=1)
+        advice = f"did you mean {close[0]}?" if close else f"give one of {', '.join(known)}, or --help."
         raise ValueError(
             f"{name!r} is nothing to measure; {advice}" if name else f"there is nothing to measure; {advice}"
         )

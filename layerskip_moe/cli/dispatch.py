@@ -6,6 +6,7 @@
     layerskip-moe report     measure a trained model whole, and write it down with pictures
     layerskip-moe export     write a checkpoint for transformers (vLLM, SGLang) or for llama.cpp
     layerskip-moe calibrate  early exit whose loss is bounded, with a guarantee
+    layerskip-moe trace      what every exit says of texts, to compare drafting policies on
     layerskip-moe ablate     what changes of network and recipe cost and buy, over several seeds
     layerskip-moe bench      decoding, prompts, training and memory, timed beside transformers and llama.cpp
 
@@ -23,7 +24,7 @@ from collections.abc import Sequence
 
 from layerskip_moe.constants import user_error
 
-COMMANDS = ("train", "generate", "evaluate", "report", "export", "calibrate", "ablate", "bench")
+COMMANDS = ("train", "generate", "evaluate", "report", "export", "calibrate", "trace", "ablate", "bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

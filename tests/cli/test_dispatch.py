@@ -46,7 +46,7 @@ def test_a_closed_pipe_is_no_error():
     [
         (
             [],
-            "there is no command; give one of train, generate, evaluate, report, export, calibrate, ablate, bench, or",
+            "there is no command; give one of train, generate, evaluate, report, export, calibrate, trace, ablate,",
         ),
         (["trian"], "'trian' is no command of layerskip-moe; did you mean train?"),
         (["--checkpoint", "x"], "'--checkpoint' is no command of layerskip-moe; give one of"),

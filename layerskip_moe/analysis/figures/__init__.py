@@ -22,6 +22,7 @@ from layerskip_moe.analysis.figures.exits import (
     perplexity_by_exit,
 )
 from layerskip_moe.analysis.figures.experts import balance_over_training, expert_heat_map, expert_tokens
+from layerskip_moe.analysis.figures.policies import policy_map
 from layerskip_moe.analysis.figures.recipe import exit_curriculum, layer_dropout_schedule
 from layerskip_moe.analysis.figures.training import loss_curves, step_parts
 from layerskip_moe.analysis.figures.two_runs import comparison
@@ -42,6 +43,7 @@ __all__ = [
     "layer_dropout_schedule",
     "loss_curves",
     "perplexity_by_exit",
+    "policy_map",
     "quality",
     "save_figure",
     "speed_up_contour",

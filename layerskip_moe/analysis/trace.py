@@ -1,0 +1,156 @@
+"""A trace: what every exit layer would say at every position of some texts, and how sure it is, in one file.
+
+On a text that the model wrote itself, drafts are that very text up to the first one that is refused. So how many drafts
+a round accepts, whatever drafted them, can be read off, and drafting policies can be compared without decoding again.
+
+L layers, M MoE layers, K experts chosen, T tokens of a text; state p, one of T - 1, is asked for token p + 1.
+Knows nothing of models or policies. Next: `record_trace.py`, which makes one; `bench/replay.py`, which reads it.
+"""
+
+import json
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from layerskip_moe.files import plain, replacing
+from layerskip_moe.nn import ModelConfig
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+_VERSION = 1  # of the file
+_PER_STATE = ("said", "confidence", "certainty", "experts")
+
+
+@dataclass(frozen=True)
+class TracedText:
+    """One text: a prompt and what the model made of it, or held-out text alone.
+
+    Attributes:
+        tokens: [T] the text's token ids
+        prompt_length: how many of them were given, 1..T; what follows is the model's own choice, the last layer's
+        temperature: at which that was chosen, and everything here is said; 0 is greedy
+        seed: of the noise, whose row is 0
+        said: [L, T - 1] the token that each layer says, with the temperature and noise of its position: just what it
+            would draft there
+        confidence: [L, T - 1] float32, the probability that the layer gives it
+        certainty: [L, T - 1] float32, the softmax of what it was chosen by (logits over temperature, plus noise) at the
+            choice: confidence itself where greedy
+        experts: [M, T - 1, K] the experts chosen, by MoE layer, rising
+    """
+
+    tokens: Array
+    prompt_length: int
+    temperature: float
+    seed: int
+    said: Array
+    confidence: Array
+    certainty: Array
+    experts: Array
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the model wrote any of it."""
+        return self.prompt_length < len(self.tokens)
+
+    @property
+    def agreement(self) -> Array:
+        """[L, T - 1] bool: where each layer says what the last one says."""
+        return self.said == self.said[-1]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Texts of one model.
+
+    Attributes:
+        texts: continuations, prompt by prompt within a temperature, and held-out text
+        config: the model's
+        about: plain values: `checkpoint`, the model's `fingerprint`, `text`, `machine`, `command`, `cost_model`, ...
+    """
+
+    texts: list[TracedText]
+    config: ModelConfig
+    about: dict[str, Any]
+
+    def continuations(self) -> dict[float, list[TracedText]]:
+        """What the model wrote itself, by temperature, in the order of recording."""
+        found: dict[float, list[TracedText]] = {}
+        for text in self.texts:
+            if text.is_own:
+                found.setdefault(text.temperature, []).append(text)
+        return found
+
+
+def save_trace(trace: Trace, path: str | Path) -> None:
+    """Write one .npz: arrays over all texts, one after the other, as small integers, and a header in JSON."""
+    config = trace.config
+    header = {
+        "version": _VERSION,
+        "about": trace.about,
+        "config": config,
+        "texts": [
+            {
+                "tokens": len(text.tokens),
+                "prompt_length": text.prompt_length,
+                "temperature": text.temperature,
+                "seed": text.seed,
+            }
+            for text in trace.texts
+        ],
+    }
+    arrays: dict[str, Any] = {"tokens": np.concatenate([text.tokens for text in trace.texts])}
+    for name in _PER_STATE:
+        arrays[name] = np.concatenate([getattr(text, name) for text in trace.texts], axis=1)
+    for name, count in (("tokens", config.vocab_size), ("said", config.vocab_size), ("experts", config.num_experts)):
+        arrays[name] = arrays[name].astype(np.min_scalar_type(max(count - 1, 0)))
+    arrays["header"] = np.frombuffer(json.dumps(plain(header), allow_nan=False).encode(), dtype=np.uint8)
+    with replacing(Path(path)) as beside, open(beside, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def load_trace(path: str | Path) -> Trace:
+    """What `save_trace` wrote. Raises ValueError for any other file, one of another version, or a damaged one, and
+    OSError where there is none."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("header", "tokens", *_PER_STATE)}
+        header = json.loads(arrays["header"].tobytes())
+        version, config = header["version"], header["config"]
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a trace, or is damaged; `layerskip-moe trace` writes one.") from error
+    if version != _VERSION:
+        raise ValueError(
+            f"{path} is a trace of version {version}, and this library reads version {_VERSION}; record it anew."
+        )
+    config = ModelConfig(**config)
+    _check_shapes(path, arrays, config, [entry["tokens"] for entry in header["texts"]])
+    return Trace(list(_texts(header["texts"], arrays)), config, header["about"])
+
+
+def _check_shapes(path: str | Path, arrays: dict[str, Array], config: ModelConfig, lengths: list[int]) -> None:
+    """Raise ValueError unless the arrays hold texts of these lengths."""
+    moe_layers = sum(map(config.is_moe, range(config.n_layers)))
+    states = sum(lengths) - len(lengths)
+    expected: dict[str, tuple[int, ...]] = {
+        "tokens": (sum(lengths),),
+        "experts": (moe_layers, states, config.top_k if moe_layers else 0),
+        **{name: (config.n_layers, states) for name in ("said", "confidence", "certainty")},
+    }
+    for name, shape in expected.items():
+        if arrays[name].shape != shape:
+            raise ValueError(f"{path} is damaged: its {name} have shape {arrays[name].shape}, not {shape}.")
+
+
+def _texts(entries: list[dict[str, Any]], arrays: dict[str, Array]) -> Iterator[TracedText]:
+    """The arrays cut into texts."""
+    token = state = 0
+    for entry in entries:
+        length = entry.pop("tokens")
+        parts: dict[str, Any] = {name: arrays[name][:, state : state + length - 1] for name in _PER_STATE}
+        yield TracedText(tokens=arrays["tokens"][token : token + length], **entry, **parts)
+        token, state = token + length, state + length - 1

@@ -1,0 +1,135 @@
+"""Replay: a drafting policy, as it is, meets the rounds of a traced text instead of a model.
+
+The policy is asked and told what `SelfSpeculative` would ask and tell it, one prompt after another, each a batch of its
+own. How many drafts are accepted is exact; a round lasts as long as a cost model says, so every replay is the same.
+Three things that a policy may see are not in a trace: what is drafted after the first refused draft, where the text's
+own places stand in (so a `should_stop` may end a round's last, refused drafts elsewhere); the model itself, of which a
+session here has the config alone; and the clock. What it costs to ask is not in a round's seconds either: rounds with
+`shadow` or `should_stop` take longer than they do here, which `policies_check.py` shows.
+
+L layers, T places of a round.
+Knows nothing of how policies are compared. Next: `policies.py`, which does; `rounds.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+
+from layerskip_moe.bench.rounds import TextRounds
+from layerskip_moe.generation import Sampling, Session
+from layerskip_moe.generation.policies.policy import Policy, RoundReport
+from layerskip_moe.nn import ModelConfig
+
+
+@dataclass(frozen=True)
+class ReplayedRound:
+    """One round.
+
+    Attributes:
+        exit_layer: the layers that drafted, 0 where nothing was to be drafted
+        drafted: tokens drafted and verified
+        accepted: of them
+        experts: how many different ones verification read, by MoE layer
+        seconds: by the cost model
+    """
+
+    exit_layer: int
+    drafted: int
+    accepted: int
+    experts: list[int]
+    seconds: float
+
+
+@dataclass
+class ReplaySession:
+    """What stands in for `Session` in `plan`: of one row, those of its attributes that a plan may depend on.
+
+    model has nothing but its `config`.
+    """
+
+    model: SimpleNamespace
+    sampling: Sampling
+    row_numbers: list[int]
+    remaining: list[int]
+    max_new_tokens: int
+    newest: torch.Tensor
+
+
+def replay(texts: Sequence[TextRounds], policy: Policy, config: ModelConfig) -> list[list[ReplayedRound]]:
+    """The rounds of each text, one after another, by a policy that goes on learning.
+
+    Raises ValueError for a plan that `SelfSpeculative` would refuse.
+    """
+    return [_replay_text(text, policy, config) for text in texts]
+
+
+def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[ReplayedRound]:
+    session = ReplaySession(
+        model=SimpleNamespace(config=config),
+        sampling=Sampling(text.text.temperature, seed=text.text.seed),
+        row_numbers=[0],
+        remaining=[text.length],
+        max_new_tokens=text.length,
+        newest=torch.tensor([[int(text.text.tokens[text.text.prompt_length - 1])]]),
+    )
+    rounds: list[ReplayedRound] = []
+    place = 0
+    while place < text.length:
+        [(exit_layer, length)] = policy.plan(cast(Session, session))
+        if length < 0 or (length and not 1 <= exit_layer <= config.n_layers):
+            raise ValueError(
+                f"the policy planned exit layer {exit_layer} and {length} drafts; exit layers are 1 to "
+                f"{config.n_layers}, and 0 drafts or more."
+            )
+        limit = min(length, session.remaining[0] - 1)
+        exit_layer = exit_layer if limit else 0
+        drafted, confidences = _draft(text, place, exit_layer, limit, policy)
+        accepted = text.accepted(place, exit_layer, drafted)
+        experts, seconds = text.experts(place, exit_layer, drafted), text.seconds(place, exit_layer, drafted)
+        places = slice(place, place + drafted + 1)
+        place += accepted + 1
+        session.remaining, session.newest = [text.length - place], _tokens(text.tokens[place - 1 : place])
+        report = RoundReport(
+            rows=[0],
+            exit_layers=[exit_layer],
+            drafted=[drafted],
+            accepted=[accepted],
+            confidences=[confidences],
+            seconds=seconds,
+            tokens=_tokens(text.tokens[places]),
+            counts=torch.tensor([accepted + 1]),
+            experts=experts if experts and getattr(policy, "experts", False) else None,
+            shadow=_tokens(text.said[:, places]) if policy.shadow else None,
+        )
+        policy.observe(report)
+        rounds.append(ReplayedRound(exit_layer, drafted, accepted, experts, seconds))
+    return rounds
+
+
+def _draft(text: TextRounds, place: int, exit_layer: int, limit: int, policy: Policy) -> tuple[int, list[float]]:
+    """How many drafts are verified, of at most `limit`, and their confidences where the policy asks for them.
+
+    A policy with `give_up_below`, a number for each row, throws the draft away at which the product of the round's
+    certainties falls below it; what that draft cost is what the layers that drafted cost at a round's last place.
+    """
+    below, should_stop = getattr(policy, "give_up_below", None), policy.should_stop
+    confidences: list[float] = []
+    together = 1.0
+    for draft in range(limit):
+        together *= float(text.certainty[exit_layer - 1, place + draft])
+        if below is not None and together < below[0]:
+            return draft, confidences
+        if should_stop is not None:
+            confidence = torch.from_numpy(text.confidence[exit_layer - 1, place + draft, None].copy())
+            confidences.append(float(confidence))
+            if draft + 1 < limit and bool(should_stop(confidence, draft)):
+                return draft + 1, confidences
+    return limit, confidences
+
+
+def _tokens(of_row: Any) -> torch.Tensor:
+    """[...] -> [1, ...] int64."""
+    return torch.from_numpy(of_row.astype("int64"))[None]

@@ -1,0 +1,82 @@
+"""What any round of self-speculation would do to a traced text: drafts accepted, experts read, seconds by a cost model.
+
+A round at place n has n tokens of the continuation behind it. Its drafts are the text itself up to the first one that
+the full model refuses; what is drafted after that, no trace has. Which experts those last drafts are sent to is taken
+to be what the text's own tokens at their places are; everything else here is exact.
+
+L layers, M MoE layers, N tokens of a continuation, E experts, K chosen.
+Knows nothing of policies. Next: `replay.py`, which asks one for every round; `oracle.py`, which knows the future.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from layerskip_moe.analysis.trace import TracedText
+from layerskip_moe.nn import ModelConfig
+
+
+class RoundCost(Protocol):
+    """What is asked of a cost model: of `CostModel`, or of any object that stands in for it."""
+
+    def round_seconds(
+        self, exit_layers: Sequence[int], drafted: Sequence[int], experts: Sequence[float] | None = None
+    ) -> float:
+        """Seconds of a round. By row: the layers that drafted (0: none) and the drafts; by MoE layer: how many
+        different experts verification reads."""
+
+
+class TextRounds:
+    """The rounds that one continuation may be made of.
+
+    text:       it and its prompt
+    agreeing:   [L, N + 1] from each place on, how many tokens in a row each layer would say right
+    confidence: [L, N] of what each layer says at each place, as in `TracedText`, whose prompt is left out here
+    certainty:  [L, N], likewise
+    """
+
+    def __init__(self, text: TracedText, config: ModelConfig, cost: RoundCost) -> None:
+        assert text.is_own, "rounds are of what the model wrote"
+        self.text, self._config, self._cost = text, config, cost
+        first = text.prompt_length - 1
+        self.said, self.confidence, self.certainty = (
+            part[:, first:] for part in (text.said, text.confidence, text.certainty)
+        )
+        self.tokens = text.tokens[text.prompt_length :]
+        self.length = len(self.tokens)
+        assert (self.said[-1] == self.tokens).all(), "the text is the last layer's"
+        self.agreeing = np.zeros((len(self.said), self.length + 1), dtype=np.int64)
+        for place in reversed(range(self.length)):
+            right = self.said[:, place] == self.tokens[place]
+            self.agreeing[:, place] = np.where(right, self.agreeing[:, place + 1] + 1, 0)
+        self._moe_layers = [layer for layer in range(config.n_layers) if config.is_moe(layer)]
+        chosen = text.experts[:, first:]
+        sent = (chosen[..., None] == np.arange(config.num_experts)).any(axis=2)  # [M, N, E]
+        # By place: [M, N - place], the different experts of that place and so many after it.
+        self._union = [
+            np.logical_or.accumulate(sent[:, place:], axis=1).sum(axis=-1, dtype=np.uint16)
+            for place in range(self.length)
+        ]
+        self._seconds: dict[tuple[int, int, int], float] = {}
+
+    def accepted(self, place: int, exit_layer: int, drafted: int) -> int:
+        """How many of that many drafts of that layer the full model agrees with."""
+        return min(int(self.agreeing[exit_layer - 1, place]), drafted) if drafted else 0
+
+    def experts(self, place: int, exit_layer: int, drafted: int) -> list[int]:
+        """By MoE layer, how many different experts verification reads. The layers that drafted run over the last place
+        alone, the others over the newest token and all drafts."""
+        union = self._union[place][:, drafted].tolist()
+        return [
+            self._config.top_k if layer < exit_layer else read
+            for layer, read in zip(self._moe_layers, union, strict=True)
+        ]
+
+    def seconds(self, place: int, exit_layer: int, drafted: int) -> float:
+        """By the cost model; exit_layer 0 with no drafts is a step of plain decoding."""
+        key = place, exit_layer, drafted
+        if key not in self._seconds:
+            experts = self.experts(place, exit_layer, drafted) if self._moe_layers else None
+            self._seconds[key] = self._cost.round_seconds([exit_layer], [drafted], experts)
+        return self._seconds[key]

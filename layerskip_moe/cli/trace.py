@@ -1,0 +1,124 @@
+"""Record what every exit would say, in a file that drafting policies are compared on without decoding again.
+
+    layerskip-moe trace --checkpoint runs/main/model --out runs/trace.npz
+    layerskip-moe trace --checkpoint runs/main/model --out story.npz --prompts story.txt --temperatures 0.8
+    layerskip-moe bench policies --trace runs/trace.npz
+
+Held-out prompts are continued plainly, greedily and sampled, and held-out text is read as it stands: at each position,
+for each layer, the token it says, how sure it is, and where the routers sent it.
+"""
+
+# Next: `analysis/record_trace.py`, which does it; `bench_policies.py`, which reads the file.
+
+import random
+import shlex
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from layerskip_moe.analysis.record_trace import model_fingerprint, record_texts
+from layerskip_moe.analysis.trace import Trace, save_trace
+from layerskip_moe.bench.machine import describe_machine
+from layerskip_moe.cli.flags import parse
+from layerskip_moe.cli.options import Precision, Text, load_network, load_text
+from layerskip_moe.generation.cost_model import fit_cost_model
+from layerskip_moe.pretrained import load_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which model, on what.
+
+    Attributes:
+        checkpoint: folder of a model and its tokenizer, such as train's <out-dir>/model, or owner/name on the Hugging
+            Face hub
+        out: the .npz to write
+        prompts: a text file that prompts and held-out texts are cut from; None: the held-out part of the dataset
+        num_prompts: how many prompts are continued, at each temperature
+        prompt_length: tokens of each
+        max_new_tokens: tokens decoded after it
+        temperatures: 0 is greedy
+        num_windows: held-out texts that are read as they stand
+        window_length: tokens of each, 2 or more
+        seed: of the draw of the texts, and of sampling
+        device: cpu, cuda, cuda:1, ...; None: a GPU where there is one
+        dtype: what to compute in; None: as the weights are stored
+    """
+
+    checkpoint: str
+    out: str
+    prompts: str | None = None
+    num_prompts: int = 20
+    prompt_length: int = 32
+    max_new_tokens: int = 128
+    temperatures: tuple[float, ...] = (0.0, 0.8)
+    num_windows: int = 10
+    window_length: int = 128
+    seed: int = 0
+    device: str | None = None
+    dtype: Precision | None = None
+
+
+def run(arguments: list[str]) -> None:
+    """`layerskip-moe trace`."""
+    options, text = parse("layerskip-moe trace", __doc__, {"trace": Options, "text": Text}, arguments)
+    for name, least in (("num_prompts", 1), ("prompt_length", 1), ("num_windows", 0), ("window_length", 2)):
+        if getattr(options, name) < least:
+            raise ValueError(f"{name}={getattr(options, name)} must be {least} or more.")
+    tokenizer = load_tokenizer(options.checkpoint)  # before the weights, which take longer
+    prompts, held_out = _texts(options, text, tokenizer)
+    model = load_network(options.checkpoint, options.device, options.dtype)
+    texts = record_texts(
+        model,
+        prompts,
+        held_out,
+        max_new_tokens=options.max_new_tokens,
+        temperatures=options.temperatures,
+        seed=options.seed,
+    )
+    about = {
+        "command": shlex.join(["layerskip-moe", "trace", *arguments]),
+        "checkpoint": options.checkpoint,
+        "fingerprint": model_fingerprint(model),
+        "text": options.prompts or text.dataset,
+        "machine": describe_machine(model.device),
+        "cost_model": asdict(fit_cost_model(model)),
+    }
+    save_trace(Trace(texts, model.config, about), options.out)
+    print(
+        f"{len(prompts)} prompts of {options.prompt_length} tokens, continued by {options.max_new_tokens} at each of "
+        f"{len(options.temperatures)} temperatures, and {len(held_out)} texts of {options.window_length} tokens"
+    )
+    print(options.out)
+
+
+def _texts(options: Options, text: Text, tokenizer: "Tokenizer") -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts, and texts to be read, none of which overlaps another of its kind."""
+    wanted = ((options.num_prompts, options.prompt_length), (options.num_windows, options.window_length))
+    if options.prompts is None:
+        corpus = load_text(text, tokenizer)
+        prompts, held_out = (
+            corpus.validation_prompts(count, length, seed=options.seed) if count else [] for count, length in wanted
+        )
+        return prompts, held_out
+    try:
+        written = Path(options.prompts).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"--prompts {options.prompts} cannot be read as text in UTF-8 ({error}).") from None
+    ids = tokenizer.encode(written, add_special_tokens=False).ids
+    prompts, held_out = (_stretches(ids, count, length, options) for count, length in wanted)
+    return prompts, held_out
+
+
+def _stretches(ids: list[int], count: int, length: int, options: Options) -> list[list[int]]:
+    """`count` stretches of a text, drawn by the seed."""
+    starts = range(0, len(ids) - length + 1, length)
+    if len(starts) < count:
+        raise ValueError(
+            f"{options.prompts} holds {len(starts)} stretches of {length} tokens, not {count}; give a longer text, or "
+            "ask for fewer or shorter ones."
+        )
+    return [ids[start : start + length] for start in random.Random(options.seed).sample(starts, count)]

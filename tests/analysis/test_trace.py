@@ -1,0 +1,151 @@
+"""Traces: what is recorded is what drafting would say, to the last bit; and the file gives it back."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from layerskip_moe.analysis.record_trace import model_fingerprint, record_texts
+from layerskip_moe.analysis.trace import Trace, load_trace, save_trace
+from layerskip_moe.generation import Sampling, generate
+from layerskip_moe.generation.sampling import gumbel_noise, log_probabilities
+
+PROMPTS = [[3, 1, 4, 1, 5], [9]]
+
+
+@pytest.fixture
+def model(decoder):
+    return decoder(dtype=torch.float32, moe_layers=(0, 2))
+
+
+def test_continuations_are_plain_decoding_s(model):
+    texts = record_texts(model, PROMPTS, max_new_tokens=9, temperatures=(0.0, 0.7), seed=4, progress=False)
+    assert [(text.temperature, text.seed) for text in texts] == [(0.0, 4), (0.0, 5), (0.7, 4), (0.7, 5)]
+    for text, prompt in zip(texts, PROMPTS * 2, strict=True):
+        out = generate(model, [prompt], max_new_tokens=9, temperature=text.temperature, seed=text.seed)
+        assert text.tokens.tolist() == [*prompt, *out.tokens[0]]
+        assert text.prompt_length == len(prompt) and text.is_own
+        assert text.said[-1, len(prompt) - 1 :].tolist() == out.tokens[0]
+    assert model.training, "as it was found"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_every_layer_is_asked_at_every_position(model, temperature):
+    """Against one pass over the finished text, layer by layer, with each position's noise."""
+    [text] = record_texts(model, PROMPTS[:1], max_new_tokens=8, temperatures=[temperature], seed=2, progress=False)
+    tokens = torch.from_numpy(text.tokens)[None, :-1]
+    length, layers = tokens.shape[1], range(model.config.n_layers)
+    positions = torch.arange(length)[None]
+    sampling, rows = Sampling(temperature, seed=2), torch.tensor([0])
+    with torch.no_grad():
+        output = model.eval().run(model.embed(tokens), layers, positions=positions, collect=layers)
+        logits = torch.stack([model.unembed(output.collected[layer])[0] for layer in layers])
+    if temperature:
+        logs = log_probabilities(logits, sampling)
+        scores = logs + gumbel_noise(2, rows, positions + 1, model.config.vocab_size)[0]
+    else:
+        logs = logits.log_softmax(-1)
+        scores = logs
+    chosen = scores.argmax(-1, keepdim=True)
+    assert text.said.tolist() == chosen[..., 0].tolist()
+    assert text.confidence == pytest.approx(logs.exp().gather(-1, chosen)[..., 0].numpy(), abs=1e-4)
+    assert text.certainty == pytest.approx(scores.softmax(-1).gather(-1, chosen)[..., 0].numpy(), abs=1e-4)
+    assert text.agreement.tolist() == (chosen[..., 0] == chosen[-1, :, 0]).tolist()
+    assert text.experts.shape == (2, length, 2)
+    for index, layer in enumerate((0, 2)):
+        assert np.sort(text.experts[index]).tolist() == output.chosen[layer].sort(-1).values.tolist()
+
+
+def test_held_out_text_is_read_as_it_stands(model, tokens):
+    given = tokens(20).tolist()
+    text = record_texts(model, PROMPTS, [given], max_new_tokens=1, progress=False)[-1]
+    assert text.tokens.tolist() == given and not text.is_own and text.temperature == 0
+    with torch.no_grad():
+        said = model.eval()(torch.tensor([given[:-1]]))[0].argmax(-1)
+    assert text.said[-1].tolist() == said.tolist()
+    assert (text.confidence == text.certainty).all()
+
+
+def test_a_dense_model_has_no_experts(decoder):
+    [text] = record_texts(
+        decoder(num_experts=0), [[1, 2]], max_new_tokens=3, temperatures=[0.0], compile=False, progress=False
+    )
+    assert text.experts.shape == (0, 4, 0)
+    assert text.said.shape == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"prompts": PROMPTS, "temperatures": (0.0, 0.0)}, "temperatures=\\[0.0, 0.0\\] must differ"),
+        ({"prompts": PROMPTS, "temperatures": (-1.0,)}, "temperature=-1.0 must be 0"),
+        ({"prompts": [[]]}, "prompt 0 is empty"),
+        ({"prompts": PROMPTS, "max_new_tokens": 0}, "max_new_tokens=0 must be 1 or more"),
+        ({"prompts": PROMPTS, "held_out": [[1]]}, "a held-out text has 1 tokens; it takes 2 at least"),
+        ({"prompts": PROMPTS, "held_out": [[1] * 33]}, "max_seq_len=32 at most"),
+        ({"prompts": PROMPTS, "held_out": [[1, 17]]}, "holds token id 17, but the vocabulary has ids 0 to 16"),
+        ({"prompts": [], "held_out": [[1, 2]]}, "there are no prompts"),
+    ],
+)
+def test_what_cannot_be_recorded(model, arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        record_texts(model, **{"max_new_tokens": 2, "progress": False, **arguments})
+
+
+def test_fingerprints_tell_models_apart(decoder):
+    one, other = decoder(), decoder()
+    assert model_fingerprint(one) == model_fingerprint(other)
+    with torch.no_grad():
+        other.norm.weight[0] += 1e-3
+    assert model_fingerprint(one) != model_fingerprint(other)
+    assert model_fingerprint(one) != model_fingerprint(decoder(dtype=torch.float32))
+
+
+@pytest.fixture
+def trace(model):
+    texts = record_texts(model, PROMPTS, [[5, 6, 7]], max_new_tokens=4, temperatures=(0.0, 0.5), progress=False)
+    return Trace(texts, model.config, {"checkpoint": "here", "cost_model": {"step": 1.5}})
+
+
+def test_a_file_gives_back_the_trace(trace, tmp_path):
+    path = tmp_path / "new" / "trace.npz"
+    save_trace(trace, path)
+    again = load_trace(path)
+    assert again.config == trace.config and again.about == trace.about
+    assert len(again.texts) == 5 and [len(texts) for texts in again.continuations().values()] == [2, 2]
+    for one, other in zip(again.texts, trace.texts, strict=True):
+        assert (one.prompt_length, one.temperature, one.seed) == (other.prompt_length, other.temperature, other.seed)
+        for name in ("tokens", "said", "confidence", "certainty", "experts"):
+            assert np.array_equal(getattr(one, name), getattr(other, name)), name
+    assert again.texts[0].said.dtype == again.texts[0].experts.dtype == np.uint8
+    assert [file.name for file in path.parent.iterdir()] == ["trace.npz"]
+
+
+def test_files_that_are_no_trace(trace, tmp_path):
+    path = tmp_path / "trace.npz"
+    with pytest.raises(FileNotFoundError):
+        load_trace(path)
+    path.write_text("a story")
+    with pytest.raises(ValueError, match=r"trace\.npz is not a trace, or is damaged; `layerskip-moe trace` writes one"):
+        load_trace(path)
+    np.savez(path, tokens=np.zeros(3))
+    with pytest.raises(ValueError, match="is not a trace"):
+        load_trace(path)
+    save_trace(trace, path)
+    whole = path.read_bytes()
+    for kept in (len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(ValueError, match="is not a trace, or is damaged"):
+            load_trace(path)
+    path.write_bytes(whole)
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path, **{**arrays, "said": arrays["said"][:, 1:]})
+    with pytest.raises(ValueError, match="is damaged: its said have shape"):
+        load_trace(path)
+    header = json.loads(arrays["header"].tobytes())
+    words = json.dumps({**header, "version": 7}).encode()
+    np.savez(path, **{**arrays, "header": np.frombuffer(words, dtype=np.uint8)})
+    with pytest.raises(ValueError, match="of version 7, and this library reads version 1; record it anew"):
+        load_trace(path)

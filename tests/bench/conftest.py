@@ -1,0 +1,59 @@
+"""What the tests of replays share: a tiny decoder, texts that were never written, and a cost model of three numbers."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from layerskip_moe.analysis.trace import TracedText
+from layerskip_moe.nn import ModelConfig, MoEDecoder
+
+
+@functools.cache
+def _small_model(**fields):
+    sizes = dict(vocab_size=23, n_layers=4, d_model=16, n_heads=2, d_ff=16, num_experts=6, top_k=2, max_seq_len=64)
+    return MoEDecoder(ModelConfig(**{**sizes, "init_std": 0.35, **fields}), seed=3).eval()
+
+
+@pytest.fixture(scope="session")
+def small_model():
+    """small_model(**ModelConfig fields) -> random weights whose layers agree now and then; the same for the same."""
+    return _small_model
+
+
+@pytest.fixture(scope="session")
+def invented_text():
+    """invented_text(config, right, seed=0) -> a text of len(right[0]) tokens after a prompt of 2; layer i + 1 is right
+    where right[i] says so, the last layer everywhere."""
+
+    def build(config, right, seed=0):
+        draws = np.random.default_rng(seed)
+        right = np.array([*right, [True] * len(right[0])], dtype=bool)
+        states = right.shape[1] + 1
+        tokens = draws.integers(config.vocab_size, size=states + 1)
+        said = np.repeat(tokens[None, 1:], len(right), axis=0)
+        said[:, 1:] = np.where(right, said[:, 1:], (said[:, 1:] + 1) % config.vocab_size)
+        moe_layers = sum(map(config.is_moe, range(config.n_layers)))
+        experts = draws.random((moe_layers, states, config.num_experts)).argsort(axis=-1)[..., : config.top_k]
+        confidence = draws.random(said.shape).astype(np.float32)
+        return TracedText(tokens, 2, 0.0, seed, said, confidence, confidence, experts)
+
+    return build
+
+
+class _Cost:
+    """1 for each layer a draft or a place runs through, 0.5 for each pass of the head, 0.1 for each expert read."""
+
+    def __init__(self, n_layers):
+        self.n_layers = n_layers
+
+    def round_seconds(self, exit_layers, drafted, experts=None):
+        [exit_layer], [drafts] = exit_layers, drafted
+        drafting = (drafts + 1) * exit_layer + 0.5 * drafts
+        return drafting + self.n_layers - exit_layer + 0.5 + 0.1 * sum(experts or [])
+
+
+@pytest.fixture(scope="session")
+def cost_of():
+    """cost_of(n_layers) -> a cost model."""
+    return _Cost

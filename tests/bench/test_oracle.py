@@ -1,0 +1,82 @@
+"""The oracle against every way there is to make a short text, and fixed pairs against their replay."""
+
+import functools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerskip_moe.bench.oracle import fixed_seconds, oracle
+from layerskip_moe.bench.replay import replay
+from layerskip_moe.bench.rounds import TextRounds
+from layerskip_moe.generation.policies import Fixed
+
+
+def rows(length):
+    """Where three layers are right."""
+    return st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=3, max_size=3)
+
+
+def by_brute_force(text, exit_layers):
+    """Least seconds, over drafts of all lengths, longer than what is accepted too."""
+
+    @functools.cache
+    def least(place):
+        if place == text.length:
+            return 0.0
+        found = [text.seconds(place, 0, 0) + least(place + 1)]
+        for layer in exit_layers:
+            for drafted in range(1, text.length - place):
+                after = place + text.accepted(place, layer, drafted) + 1
+                found.append(text.seconds(place, layer, drafted) + least(after))
+        return min(found)
+
+    return least(0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    right=st.integers(1, 12).flatmap(rows),
+    seed=st.integers(0, 99),
+    exits=st.sampled_from([[1, 2, 3], [2], [3, 1]]),
+)
+def test_oracle_is_the_best_of_all_ways(small_model, invented_text, cost_of, right, seed, exits):
+    text = TextRounds(invented_text(small_model().config, right, seed), small_model().config, cost_of(4))
+    rounds, place, seconds = oracle(text, exits), 0, 0.0
+    for layer, drafted in rounds:
+        assert layer in (exits if drafted else [0]) and text.accepted(place, layer, drafted) == drafted
+        seconds += text.seconds(place, layer, drafted)
+        place += drafted + 1
+    assert place == text.length
+    assert seconds == pytest.approx(by_brute_force(text, exits))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    right=rows(9),
+    layer=st.integers(1, 3),
+    length=st.integers(0, 12),
+)
+def test_fixed_pairs_take_what_their_replay_takes(small_model, invented_text, cost_of, right, layer, length):
+    config = small_model().config
+    text = TextRounds(invented_text(config, right), config, cost_of(4))
+    [rounds] = replay([text], Fixed(layer, length), config)
+    assert fixed_seconds(text, layer, length) == pytest.approx(sum(round.seconds for round in rounds))
+    assert sum(round.accepted + 1 for round in rounds) == 9
+
+
+def test_rounds_by_hand(small_model, invented_text, cost_of):
+    """Layer 2 is right at places 0, 1 and 3; experts of layers 2 and 3 (from 0) are those of all places, of the others
+    those of one."""
+    config = small_model().config
+    text = invented_text(config, [[False] * 5, [True, True, False, True, False], [True] * 5])
+    rounds = TextRounds(text, config, cost_of(4))
+    assert [rounds.accepted(place, 2, 3) for place in range(5)] == [2, 1, 0, 1, 0]
+    assert [rounds.accepted(0, layer, 4) for layer in (1, 3, 4)] == [0, 4, 4]
+    assert rounds.accepted(0, 3, 2) == 2 and rounds.accepted(0, 0, 0) == 0
+    first = text.prompt_length - 1
+    unions = [len(np.unique(text.experts[layer, first + 1 : first + 4])) for layer in (2, 3)]
+    assert rounds.experts(1, 2, 2) == [2, 2, *unions] and rounds.experts(1, 0, 0) == [2] * 4
+    assert rounds.seconds(1, 2, 2) == pytest.approx(3 * 2 + 0.5 * 2 + 2 + 0.5 + 0.1 * (4 + sum(unions)))
+    assert rounds.seconds(4, 0, 0) == pytest.approx(4 + 0.5 + 0.8)

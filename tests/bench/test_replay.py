@@ -1,0 +1,199 @@
+"""Replays against real decoding: the same rounds, and policies are told the same of them."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from layerskip_moe.analysis.record_trace import record_texts
+from layerskip_moe.bench.policies import compare_policies
+from layerskip_moe.bench.policies_check import WatchedPolicy, check_policies
+from layerskip_moe.bench.replay import replay
+from layerskip_moe.bench.rounds import TextRounds
+from layerskip_moe.generation import SelfSpeculative, generate
+from layerskip_moe.generation.policies import DEL, DraftVerify, Fixed, Heuristic
+
+PROMPTS = [[3, 9, 21], [5], [7, 7, 2, 1]]
+NEW = 16
+
+
+@pytest.fixture(scope="module", params=[0.0, 0.8], ids=["greedy", "sampled"])
+def texts(request, small_model):
+    return record_texts(
+        small_model(), PROMPTS, max_new_tokens=NEW, temperatures=[request.param], seed=6, progress=False
+    )
+
+
+def really(model, texts, policy):
+    """What a policy is told when these prompts are decoded."""
+    watched, told = WatchedPolicy(policy), []
+    for text in texts:
+        prompt = text.tokens[: text.prompt_length].tolist()
+        generate(
+            model,
+            [prompt],
+            SelfSpeculative(policy=watched),
+            max_new_tokens=NEW,
+            temperature=text.temperature,
+            seed=text.seed,
+        )
+        told.append(list(watched.rounds))
+        watched.rounds.clear()
+    return told
+
+
+def replayed(model, texts, policy, cost):
+    """What it is told in a replay, and the rounds."""
+    watched = WatchedPolicy(policy)
+    rounds = replay([TextRounds(text, model.config, cost) for text in texts], watched, model.config)
+    reports = iter(watched.rounds)
+    return [[next(reports) for _ in of_text] for of_text in rounds], rounds
+
+
+@pytest.mark.parametrize(
+    ("exit_layer", "length"), [(1, 0), (1, 1), (1, 4), (2, 2), (2, 9), (3, 1), (3, 3), (4, 2)], ids=str
+)
+def test_fixed_pairs_have_the_very_rounds_of_decoding(small_model, texts, cost_of, exit_layer, length):
+    model = small_model()
+    policy = Fixed(exit_layer, length)
+    told = really(model, texts, policy)
+    again, _ = replayed(model, texts, policy, cost_of(4))
+    for real, copy in zip(told, again, strict=True):
+        assert [report.accepted for report in copy] == [report.accepted for report in real]
+        assert [report.drafted for report in copy] == [report.drafted for report in real]
+        assert [report.exit_layers for report in copy] == [report.exit_layers for report in real]
+
+
+def test_there_is_something_to_tell_apart(small_model, texts, cost_of):
+    """Some drafts are accepted and some refused, or the tests here show nothing."""
+    _, rounds = replayed(small_model(), texts, Fixed(2, 3), cost_of(4))
+    accepted = {round.accepted for of_text in rounds for round in of_text}
+    assert {0, 3} <= accepted
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Heuristic(2, length=3), lambda: Heuristic(3), lambda: DEL(length=4), lambda: DEL(decay=0.5)],
+    ids=["Heuristic(2)", "Heuristic(3)", "DEL", "DEL(0.5)"],
+)
+def test_policies_that_look_at_no_clock_have_the_rounds_of_decoding(small_model, texts, cost_of, make):
+    model = small_model()
+    told, (again, _) = really(model, texts, make()), replayed(model, texts, make(), cost_of(4))
+    for real, copy in zip(told, again, strict=True):
+        assert [report.accepted for report in copy] == [report.accepted for report in real]
+
+
+class Curious:
+    """Asks for all there is to know, changes layer and length, and never stops."""
+
+    shadow, experts = True, True
+
+    def __init__(self):
+        self.count = 0
+
+    def plan(self, session):
+        self.count += 1
+        return [(1 + self.count % 3, self.count % 5)] * len(session.row_numbers)
+
+    def should_stop(self, confidence, position):
+        return confidence > 2
+
+    def observe(self, round):
+        pass
+
+
+@pytest.mark.parametrize("moe_layers", ["all", "every other"])
+def test_reports_are_those_of_decoding(small_model, cost_of, moe_layers):
+    """Up to the first draft that is refused, beyond which a trace knows nothing; experts where none is."""
+    model = small_model(moe_layers=moe_layers)
+    texts = record_texts(model, PROMPTS, max_new_tokens=NEW, temperatures=[0.8], progress=False)
+    told, (again, _) = really(model, texts, Curious()), replayed(model, texts, Curious(), cost_of(4))
+    compared = 0
+    for real, copy in zip(itertools.chain(*told), itertools.chain(*again), strict=True):
+        count = real.accepted[0] + 1
+        assert (copy.rows, copy.exit_layers, copy.drafted, copy.accepted) == (
+            real.rows,
+            real.exit_layers,
+            real.drafted,
+            real.accepted,
+        )
+        assert copy.counts.tolist() == real.counts.tolist() and copy.tokens.shape == real.tokens.shape
+        assert copy.tokens[:, :count].tolist() == real.tokens[:, :count].tolist()
+        assert copy.shadow.shape == real.shadow.shape
+        assert copy.shadow[..., :count].tolist() == real.shadow[..., :count].tolist()
+        assert copy.confidences[0][:count] == real.confidences[0][:count]
+        assert len(copy.confidences[0]) == len(real.confidences[0])
+        if count == len(copy.tokens[0]):
+            assert copy.experts == real.experts
+            compared += count > 1
+    assert compared >= 3
+
+
+def test_should_stop_is_asked_as_drafting_asks(small_model, invented_text, cost_of):
+    config = small_model().config
+    text = invented_text(config, [[True] * 8] * 3)
+    asked = []
+
+    def should_stop(confidence, position):
+        asked.append((float(confidence), position))
+        return torch.tensor([position == 1])
+
+    policy = WatchedPolicy(Fixed(2, 4))
+    policy.should_stop = should_stop
+    [rounds] = replay([TextRounds(text, config, cost_of(4))], policy, config)
+    # 2 drafts are verified of 4; then 2 are left to draft, of which the last is not asked about; then none.
+    assert [(round.drafted, round.accepted) for round in rounds] == [(2, 2), (2, 2), (1, 1)]
+    first = text.prompt_length - 1
+    places = [(0, 0), (1, 1), (3, 0), (4, 1)]
+    assert asked == [(float(text.confidence[1, first + place]), position) for place, position in places]
+
+
+def test_a_draft_is_given_up_with_the_certainty_of_all_so_far(small_model, invented_text, cost_of):
+    config = small_model().config
+    text = invented_text(config, [[True] * 10] * 3)
+    text.certainty[:] = 0.9
+    text.certainty[1, text.prompt_length - 1] = 0.3
+    policy = WatchedPolicy(Fixed(2, 5))
+    policy.give_up_below = [0.75]
+    [rounds] = replay([TextRounds(text, config, cost_of(4))], policy, config)
+    # 0.3 at once; 0.81 after two, 0.73 after three; the last round has room for none.
+    assert [round.drafted for round in rounds] == [0, 2, 2, 2]
+    assert rounds[0].exit_layer == 2, "which ran for the draft that was thrown away"
+    policy.give_up_below = None
+    [rounds] = replay([TextRounds(text, config, cost_of(4))], policy, config)
+    assert [round.drafted for round in rounds] == [5, 3]
+
+
+def test_what_a_plan_may_read(small_model, texts, cost_of):
+    config, seen = small_model().config, []
+
+    def plan(session):
+        seen.append((session.row_numbers, session.remaining[0], int(session.newest), session.model.config))
+        assert session.sampling.greedy == (texts[0].temperature == 0)
+        return [(1, 0)]
+
+    policy = WatchedPolicy(Fixed(1, 0))
+    policy.plan = plan
+    replay([TextRounds(texts[0], config, cost_of(4))], policy, config)
+    newest = texts[0].tokens[texts[0].prompt_length - 1 : -1].tolist()
+    assert seen == [([0], NEW - place, token, config) for place, token in enumerate(newest)]
+
+
+@pytest.mark.parametrize("plan", [(5, 1), (0, 1), (1, -1)])
+def test_plans_that_cannot_be_followed(small_model, texts, cost_of, plan):
+    policy = SimpleNamespace(plan=lambda session: [plan], should_stop=None, shadow=False, observe=None)
+    with pytest.raises(ValueError, match=f"planned exit layer {plan[0]} and {plan[1]} drafts; exit layers are 1 to 4"):
+        replay([TextRounds(texts[0], small_model().config, cost_of(4))], policy, small_model().config)
+
+
+def test_check_decodes_for_real(small_model, texts, cost_of):
+    model = small_model()
+    made = {"Heuristic": [lambda: Heuristic(2, length=2)], "DraftVerify": [lambda: DraftVerify(1, length=1)]}
+    compared = compare_policies(texts, model.config, cost_of(4), made, progress=False, resamples=5)
+    rows = check_policies(model, texts, compared.runs, progress=False)
+    assert [row.name for row in rows] == ["plain", "best fixed", "Heuristic", "DraftVerify"]
+    for row in rows:
+        assert row.same_rounds == row.same_text == row.prompts == 3
+        assert row.measured_seconds > 0 and row.measured_over_modelled > 0
+    assert rows[0].modelled_speed_up == rows[0].measured_speed_up == 1
