@@ -1,10 +1,10 @@
 """CostModel: how long a round of self-speculation takes on this machine, by how much is drafted and verified.
 
-Verifying several tokens reads the union of their experts, so its time depends on the text: a formula of layers, rows and
-experts, whose few constants are fitted to rounds of the model itself, timed once.
+Verifying several tokens reads the union of their experts, so its time depends on the text: a formula of layers, rows
+and experts, whose few constants are fitted to rounds of the model itself, timed once.
 
-A rows of a batch, L layers, E experts, K chosen. Knows nothing of acceptance. Next: `policies/adaptive.py`, which weighs
-one against the other; `bench/replay.py`.
+L layers, E experts, K chosen. Knows nothing of acceptance. Next: `policies/adaptive.py`, which weighs one against the
+other; `bench/replay.py`.
 """
 
 import random
@@ -46,10 +46,11 @@ class CostModel:
     ) -> float:
         """Seconds of a round. By row: the layers that draft (0: none) and the drafts; by MoE layer: how many different
         experts verification reads, by default as many as independent choices would be."""
-        return sum(
-            cost * amount
-            for cost, amount in zip(self.seconds, self.features(exit_layers, drafted, experts), strict=True)
-        )
+        return self.seconds_of(self.features(exit_layers, drafted, experts))
+
+    def seconds_of(self, features: Sequence[float]) -> float:
+        """Seconds of a round that does so much."""
+        return sum(cost * amount for cost, amount in zip(self.seconds, features, strict=True))
 
     def features(
         self, exit_layers: Sequence[int], drafted: Sequence[int], experts: Sequence[float] | None = None
@@ -57,14 +58,20 @@ class CostModel:
         """What a round does: one round; drafting at all; tokens chosen while drafting; layers run while drafting, and
         further rows of them; layers run while verifying, further rows of them, further experts of them; further rows
         of the head."""
-        rows, places = len(drafted), sum(drafted) + len(drafted)
-        exit_layer, longest = max(exit_layers), max(drafted)
-        early, late = exit_layer * (longest + 1) if longest else 0, self.n_layers - (exit_layer if longest else 0)
-        more = 0.0
-        for index, layer in enumerate(self.moe_layers):
-            if layer >= self.n_layers - late:
-                read = self.expected_experts(places) if experts is None else experts[index]
-                more += read - self.top_k
+        rows, places, longest = len(drafted), sum(drafted) + len(drafted), max(drafted)
+        exit_layer = max(exit_layers) if longest else 0
+        if experts is None:
+            later = self.more_experts(exit_layer, places)
+        else:
+            pairs = zip(self.moe_layers, experts, strict=True)
+            later = sum(read - self.top_k for layer, read in pairs if layer >= exit_layer)
+        return self.amounts(exit_layer, longest, rows, places, later)
+
+    def amounts(self, exit_layer: int, longest: int, rows: int, places: int, later: float) -> list[float]:
+        """`features` of a round of so many rows and places, the longest draft of which has so many tokens, whose
+        verification reads `later` more experts than one row would."""
+        early, late = exit_layer * (longest + 1), self.n_layers - exit_layer
+        further = float(places - 1)
         return [
             1.0,
             float(longest > 0),
@@ -72,10 +79,16 @@ class CostModel:
             float(early),
             float(early * (rows - 1)),
             float(late),
-            float(late * (places - 1)),
-            more,
-            float(places - 1),
+            late * further,
+            later,
+            further,
         ]
+
+    def more_experts(self, exit_layer: int, places: int) -> float:
+        """Experts that so many places read in the layers from the exit on beyond those of one place, were all to
+        choose independently and evenly."""
+        layers = sum(layer >= exit_layer for layer in self.moe_layers)
+        return layers * (self.expected_experts(places) - self.top_k)
 
     def expected_experts(self, rows: int) -> float:
         """Different experts that `rows` rows choose, were they to choose independently and evenly."""
@@ -85,13 +98,16 @@ class CostModel:
 _fitted: "WeakKeyDictionary[MoEDecoder, dict[object, CostModel]]" = WeakKeyDictionary()
 
 
-def fit_cost_model(model: MoEDecoder, batch_size: int = 1) -> CostModel:
+def fit_cost_model(model: MoEDecoder, batch_size: int = 1, *, exits: Sequence[int] = ()) -> CostModel:
     """Time rounds of this model, for 2 seconds at most where a round takes less than a tenth of that, and fit the cost
-    model; at once where it was done before in this process."""
-    key = batch_size, model.device, model.dtype, model.compiled
+    model; at once where it was done before in this process.
+
+    exits: of a policy whose rounds they are to be, which keep the states there
+    """
+    key = batch_size, model.device, model.dtype, model.compiled, tuple(exits)
     fitted = _fitted.setdefault(model, {})
     if key not in fitted:
-        fitted[key] = _fit(model, batch_size)
+        fitted[key] = _fit(model, batch_size, exits)
     return fitted[key]
 
 
@@ -100,8 +116,8 @@ class _Timed:
 
     shadow, should_stop, experts = False, None, True
 
-    def __init__(self, kinds: list[tuple[int, int]]) -> None:
-        self._kinds, self.reports = kinds, list[RoundReport]()
+    def __init__(self, kinds: list[tuple[int, int]], exits: Sequence[int]) -> None:
+        self._kinds, self.exits, self.reports = kinds, exits, list[RoundReport]()
 
     def plan(self, session: Session) -> list[tuple[int, int]]:
         """The next kind, for every row."""
@@ -112,10 +128,10 @@ class _Timed:
         self.reports.append(round)
 
 
-def _fit(model: MoEDecoder, batch_size: int) -> CostModel:
+def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int]) -> CostModel:
     config = model.config
     kinds = _kinds(config, batch_size)
-    policy, started, draw = _Timed(kinds), time.perf_counter(), random.Random(0)
+    policy, started, draw = _Timed(kinds, exits), time.perf_counter(), random.Random(0)
     least = 2 * len(kinds)  # the first of a kind is recorded, and takes longer
     while len(policy.reports) < _ROUNDS * len(kinds):
         tokens = min(64, config.max_seq_len - 2)
@@ -158,14 +174,14 @@ def _moe_layers(config: ModelConfig) -> tuple[int, ...]:
 
 def _fitted_to(empty: CostModel, reports: Sequence[RoundReport]) -> CostModel:
     """Least squares of relative errors, no cost below 0; of rounds that did the same the median counts."""
-    by_amounts: dict[tuple[float, ...], list[float]] = {}
+    times: dict[tuple[float, ...], list[float]] = {}
     for report in reports:
-        amounts = empty.features(report.exit_layers, report.drafted, report.experts)
-        by_amounts.setdefault(tuple(amounts), []).append(report.seconds)
-    amounts = torch.tensor(list(by_amounts), dtype=torch.float64)
-    seconds = torch.tensor([sorted(times)[len(times) // 2] for times in by_amounts.values()], dtype=torch.float64)
-    weights = torch.tensor([len(times) for times in by_amounts.values()], dtype=torch.float64).sqrt() / seconds
-    costs = _nonnegative_least_squares(amounts * weights[:, None], seconds * weights)
+        does = tuple(empty.features(report.exit_layers, report.drafted, report.experts))
+        times.setdefault(does, []).append(report.seconds)
+    medians = torch.tensor([sorted(same)[len(same) // 2] for same in times.values()], dtype=torch.float64)
+    weights = torch.tensor([len(same) for same in times.values()], dtype=torch.float64).sqrt() / medians
+    did = torch.tensor(list(times), dtype=torch.float64)
+    costs = _nonnegative_least_squares(did * weights[:, None], medians * weights)
     return CostModel(empty.n_layers, empty.moe_layers, empty.num_experts, empty.top_k, tuple(costs.tolist()))
 
 

@@ -46,20 +46,22 @@ class Watch:
     """What else is kept of a round, for a policy that asks.
 
     exits:       exit layers, below L, after which the states are
-    experts:     whether the choices of verification's routers are
+    choices:     whether the choices of verification's routers are
+    shadow:      whether shadow tokens are asked for in this round
     seen:        (layer index, its states), each place once for each layer
     chosen:      layer index -> experts chosen there [N, K]
     certainties: of each row's drafts, and of the one that was given up; where there are floors
     """
 
     exits: Sequence[int]
-    experts: bool
+    choices: bool
+    shadow: bool
     seen: list[tuple[int, States]] = field(default_factory=list)
     chosen: dict[int, Tensor] = field(default_factory=dict)
     certainties: list[list[float]] | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.exits) or self.experts
+        return bool(self.exits) or self.choices
 
     def collect(self, layers: range) -> list[int]:
         """Those of some layers whose states are kept."""
@@ -104,10 +106,10 @@ def draft_and_verify(
         start, positions, cache = start[index][:, None], positions[index][:, None], cache.subset(index[0])
     late = watch.collect(range(exit_layer, n_layers))
     output, logits = session.model.decode(
-        start, range(exit_layer, n_layers), positions=positions, cache=cache, collect=late, choices=watch.experts
+        start, range(exit_layer, n_layers), positions=positions, cache=cache, collect=late, choices=watch.choices
     )
     watch.chosen |= output.chosen
-    if watch.exits:
+    if watch.shadow:
         for layer, states in (*zip(early, collected if early else (), strict=True), *output.collected.items()):
             some = states if ragged and layer in late else states[index][:, None]
             watch.seen.append((layer, States(rows, at, some)))
@@ -221,7 +223,7 @@ def _run(session: Session, states: States, layers: range, watch: Watch) -> State
     cache, positions = _at(session, states)
     collect = watch.collect(layers)
     output = session.model.run(
-        states.hidden, layers, positions=positions, cache=cache, collect=collect, choices=watch.experts
+        states.hidden, layers, positions=positions, cache=cache, collect=collect, choices=watch.choices
     )
     watch.seen += [(layer, States(states.rows, states.places, output.collected[layer])) for layer in collect]
     watch.chosen |= output.chosen
@@ -266,10 +268,9 @@ def shadow_tokens(session: Session, round_: Round, watch: Watch, tokens: Tensor)
 
 
 def experts_read(watch: Watch, config: ModelConfig) -> list[int] | None:
-    """By MoE layer, rising, how many different experts verification read; None where nobody asked, and in dense
-    models."""
+    """By MoE layer, rising, how many different experts verification read; None in dense models."""
     layers = [layer for layer in range(config.n_layers) if config.is_moe(layer)]
-    if not (watch.experts and layers):
+    if not layers:
         return None
     read = dict.fromkeys(layers, config.top_k)  # by the one place that a draft ran in the same call
     if watch.chosen:

@@ -121,9 +121,13 @@ def generate(
     size = batch_size or len(encoded)
     # A draft model is one more to run in eval mode and to leave as it was.
     draft = getattr(strategy, "draft_model", None) or model
+    prepare = getattr(strategy, "prepare", None)  # what is found out about a model once is no part of decoding
     compiles = compile and can_compile(model.device) and not (is_watched(model) or is_watched(draft))
     with evaluating(model), evaluating(draft), using_kernels(compile):
         for first in range(0, len(encoded), size):
+            if prepare is not None:
+                with compiling(model, compiles):
+                    prepare(model, len(encoded[first : first + size]))
             start = now(model.device)
             session = Session(
                 model,

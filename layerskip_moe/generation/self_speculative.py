@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 
-from layerskip_moe.generation.autoregressive import check_exit_layer
+from layerskip_moe.generation.autoregressive import Autoregressive, check_exit_layer
 from layerskip_moe.generation.drafting import (
     Watch,
     draft,
@@ -25,6 +25,7 @@ from layerskip_moe.generation.drafting import (
     shadow_tokens,
     verify,
 )
+from layerskip_moe.generation.policies.adaptive import Adaptive
 from layerskip_moe.generation.policies.fixed import Fixed
 from layerskip_moe.generation.policies.policy import Policy, RoundReport
 from layerskip_moe.generation.session import Session
@@ -35,13 +36,16 @@ from layerskip_moe.nn import ModelConfig, MoEDecoder
 
 @dataclass(frozen=True)
 class SelfSpeculative:
-    """Draft with the first layers, verify with the rest.
+    """Draft with the first layers, verify with the rest: `SelfSpeculative()`, or `SelfSpeculative(2, 4)` for a fixed
+    exit layer and draft length.
 
     Attributes:
         exit_layer: n in 1..L: the first n layers draft; L drafts with the whole model. With `draft_length` short for
             the policy `Fixed(exit_layer, draft_length)`.
         draft_length: tokens drafted per round, 1 or more; 4 where only exit_layer is given
-        policy: decides both anew for each row before each round, and may end a round's drafting early; see `policies/`
+        policy: decides both anew for each row before each round, and may end a round's drafting early; see `policies/`.
+            Where neither it nor exit_layer is given, `Adaptive()`, which drafts as much as pays, and goes on learning
+            from call to call of the same object
         coupling: "shared": draft and full model choose with the same noise, and the full model's choice is
             the output, so the text equals plain decoding's token for token at any temperature.
             "rejection": accept a draft x with probability min(1, p(x) / q(x)), else draw from
@@ -74,8 +78,10 @@ class SelfSpeculative:
                 raise ValueError(
                     "a policy says which layers draft how much; leave out exit_layer, draft_length and draft_model."
                 )
-        elif self.exit_layer is None:  # (the place of a default policy)
-            raise ValueError("SelfSpeculative takes an exit_layer or a policy; give one of them.")
+        elif self.exit_layer is None:
+            if self.draft_length is not None or self.draft_model is not None:
+                raise ValueError("draft_length and draft_model go with an exit_layer; give it, or leave both out.")
+            object.__setattr__(self, "policy", Adaptive())
         elif self.draft_length is None:
             object.__setattr__(self, "draft_length", 4)
         check_drafting(1 if self.draft_length is None else self.draft_length, self.coupling)
@@ -88,6 +94,12 @@ class SelfSpeculative:
             self._speculative(self.draft_model).check(config)
         elif exit_layer is not None:
             check_exit_layer(exit_layer, config)
+
+    def prepare(self, model: MoEDecoder, rows: int) -> None:
+        """Before a batch of so many rows, and before anything is timed: a policy may time the model, once."""
+        prepare = getattr(self._policy, "prepare", None)
+        if prepare is not None:
+            prepare(model, rows)
 
     def start(self, session: Session) -> None:
         """Run the prompts, through both models where they differ; then raises ValueError as `Speculative.start`."""
@@ -102,14 +114,19 @@ class SelfSpeculative:
         """One round: draft, verify, append what the full model chose. Raises ValueError for a plan that cannot be
         followed."""
         drafter, policy = self.draft_model or session.model, self._policy
+        rests = getattr(policy, "rests", None)
+        if rests is not None and rests(session):
+            Autoregressive().step(session)
+            return
         if session.state is not None:  # the cache of a draft model that differs, which `start` made
             self._speculative(drafter).step(session)
             return
         plan = policy.plan(session)
         _check_plan(plan, session)
         started = time.perf_counter()
-        exits = watched_exits(policy, session.model.config) if policy.shadow or hasattr(policy, "exits") else ()
-        watch = Watch(exits, getattr(policy, "experts", False))
+        keeps, experts = hasattr(policy, "exits"), getattr(policy, "experts", False)
+        exits = watched_exits(policy, session.model.config) if policy.shadow or keeps else ()
+        watch = Watch(exits, experts or keeps, policy.shadow)
         stop, floors = policy.should_stop, getattr(policy, "give_up_below", None)
         round_ = Round.begin(session, [length for _, length in plan], self.coupling, confident=stop is not None)
         exit_layers = [layer if limit else 0 for (layer, _), limit in zip(plan, round_.limits, strict=True)]
@@ -132,8 +149,8 @@ class SelfSpeculative:
             seconds=seconds,
             tokens=tokens,
             counts=counts,
-            experts=experts_read(watch, session.model.config),
-            shadow=shadow_tokens(session, round_, watch, tokens) if policy.shadow else None,
+            experts=experts_read(watch, session.model.config) if experts else None,
+            shadow=shadow_tokens(session, round_, watch, tokens) if watch.shadow else None,
         )
         session.append(tokens, counts, drafted=round_.limits)
         policy.observe(report)

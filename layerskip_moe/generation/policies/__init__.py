@@ -1,6 +1,7 @@
 """Drafting policies of self-speculation: how many tokens to draft, with which layers, and when to stop. Start at
 `policy.py`."""
 
+from layerskip_moe.generation.policies.adaptive import Adaptive
 from layerskip_moe.generation.policies.cascade import Cascade
 from layerskip_moe.generation.policies.draft_verify import DraftVerify
 from layerskip_moe.generation.policies.dynamic_exit_layer import DEL
@@ -8,4 +9,4 @@ from layerskip_moe.generation.policies.fixed import Fixed
 from layerskip_moe.generation.policies.heuristic import Heuristic
 from layerskip_moe.generation.policies.policy import Policy, RoundReport
 
-__all__ = ["DEL", "Cascade", "DraftVerify", "Fixed", "Heuristic", "Policy", "RoundReport"]
+__all__ = ["DEL", "Adaptive", "Cascade", "DraftVerify", "Fixed", "Heuristic", "Policy", "RoundReport"]

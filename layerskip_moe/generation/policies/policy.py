@@ -60,12 +60,16 @@ class Policy(Protocol):
     It may also have these attributes:
 
     exit_layer: checked before anything runs
-    experts: where True, `RoundReport.experts` is filled in
-    exits: exit layers, below L: shadow tokens are of these alone. Their states are kept in every round, so that one
-        with shadow tokens takes no other calls than one without; and at the end of the prompts, in `Session.prompt`
-    give_up_below: read after `plan`; None, or for each row a number: a draft is given up, and the row drafts no more in this
-        round, where the product of the round's certainties so far is below. (Where `should_stop` is None, and all rows
-        draft by the same layers; elsewhere all that is planned is drafted.)
+    experts: asked before each round: where True, `RoundReport.experts` is filled in
+    exits: exit layers, below L: shadow tokens are of these alone. Their states, and what routers chose, are kept in
+        every round, so that one with shadow tokens or experts takes no other calls than one without; and at the end of
+        the prompts, in `Session.prompt`
+    rests: a method of the session, asked first: where it returns True, this step is one of plain decoding, without
+        `plan` and `observe`
+    prepare: a method of (model, rows), called before a batch of so many rows and before anything is timed
+    give_up_below: read after `plan`; None, or for each row a number: a draft is given up, and the row drafts no
+        more in this round, where the product of the round's certainties so far is below. (Where `should_stop` is None,
+        and all rows draft by the same layers; elsewhere all that is planned is drafted.)
     """
 
     @property
