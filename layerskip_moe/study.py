@@ -128,7 +128,11 @@ def study(
     evaluated = time.perf_counter()
 
     report["sweep"], setting = _sweep(model, sweep_prompts, config, progress)
-    strategies: dict[str, Strategy] = {"plain": Autoregressive(), "self-speculative": setting}
+    strategies: dict[str, Strategy] = {
+        "plain": Autoregressive(),
+        "self-speculative": setting,
+        "self-speculative, adaptive": SelfSpeculative(),
+    }
     settings: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "seed": config.seed, "progress": progress}
     greedy = compare_decoding(model, prompts, strategies, **settings)
     sampled = compare_decoding(model, prompts, strategies, temperature=config.temperature, **settings)

@@ -31,15 +31,15 @@ class _SelfSpeculativeFlags:
     """`SelfSpeculative`, its draft model by how it is made from the model.
 
     Attributes:
-        exit_layer: layers that draft, 1..L; None: a fifth of them
-        draft_length: tokens drafted per round, 1 or more
+        exit_layer: layers that draft, 1..L; None: as many as pay, measured while decoding
+        draft_length: tokens drafted per round, 1 or more; None: 4 where exit_layer is given
         coupling: "shared": the text is plain decoding's; "rejection": only its distribution is
         draft_quantization: int8 or int4: a copy of the model drafts whose weights are quantised so; None: the model
             itself, whose drafting layers need not run again at verification
     """
 
     exit_layer: int | None = None
-    draft_length: int = 4
+    draft_length: int | None = None
     coupling: Literal["shared", "rejection"] = "shared"
     draft_quantization: Quantization | None = None
 
@@ -91,8 +91,6 @@ def make_strategy(name: str, flags: Any, model: MoEDecoder, tokenizer: "Tokenize
         case "autoregressive":
             return Autoregressive(**values)
         case "self-speculative":
-            if values["exit_layer"] is None:
-                values["exit_layer"] = max(n_layers // 5, 1)
             quantization = values.pop("draft_quantization")
             draft = None if quantization is None else quantize(model, quantization)
             return SelfSpeculative(**values, draft_model=draft)

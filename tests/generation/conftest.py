@@ -148,7 +148,9 @@ class _RandomPolicy:
         self.should_stop = self._stop if self._draw.random() < 0.5 else None
         pairs = [(self._draw.randint(1, layers), self._draw.randint(0, self._longest)) for _ in session.row_numbers]
         pairs = pairs if self._draw.random() < 0.5 else [(pairs[0][0], length) for _, length in pairs]
-        self.give_up_below = [self._draw.random() for _ in pairs] if self._gives_up and self._draw.random() < 0.5 else None
+        self.give_up_below = (
+            [self._draw.random() for _ in pairs] if self._gives_up and self._draw.random() < 0.5 else None
+        )
         return pairs if self._draw.random() < 0.7 else pairs[:1] * len(pairs)
 
     def _stop(self, confidence, position):

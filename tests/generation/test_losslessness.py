@@ -4,6 +4,7 @@ Every text here ends exactly where max_seq_len does. Next: `test_reference_decod
 decoding itself.
 """
 
+import dataclasses
 import itertools
 import random
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip_moe.generation import Autoregressive, Sampling, SelfSpeculative, Speculative, generate
-from layerskip_moe.generation.policies import DEL, Cascade, DraftVerify, Heuristic
+from layerskip_moe.generation.policies import DEL, Adaptive, Cascade, DraftVerify, Heuristic
 
 MODELS = {
     "every layer": {},
@@ -72,6 +73,14 @@ def test_self_speculation_equals_plain_decoding(trained_model, assert_same_text,
     check_grid(trained_model(**list(MODELS.values())[start]), CASES[start::27], assert_same_text)
 
 
+class Eager(Adaptive):
+    """Takes verification to be free at first, so that it drafts."""
+
+    def prepare(self, model, rows):
+        super().prepare(model, rows)
+        self.cost_model = dataclasses.replace(self.cost_model, seconds=(1e-3, 0, 0, 1e-4, 0, 1e-3, 0, 0, 0))
+
+
 @pytest.fixture(scope="module")
 def policies(random_policy):
     """By name, a strategy of a new policy that begins with an exit layer and a draft length."""
@@ -80,12 +89,13 @@ def policies(random_policy):
         "draft & verify": lambda layer, length: DraftVerify(layer, length=length, threshold=0.3),
         "DEL": lambda layer, length: DEL(length=length),
         "cascade": lambda layer, length: Cascade(layer, start=length, trial=1, trials=3, rounds=2),
+        "adaptive": lambda layer, length: Eager(length=length),
         "at random": lambda layer, length: random_policy(seed=10 * layer + length, longest=length),
     }
     return {name: lambda *pair, make=make: SelfSpeculative(policy=make(*pair)) for name, make in made.items()}
 
 
-POLICIES = ["heuristic", "draft & verify", "DEL", "cascade", "at random"]
+POLICIES = ["heuristic", "draft & verify", "DEL", "cascade", "adaptive", "at random"]
 
 
 @pytest.mark.parametrize("start", range(len(POLICIES)), ids=POLICIES)

@@ -1,0 +1,170 @@
+"""Adaptive: what it plans where acceptance and costs are known, and that the text never depends on it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerskip_moe.generation import Autoregressive, Sampling, SelfSpeculative, Session, generate
+from layerskip_moe.generation.cost_model import CostModel
+from layerskip_moe.generation.policies import Adaptive
+from layerskip_moe.generation.policies.adaptive import candidate_exits, prompt_agreement
+from layerskip_moe.generation.sampling import gumbel_noise
+
+N_LAYERS = 4
+
+
+def cost_model(*, layer=1.0, row=0.0, head=0.1, overhead=0.1, config=None):
+    """Seconds of a model's rounds, a dense one's by default, in units that no test waits for."""
+    seconds = tuple(1e-6 * value for value in (overhead, 0.0, head, layer, row, layer, row, 0.1 * layer, 0.0))
+    if config is None:
+        return CostModel(N_LAYERS, (), 0, 0, seconds)
+    return CostModel(config.n_layers, tuple(range(config.n_layers)), config.num_experts, config.top_k, seconds)
+
+
+class Noted(Adaptive):
+    """Notes its rounds, and tells itself the times that the cost model expects."""
+
+    def __init__(self, **how):
+        super().__init__(**how)
+        self.rounds = []
+
+    def observe(self, round):
+        self.rounds.append(round)
+        seconds = self.cost_model.round_seconds(round.exit_layers, round.drafted, round.experts)
+        object.__setattr__(round, "seconds", seconds)
+        super().observe(round)
+
+
+@pytest.fixture(scope="module")
+def counting(table_model):
+    """counting(right): a stub of 4 layers that counts on; its exits are right where right(position, row) says so."""
+
+    def build(right):
+        def full(tokens, positions):
+            return 9.0 * F.one_hot((tokens + 1) % 40 + tokens // 40 * 0, 40).float()
+
+        def draft(tokens, positions):
+            wrong = torch.full_like(tokens, 39)
+            return 9.0 * F.one_hot(torch.where(right(positions), (tokens + 1) % 39, wrong), 40).float()
+
+        return table_model(40, full, draft)
+
+    return build
+
+
+def decode(model, policy, count=60, rows=1):
+    prompts = [[row, row + 1, row + 2] for row in range(rows)]
+    plain = generate(model, prompts, Autoregressive(), max_new_tokens=count)
+    out = generate(model, prompts, SelfSpeculative(policy=policy), max_new_tokens=count)
+    assert out.tokens == plain.tokens
+    return out
+
+
+def test_free_verification_of_what_is_always_right_drafts_much_and_early(counting):
+    policy = Noted(cost_model=cost_model())
+    out = decode(counting(lambda positions: positions >= 0), policy)
+    # A draft costs one layer of four: with all accepted, more is better, by the first layer.
+    assert {round.exit_layers[0] for round in policy.rounds if round.drafted[0]} == {1}
+    assert max(round.drafted[0] for round in policy.rounds) == 8
+    assert out.stats.rounds < 15
+
+
+def test_what_is_never_right_is_soon_not_drafted(counting):
+    policy = Noted(cost_model=cost_model(row=0.5))
+    out = decode(counting(lambda positions: positions < 0), policy)
+    assert sum(round.drafted[0] for round in policy.rounds) <= 8
+    assert len(policy.rounds) <= 8, "the other steps are plain decoding's, which nothing is told of"
+    assert out.stats.generated == 60
+
+
+def test_what_costs_as_much_as_decoding_is_not_drafted(counting):
+    """Rows of verification that cost what a step does: right drafts save nothing."""
+    policy = Noted(cost_model=cost_model(layer=0.0, row=1.0, overhead=4.0, head=1.0))
+    decode(counting(lambda positions: positions >= 0), policy)
+    assert sum(round.drafted[0] for round in policy.rounds) == 0
+
+
+def test_a_change_in_the_text_is_noticed(counting):
+    """Right at first, never after that."""
+    policy = Noted(cost_model=cost_model(row=0.3))
+    decode(counting(lambda positions: positions < 14), policy)
+    first = [round.drafted[0] for round in policy.rounds[:4]]
+    assert max(first) > 0 and sum(round.drafted[0] for round in policy.rounds[-2:]) == 0
+
+
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.floats(0.0, 3.0), min_size=4, max_size=4),
+    st.sampled_from([0.0, 0.8]),
+    st.integers(1, 3),
+)
+@settings(max_examples=15, deadline=None)
+def test_the_text_does_not_depend_on_it(trained_model, seed, costs, temperature, rows):
+    model, names = trained_model(n_layers=4), ("layer", "row", "head", "overhead")
+    prompts = [[3, 9, 21], [5], [1, 2, 3, 4]][:rows]
+    how = dict(max_new_tokens=14, temperature=temperature, seed=seed)
+    costs = dict(zip(names, [cost + 0.01 for cost in costs], strict=True))
+    policy = Noted(cost_model=cost_model(**costs, config=model.config))
+    expected = generate(model, prompts, Autoregressive(), **how).tokens
+    for _ in range(2):  # it goes on learning
+        assert generate(model, prompts, SelfSpeculative(policy=policy), **how).tokens == expected
+
+
+def test_the_default_is_adaptive_and_times_the_model_by_itself(trained_model):
+    model, strategy = trained_model(), SelfSpeculative()
+    assert isinstance(strategy.policy, Adaptive) and strategy.policy.cost_model is None
+    out = generate(model, [[3, 9, 21], [5]], strategy, max_new_tokens=14, temperature=0.7)
+    assert out.tokens == generate(model, [[3, 9, 21], [5]], max_new_tokens=14, temperature=0.7).tokens
+    assert strategy.policy.cost_model is not None and strategy.policy.cost_model.n_layers == model.config.n_layers
+    assert isinstance(SelfSpeculative().policy, Adaptive) and SelfSpeculative().policy is not strategy.policy
+
+
+def test_rows_of_a_batch_draft_each_as_much_as_pays(table_model):
+    """Row 0 is always right, row 1 never."""
+
+    def full(tokens, positions):
+        return 9.0 * F.one_hot(tokens // 40 * 40 + (tokens + 1) % 40, 80).float()
+
+    def draft(tokens, positions):
+        return 9.0 * F.one_hot(torch.where(tokens < 40, (tokens + 1) % 40, 79), 80).float()
+
+    policy = Noted(cost_model=cost_model(row=0.15), length=1)
+    prompts = [list(range(20)), list(range(40, 60))]
+    generate(table_model(80, full, draft), prompts, SelfSpeculative(policy=policy), max_new_tokens=40)
+    together = [round.drafted for round in policy.rounds if len(round.drafted) == 2]
+    assert len(together) > 3 and sum(second for _, second in together) < sum(first for first, _ in together)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_what_the_prompt_tells(trained_model, temperature):
+    """Each exit against the full model at the prompt's last positions, with the noise of those positions."""
+    model, sampling = trained_model(n_layers=4), Sampling(temperature, seed=3)
+    prompts, exits = [[3, 9, 21, 4, 4, 7], [5, 1]], (1, 2)
+    with torch.no_grad():
+        session = Session(model, prompts, sampling, max_new_tokens=4)
+        session.prefill(collect=[0, 1])
+        found = prompt_agreement(session, exits)
+        for row, prompt in enumerate(prompts):
+            tokens = torch.tensor([prompt[:-1]])
+            positions = torch.arange(len(prompt) - 1)[None]
+            run = model.run(model.embed(tokens), range(N_LAYERS), positions=positions, collect=[0, 1])
+            scores = [model.unembed(state) for state in (run.collected[0], run.collected[1], run.hidden)]
+            if temperature:
+                noise = gumbel_noise(3, torch.tensor([row]), positions + 1, model.config.vocab_size)
+                scores = [(score.double() / temperature).log_softmax(-1) + noise for score in scores]
+            said = [score.argmax(dim=-1)[0] for score in scores]
+            assert found[row] == {exit_layer: (said[exit_layer - 1] == said[-1]).tolist() for exit_layer in exits}
+
+
+def test_prompts_of_one_token_tell_nothing(trained_model):
+    with torch.inference_mode():
+        session = Session(trained_model(), [[3], [5]], Sampling(), max_new_tokens=4)
+        session.prefill(collect=[0])
+        assert prompt_agreement(session, (1,)) == []
+
+
+def test_candidate_exits():
+    assert candidate_exits(1) == () and candidate_exits(2) == (1,) and candidate_exits(4) == (1, 2)
+    assert candidate_exits(12) == (1, 2, 3, 4, 6) and candidate_exits(32) == (1, 2, 3, 4, 6, 8, 12, 16)
