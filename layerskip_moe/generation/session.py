@@ -139,15 +139,28 @@ class Session:
         """Token ids [A, T] or hidden [A, T, D] through some layers and the head: states [A, T, D], logits [A, T, V]."""
         return self.model.decode(start, layers, positions=positions, cache=self.cache)
 
-    def draft(self, layers: Sequence[int], positions: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    def draft(
+        self,
+        layers: Sequence[int],
+        positions: Tensor,
+        noise: Tensor | None,
+        *,
+        rows: Tensor | None = None,
+        top_k: int | None = None,
+        shared: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Drafts [A, n] by some layers and the head, one after another, after the newest token, which is at the first
-        of positions [A, n + 1]; and the states [A, n + 1, D] of all. Nothing is filtered out or penalised."""
+        of positions [A, n + 1]; and the states [A, n + 1, D] of all. Nothing is filtered out or penalised.
+        rows [R]: the rows that draft, where not all do, which positions and noise are of; top_k, shared: as in
+        `MoEDecoder.draft`."""
         return self.model.draft(
-            self.newest,
+            self.newest if rows is None else self.newest[rows],
             layers,
             positions=positions,
-            cache=self.cache,
+            cache=self.cache if rows is None else self.cache.subset(rows),
             noise=None if noise is None else noise * self.sampling.temperature,
+            top_k=top_k,
+            shared=shared,
         )
 
     def noise(self, count: int, *, stream: int = 0) -> Tensor | None:

@@ -189,23 +189,23 @@ class MoEDecoder(nn.Module):
         return output
 
     def decode(
-        self, start: Tensor, layers: Sequence[int], *, positions: Tensor, cache: KVCache
+        self, start: Tensor, layers: Sequence[int], *, positions: Tensor, cache: KVCache, top_k: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """A step of decoding: `embed` where start holds token ids, `run`, `unembed`; of few rows, compiled, one call.
 
-        start: token ids [B, T] int64, or hidden states [B, T, D]; layers, positions, cache: as in `run`
+        start: token ids [B, T] int64, or hidden states [B, T, D]; layers, positions, cache, top_k: as in `run`
         -> hidden states [B, T, D] after the last of the layers, and their logits [B, T, V]
         """
         embeds, layers = not start.is_floating_point(), list(layers)
         if not self._repeats(self.dtype, positions):
             hidden = self.embed(start) if embeds else start
-            hidden = self.run(hidden, layers, positions=positions, cache=cache).hidden
+            hidden = self.run(hidden, layers, positions=positions, cache=cache, top_k=top_k).hidden
             return hidden, self.unembed(hidden)
         length = check_positions(positions, self.config, cache)
-        check_run(layers, self.config, len(positions), cache)
+        check_run(layers, self.config, len(positions), cache, top_k=top_k)
 
-        key = "decode", embeds, tuple(layers)
-        states_of = self._states_of(layers, cache)
+        key = "decode", embeds, tuple(layers), top_k
+        states_of = self._states_of(layers, cache, top_k)
 
         def step(start: Tensor, places: Places) -> list[Tensor]:
             hidden = states_of(start, places)
@@ -222,35 +222,41 @@ class MoEDecoder(nn.Module):
         positions: Tensor,
         cache: KVCache,
         noise: Tensor | None = None,
+        top_k: int | None = None,
+        shared: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draft tokens one after another by some layers and the head; of few rows, compiled, one call.
 
-        newest: [A, 1] int64; positions: [A, n + 1] int64, where it stands and where n drafts will; layers, cache: as in
-        `run`; noise: [A, n, V] float64, added to the logits; a draft is where they are largest
-        -> drafts [A, n], and the states [A, n + 1, D] of newest and all drafts after the last of the layers
+        newest: [A, 1] int64; positions: [A, n + 1] int64, where it stands and where n drafts will; layers, cache,
+        top_k: as in `run`; noise: [A, n, V] float64, added to the logits; a draft is where they are largest
+        shared: after how many of the layers the states are wanted, by default all; the last draft runs only these
+        -> drafts [A, n], and the states [A, n + 1, D] of newest and all drafts after the `shared` first of the layers
         """
         layers, count = list(layers), positions.shape[1] - 1
+        check_run(layers, self.config, len(positions), cache, top_k=top_k)
+        first, rest = layers[:shared], [] if shared is None else layers[shared:]
         if self._repeats(self.dtype, positions[:, :1]):
             length = check_positions(positions, self.config, cache)
-            check_run(layers, self.config, len(positions), cache)
-            how: dict[str, Any] = {"length": length, "noise": noise, "key": ("draft", tuple(layers))}
-            return repeat_draft(self, self._states_of(layers, cache), newest, positions, cache, **how)
+            key = "draft", tuple(first), tuple(rest), top_k
+            steps = self._states_of(first, cache, top_k), self._states_of(rest, cache, top_k)
+            return repeat_draft(self, *steps, newest, positions, cache, length=length, noise=noise, key=key)
         token, drafts, states = newest, [], []
-        for place in range(count):
-            state, logits = self.decode(token, layers, positions=positions[:, place : place + 1], cache=cache)
-            token = few_rows.choose(logits[:, 0], None if noise is None else noise[:, place])[:, None]
-            drafts.append(token)
-            states.append(state)
-        states.append(self.run(self.embed(token), layers, positions=positions[:, count:], cache=cache).hidden)
+        for place in range(count + 1):
+            how: dict[str, Any] = {"positions": positions[:, place : place + 1], "cache": cache, "top_k": top_k}
+            states.append(self.run(self.embed(token), first, **how).hidden)
+            if place < count:
+                _, logits = self.decode(states[-1], rest, **how)
+                token = few_rows.choose(logits[:, 0], None if noise is None else noise[:, place])[:, None]
+                drafts.append(token)
         return torch.cat([newest[:, :0], *drafts], dim=1), torch.cat(states, dim=1)
 
-    def _states_of(self, layers: list[int], cache: KVCache) -> Callable[[Tensor, Places], Tensor]:
+    def _states_of(self, layers: list[int], cache: KVCache, top_k: int | None) -> Callable[[Tensor, Places], Tensor]:
         """From token ids or states at some places to states after some layers."""
 
         def states_of(start: Tensor, places: Places) -> Tensor:
             if not start.is_floating_point():  # on a CPU by an operator that can be recorded
                 start = few_rows.embed(start[0], self.embedding.weight)[None] if places.few else self.embed(start)
-            return self._run_blocks(start, layers, places, cache).hidden
+            return self._run_blocks(start, layers, places, cache, top_k=top_k).hidden
 
         return states_of
 

@@ -87,7 +87,8 @@ def repeat(
 
 def repeat_draft(
     model: "MoEDecoder",
-    states_of: Callable[[Tensor, Places], Tensor],
+    first: Callable[[Tensor, Places], Tensor],
+    rest: Callable[[Tensor, Places], Tensor],
     newest: Tensor,
     positions: Tensor,
     cache: KVCache,
@@ -98,9 +99,9 @@ def repeat_draft(
 ) -> tuple[Tensor, Tensor]:
     """Tokens drafted one after another, as one step.
 
-    states_of: from token ids and their places to states; newest: [A, 1] int64; positions: [A, n + 1], its own and
-    those of n drafts; noise: [A, n, V] float64, or None
-    -> drafts [A, n] and states [A, n + 1, D]
+    first: from token ids and their places to states; rest: from those to the states that the head reads
+    newest: [A, 1] int64; positions: [A, n + 1], its own and those of n drafts; noise: [A, n, V] float64, or None
+    -> drafts [A, n], and the states [A, n + 1, D] that `first` gave
     """
     count, slots = positions.shape[1] - 1, _fixed_slots(length, cache)
     shape = (1, -1) if few_rows.serves(newest.device) else (-1, 1)
@@ -109,9 +110,10 @@ def repeat_draft(
         token, rows, *at = inputs
         drafts, states = [], []
         for place in range(count + 1):
-            states.append(states_of(token, _places(at[place], rows, model.config, slots)))
+            places = _places(at[place], rows, model.config, slots)
+            states.append(first(token, places))
             if place < count:
-                logits = model.unembed(states[-1])
+                logits = model.unembed(rest(states[-1], places))
                 drawn = at[count + 1 + place] if noise is not None else None
                 token = few_rows.choose(logits.view(-1, logits.shape[-1]), drawn).view(shape)
                 drafts.append(token)

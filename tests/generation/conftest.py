@@ -102,7 +102,7 @@ class _TableModel(torch.nn.Module):
         nothing = torch.zeros_like(tokens)
         return torch.stack([tokens, nothing, nothing], dim=-1)  # token, position, layers run
 
-    def run(self, hidden, layers, *, positions, cache, collect=(), choices=False):
+    def run(self, hidden, layers, *, positions, cache, collect=(), choices=False, top_k=None):
         token, _, depth = hidden.unbind(-1)
         if layers:
             assert bool((depth == layers[0]).all()), "layers were skipped or run twice"
@@ -114,7 +114,7 @@ class _TableModel(torch.nn.Module):
         collected = {layer: after(layer + 1) for layer in collect}
         return RunOutput(after(layers[-1] + 1) if layers else hidden, collected)
 
-    def decode(self, start, layers, *, positions, cache):
+    def decode(self, start, layers, *, positions, cache, top_k=None):
         hidden = start if start.is_floating_point() or start.dim() == 3 else self.embed(start)
         hidden = self.run(hidden, layers, positions=positions, cache=cache).hidden
         return hidden, self.unembed(hidden)
