@@ -118,8 +118,8 @@ def search_layers(
     """SWIFT's search before there is a text to write: on W tokens that the model writes after each of some prompts,
     greedily. What it finds is `LayerSearch.layers`, for `SparseSpeculative(draft_layers=...)`.
 
-    skip: the share of layers left out; top_k: experts that they draft with. Raises ValueError for prompts that `generate`
-    refuses, with W + 1 new tokens.
+    skip: the share of layers left out; top_k: experts that they draft with. Raises ValueError for prompts that
+    `generate` refuses, with W + 1 new tokens.
     """
     n_layers = model.config.n_layers
     check_prompts(prompts, model.config, WINDOW + 1)

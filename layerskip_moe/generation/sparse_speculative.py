@@ -35,19 +35,19 @@ class SparseSpeculative:
     temperature.
 
     Attributes:
-        draft_layers: the layers that draft, indices 0..L-1; "random": one set, drawn by `seed`; "swift": searched
+        draft_layers: the layers that draft, indices 0..L-1; "random": one set, drawn by `layer_seed`; "swift": searched
             while decoding, a set more each round; "clasp": found anew each round; None: all
         draft_top_k: experts per token in drafting, 1 up to the model's top_k; None: the model's
         draft_length: tokens drafted per round, 1 or more
         skip: the share of layers left out where they are not given, above 0 and below 1; never all but two
-        seed: of what "random" and "swift" draw
+        layer_seed: of the sets that "random" and "swift" draw
     """
 
     draft_layers: Sequence[int] | Search | None = None
     draft_top_k: int | None = None
     draft_length: int = 4
     skip: float = 0.45
-    seed: int = 0
+    layer_seed: int = 0
 
     def __post_init__(self) -> None:
         check_drafting(self.draft_length, "shared")
@@ -91,7 +91,7 @@ class SparseSpeculative:
         if self.draft_layers == "swift":
             n_layers = session.model.config.n_layers
             layers = every_other_layer(n_layers, count_skipped(self.skip, n_layers))
-            session.state = LayerSearch(layers, random.Random(self.seed), self.draft_top_k)
+            session.state = LayerSearch(layers, random.Random(self.layer_seed), self.draft_top_k)
 
     def step(self, session: Session) -> None:
         """One round: draft, verify, append what the full model chose."""
@@ -113,7 +113,7 @@ class SparseSpeculative:
             case None:
                 return range(n_layers)
             case "random":
-                return random_layers(n_layers, skipped, random.Random(self.seed))
+                return random_layers(n_layers, skipped, random.Random(self.layer_seed))
             case "swift":
                 session.state.improve(session)
                 return session.state.layers
