@@ -28,8 +28,8 @@ class LookupSpeculative:
         exit_layer: n in 1..L: the first n layers draft
         draft_length: tokens that they draft in a round, 1 or more
         lookup_length: tokens that the text may add in a round, 1 or more
-        lookup: "after": the text goes on from the early layers' drafts, where these complete an n-gram of it;
-            "instead": it is asked first, and the early layers draft only in rows whose end is new to it
+        lookup: "instead": the text is asked first, and the early layers draft only in rows whose end is new to it;
+            "after": it goes on from the early layers' drafts, where these complete an n-gram of it
         ngram: as in `PromptLookup`
         min_ngram: as in `PromptLookup`
     """
@@ -37,9 +37,9 @@ class LookupSpeculative:
     exit_layer: int
     draft_length: int = 2
     lookup_length: int = 4
-    lookup: Literal["after", "instead"] = "after"
+    lookup: Literal["after", "instead"] = "instead"
     ngram: int = 3
-    min_ngram: int = 1
+    min_ngram: int = 2
 
     def __post_init__(self) -> None:
         check_drafting(self.draft_length, "shared")

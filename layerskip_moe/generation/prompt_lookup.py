@@ -24,12 +24,12 @@ class PromptLookup:
     Attributes:
         draft_length: tokens drafted per round, 1 or more
         ngram: the longest end of the text that is looked up, in tokens, 1 or more; the longest that is found counts
-        min_ngram: the shortest
+        min_ngram: the shortest; single tokens come again by chance, and what follows them is mostly wrong
     """
 
     draft_length: int = 4
     ngram: int = 3
-    min_ngram: int = 1
+    min_ngram: int = 2
 
     def __post_init__(self) -> None:
         check_drafting(self.draft_length, "shared")

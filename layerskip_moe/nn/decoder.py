@@ -245,8 +245,9 @@ class MoEDecoder(nn.Module):
             how: dict[str, Any] = {"positions": positions[:, place : place + 1], "cache": cache, "top_k": top_k}
             states.append(self.run(self.embed(token), first, **how).hidden)
             if place < count:
-                _, logits = self.decode(states[-1], rest, **how)
-                token = few_rows.choose(logits[:, 0], None if noise is None else noise[:, place])[:, None]
+                last = self.run(states[-1], rest, **how).hidden if rest else states[-1]
+                drawn = None if noise is None else noise[:, place]
+                token = few_rows.choose(self.unembed(last)[:, 0], drawn)[:, None]
                 drafts.append(token)
         return torch.cat([newest[:, :0], *drafts], dim=1), torch.cat(states, dim=1)
 

@@ -63,7 +63,7 @@ STRATEGIES = [
     (["--strategy", "self-speculative", "--exit-layer", 3, "--draft-length", 2], SelfSpeculative(3, 2)),
     (["--strategy", "prompt-lookup", "--ngram", 2], PromptLookup(ngram=2)),
     (["--strategy", "lookup-speculative"], LookupSpeculative(1)),
-    (["--strategy", "lookup-speculative", "--lookup", "instead"], LookupSpeculative(1, lookup="instead")),
+    (["--strategy", "lookup-speculative", "--lookup", "after"], LookupSpeculative(1, lookup="after")),
     (["--strategy", "sparse-speculative", "--draft-layers", 0, 2, 4], SparseSpeculative((0, 2, 4))),
     (["--strategy", "sparse-speculative", "--draft-layers", "clasp"], SparseSpeculative("clasp")),
     (["--strategy", "sparse-speculative", "--draft-top-k", 1], SparseSpeculative(draft_top_k=1)),

@@ -111,9 +111,9 @@ def test_under_every_policy_in_every_case(trained_model, assert_same_text, polic
 
 # By name, a strategy that drafts `length` tokens by about `layer` layers, in a model of 3.
 WAYS = {
-    "lookup": lambda layer, length: PromptLookup(length, ngram=layer),
-    "lookup after": lambda layer, length: LookupSpeculative(layer, length, 9 - length),
-    "lookup instead": lambda layer, length: LookupSpeculative(layer, length, length, "instead"),
+    "lookup": lambda layer, length: PromptLookup(length, layer, 1),
+    "lookup after": lambda layer, length: LookupSpeculative(layer, length, 9 - length, "after", min_ngram=1),
+    "lookup instead": lambda layer, length: LookupSpeculative(layer, length, length, min_ngram=1),
     "given layers": lambda layer, length: SparseSpeculative([(0, 2), (1, 2), (0, 1)][layer - 1], draft_length=length),
     "fewer experts": lambda layer, length: SparseSpeculative(draft_top_k=1, draft_length=length),
     "both": lambda layer, length: SparseSpeculative([(0, 2), (0,), (0, 1)][layer - 1], 1, length),

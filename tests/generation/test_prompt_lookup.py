@@ -70,7 +70,7 @@ def test_rows_without_a_match_are_decoded_plainly(table_model):
     prompts = [[*range(10), 0, 1], [3]]
     plain = generate(model, prompts, Autoregressive(), max_new_tokens=24)
     model.calls.clear()
-    out = generate(model, prompts, PromptLookup(3, ngram=2), max_new_tokens=24)
+    out = generate(model, prompts, PromptLookup(3, 2, 1), max_new_tokens=24)
     assert out.tokens == plain.tokens
     assert out.row_stats[0].drafted == out.row_stats[0].accepted == 18 and out.row_stats[0].rounds == 6
     # 10 plain steps to know its period, then 14 tokens, 4 at a time, the last two in one round
@@ -84,7 +84,7 @@ def test_rows_without_a_match_are_decoded_plainly(table_model):
 def test_early_layers_and_the_text_together(table_model, lookup):
     """The early layers know the next token, the text knows more: every place is run once by every layer."""
     model = table_model(12, alternating, alternating)
-    out = generate(model, [[*range(10), 0]], LookupSpeculative(1, 2, 5, lookup), max_new_tokens=16)
+    out = generate(model, [[*range(10), 0]], LookupSpeculative(1, 2, 5, lookup, min_ngram=1), max_new_tokens=16)
     assert out.tokens == [[(1 + place) % 10 for place in range(16)]]
     assert out.stats.drafted == out.stats.accepted
     _, *calls = model.calls
@@ -99,7 +99,7 @@ def test_early_layers_and_the_text_together(table_model, lookup):
 
 def test_the_early_layers_draft_where_the_text_is_new(table_model):
     model = table_model(12, alternating, alternating)
-    out = generate(model, [[3], [*range(10), 0]], LookupSpeculative(1, 2, 2, "instead"), max_new_tokens=6)
+    out = generate(model, [[3], [*range(10), 0]], LookupSpeculative(1, 2, 2, "instead", min_ngram=1), max_new_tokens=6)
     assert [stats.rounds for stats in out.row_stats] == [2, 2]
     _, *calls = model.calls
     assert calls[:3] == [(0, 1, 1, 1)] * 3, "row 0 alone drafts"
@@ -110,7 +110,8 @@ def test_the_early_layers_draft_where_the_text_is_new(table_model):
     ("make", "says"),
     [
         (lambda: PromptLookup(0), "must be 1 or more"),
-        (lambda: PromptLookup(2, ngram=0), "min_ngram=1 must be 1 or more and at most ngram=0"),
+        (lambda: PromptLookup(2, ngram=1), "min_ngram=2 must be 1 or more and at most ngram=1"),
+        (lambda: PromptLookup(2, min_ngram=0), "min_ngram=0"),
         (lambda: PromptLookup(2, 2, 3), "min_ngram=3"),
         (lambda: LookupSpeculative(1, 0), "draft_length=0"),
         (lambda: LookupSpeculative(1, 2, 0), "lookup_length=0"),
