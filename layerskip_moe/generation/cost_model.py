@@ -1,10 +1,10 @@
 """CostModel: how long a round of self-speculation takes on this machine, by how much is drafted and verified.
 
-Verifying several tokens reads the union of their experts, so its time depends on the text: a formula of layers, rows and
-experts, whose few constants are fitted to rounds of the model itself, timed once.
+Verifying several tokens reads the union of their experts, so its time depends on the text: a formula of layers, rows
+and experts, whose few constants are fitted to rounds of the model itself, timed once.
 
-A rows of a batch, L layers, E experts, K chosen. Knows nothing of acceptance. Next: `policies/adaptive.py`, which weighs
-one against the other; `bench/replay.py`.
+A rows of a batch, L layers, E experts, K chosen. Knows nothing of acceptance. Next: `policies/adaptive.py`, which
+weighs one against the other; `bench/replay.py`.
 """
 
 import random
@@ -160,8 +160,8 @@ def _fitted_to(empty: CostModel, reports: Sequence[RoundReport]) -> CostModel:
     """Least squares of relative errors, no cost below 0; of rounds that did the same the median counts."""
     by_amounts: dict[tuple[float, ...], list[float]] = {}
     for report in reports:
-        amounts = empty.features(report.exit_layers, report.drafted, report.experts)
-        by_amounts.setdefault(tuple(amounts), []).append(report.seconds)
+        done = tuple(empty.features(report.exit_layers, report.drafted, report.experts))
+        by_amounts.setdefault(done, []).append(report.seconds)
     amounts = torch.tensor(list(by_amounts), dtype=torch.float64)
     seconds = torch.tensor([sorted(times)[len(times) // 2] for times in by_amounts.values()], dtype=torch.float64)
     weights = torch.tensor([len(times) for times in by_amounts.values()], dtype=torch.float64).sqrt() / seconds

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from layerskip_moe.generation import Autoregressive, SelfSpeculative, generate
 from layerskip_moe.generation.policies import Fixed
-from layerskip_moe.nn import MoEDecoder, decoder
+from layerskip_moe.nn import decoder
 
 ROWS, EVERY = 3, frozenset(range(64))
 

@@ -58,6 +58,27 @@ def test_a_draft_is_a_token_after_another(tiny_model, dtype, rows, count, temper
             )
 
 
+@pytest.mark.parametrize(
+    ("layers", "top_k", "collect"), [((0, 2), None, (0,)), ((1, 2), 1, ()), ((0, 1, 2), 1, (2, 0))], ids=str
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_some_layers_with_fewer_experts(tiny_model, compiled, layers, top_k, collect):
+    """Drafts of these layers; states of the newest token to the last draft, after them and after those asked for."""
+    model = tiny_model(torch.float32)
+    cache, newest = KVCache(model.config, 2, 12), torch.tensor([[3], [7]])
+    positions = torch.arange(4).expand(2, 4)
+    with torch.no_grad(), compiling(model, compiled):
+        for _ in range(2):  # recorded, then repeated
+            made = model.draft(newest, layers, positions=positions, cache=cache, top_k=top_k, collect=collect)
+    text = torch.cat([newest, made.tokens], dim=1)
+    with torch.no_grad():
+        whole = model.run(model.embed(text), layers, positions=positions, top_k=top_k, collect=layers)
+        for states, layer in zip(made.states, (layers[-1], *collect), strict=True):
+            torch.testing.assert_close(states, whole.collected[layer])
+        assert torch.equal(made.tokens, model.unembed(whole.hidden)[:, :-1].argmax(dim=-1))
+    assert not cache.keys[[layer for layer in range(model.config.n_layers) if layer not in layers]].any()
+
+
 def test_without_kernels(tiny_model):
     model = tiny_model(torch.float32)
     with using_kernels(False):
@@ -75,3 +96,5 @@ def test_what_is_refused(tiny_model):
                 model.draft(newest, LAYERS, positions=torch.arange(8, 12)[None], cache=cache)
             with pytest.raises(ValueError, match="must rise"):
                 model.draft(newest, (1, 0), positions=torch.arange(4)[None], cache=cache)
+            with pytest.raises(ValueError, match="top_k=9 must be between"):
+                model.draft(newest, LAYERS, positions=torch.arange(4)[None], cache=cache, top_k=9)

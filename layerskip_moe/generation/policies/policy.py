@@ -63,9 +63,9 @@ class Policy(Protocol):
     experts: where True, `RoundReport.experts` is filled in
     exits: exit layers, below L: shadow tokens are of these alone. Their states are kept in every round, so that one
         with shadow tokens takes no other calls than one without; and at the end of the prompts, in `Session.prompt`
-    give_up_below: read after `plan`; None, or for each row a number: a draft is given up, and the row drafts no more in this
-        round, where the product of the round's certainties so far is below. (Where `should_stop` is None, and all rows
-        draft by the same layers; elsewhere all that is planned is drafted.)
+    give_up_below: read after `plan`; None, or for each row a number: a draft is given up, and the row drafts no more in
+        this round, where the product of the round's certainties so far is below. (Where `should_stop` is None, and all
+        rows draft by the same layers; elsewhere all that is planned is drafted.)
     """
 
     @property
