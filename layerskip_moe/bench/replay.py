@@ -3,9 +3,9 @@
 The policy is asked and told what `SelfSpeculative` would ask and tell it, one prompt after another, each a batch of its
 own. How many drafts are accepted is exact; a round lasts as long as a cost model says, so every replay is the same.
 Three things that a policy may see are not in a trace: what is drafted after the first refused draft, where the text's
-own places stand in (so a `should_stop` may end a round's last, refused drafts elsewhere); the model itself, of which a
-session here has the config alone; and the clock. What it costs to ask is not in a round's seconds either: rounds with
-`shadow` or `should_stop` take longer than they do here, which `policies_check.py` shows.
+own places stand in (so `should_stop` and `give_up_below` may end a round's last, refused drafts elsewhere); the model
+itself, of which a session here has the config alone; and the clock. What it costs to ask is not in a round's seconds
+either: rounds with `shadow` or `should_stop` take longer than they do here, which `policies_check.py` shows.
 
 L layers, T places of a round.
 Knows nothing of how policies are compared. Next: `policies.py`, which does; `rounds.py`.
