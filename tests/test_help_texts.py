@@ -22,7 +22,16 @@ from layerskip_moe.cli import (
 )
 from layerskip_moe.cli.flags import fields_of, parse
 from layerskip_moe.cli.strategies import StrategyName, strategy_flags
-from layerskip_moe.generation import Autoregressive, EarlyExit, LayerSkipping, SelfSpeculative, Speculative
+from layerskip_moe.generation import (
+    Autoregressive,
+    EarlyExit,
+    LayerSkipping,
+    LookupSpeculative,
+    PromptLookup,
+    SelfSpeculative,
+    SparseSpeculative,
+    Speculative,
+)
 from layerskip_moe.generation.sampling import Sampling
 from layerskip_moe.nn import ModelConfig
 from layerskip_moe.study import StudyConfig
@@ -51,7 +60,16 @@ CONFIGS = [
     *bench.SETTINGS.values(),
     *COMMANDS,
 ]
-STRATEGIES = [Autoregressive, EarlyExit, LayerSkipping, SelfSpeculative, Speculative]
+STRATEGIES = [
+    Autoregressive,
+    EarlyExit,
+    LayerSkipping,
+    LookupSpeculative,
+    PromptLookup,
+    SelfSpeculative,
+    SparseSpeculative,
+    Speculative,
+]
 FLAGS = {name: strategy_flags(name) for name in typing.get_args(StrategyName)}
 
 

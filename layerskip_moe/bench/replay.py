@@ -3,9 +3,9 @@
 The policy is asked and told what `SelfSpeculative` would ask and tell it, one prompt after another, each a batch of its
 own. How many drafts are accepted is exact; a round lasts as long as a cost model says, so every replay is the same.
 Three things that a policy may see are not in a trace: what is drafted after the first refused draft, where the text's
-own places stand in (so a `should_stop` may end a round's last, refused drafts elsewhere); the model itself, of which a
-session here has the config alone; and the clock. What it costs to ask is not in a round's seconds either: rounds with
-`shadow` or `should_stop` take longer than they do here, which `policies_check.py` shows.
+own places stand in (so `should_stop` and `give_up_below` may end a round's last, refused drafts elsewhere); the model
+itself, of which a session here has the config alone; and the clock. What it costs to ask is not in a round's seconds
+either: rounds with `shadow` or `should_stop` take longer than they do here, which `policies_check.py` shows.
 
 L layers, T places of a round.
 Knows nothing of how policies are compared. Next: `policies.py`, which does; `rounds.py`.
@@ -21,6 +21,7 @@ import torch
 from layerskip_moe.bench.rounds import TextRounds
 from layerskip_moe.generation import Sampling, Session
 from layerskip_moe.generation.policies.policy import Policy, RoundReport
+from layerskip_moe.generation.self_speculative import watched_exits
 from layerskip_moe.nn import ModelConfig
 
 
@@ -86,7 +87,7 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
             )
         limit = min(length, session.remaining[0] - 1)
         exit_layer = exit_layer if limit else 0
-        drafted, confidences = _draft(text, place, exit_layer, limit, policy)
+        drafted, confidences, certainties = _draft(text, place, exit_layer, limit, policy)
         accepted = text.accepted(place, exit_layer, drafted)
         experts, seconds = text.experts(place, exit_layer, drafted), text.seconds(place, exit_layer, drafted)
         places = slice(place, place + drafted + 1)
@@ -98,36 +99,50 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
             drafted=[drafted],
             accepted=[accepted],
             confidences=[confidences],
+            certainties=None if certainties is None else [certainties],
             seconds=seconds,
             tokens=_tokens(text.tokens[places]),
             counts=torch.tensor([accepted + 1]),
             experts=experts if experts and getattr(policy, "experts", False) else None,
-            shadow=_tokens(text.said[:, places]) if policy.shadow else None,
+            shadow=_shadow(text, places, policy, config) if policy.shadow else None,
         )
         policy.observe(report)
         rounds.append(ReplayedRound(exit_layer, drafted, accepted, experts, seconds))
     return rounds
 
 
-def _draft(text: TextRounds, place: int, exit_layer: int, limit: int, policy: Policy) -> tuple[int, list[float]]:
-    """How many drafts are verified, of at most `limit`, and their confidences where the policy asks for them.
+def _draft(
+    text: TextRounds, place: int, exit_layer: int, limit: int, policy: Policy
+) -> tuple[int, list[float], list[float] | None]:
+    """How many drafts are verified, of at most `limit`; their confidences and certainties where the policy asks.
 
     A policy with `give_up_below`, a number for each row, throws the draft away at which the product of the round's
     certainties falls below it; what that draft cost is what the layers that drafted cost at a round's last place.
     """
-    below, should_stop = getattr(policy, "give_up_below", None), policy.should_stop
+    should_stop, below = policy.should_stop, getattr(policy, "give_up_below", None)
     confidences: list[float] = []
-    together = 1.0
+    if should_stop is None and below is not None and limit:
+        certainties = text.certainty[exit_layer - 1, place : place + limit].astype("float64")
+        given_up = certainties.cumprod() < below[0]
+        drafted = int(given_up.argmax()) if given_up.any() else limit
+        return drafted, confidences, certainties[: drafted + 1].tolist()
+    if should_stop is None:
+        return limit, confidences, None
     for draft in range(limit):
-        together *= float(text.certainty[exit_layer - 1, place + draft])
-        if below is not None and together < below[0]:
-            return draft, confidences
-        if should_stop is not None:
-            confidence = torch.from_numpy(text.confidence[exit_layer - 1, place + draft, None].copy())
-            confidences.append(float(confidence))
-            if draft + 1 < limit and bool(should_stop(confidence, draft)):
-                return draft + 1, confidences
-    return limit, confidences
+        confidence = torch.from_numpy(text.confidence[exit_layer - 1, place + draft, None].copy())
+        confidences.append(float(confidence))
+        if draft + 1 < limit and bool(should_stop(confidence, draft)):
+            return draft + 1, confidences, None
+    return limit, confidences, None
+
+
+def _shadow(text: TextRounds, places: slice, policy: Policy, config: ModelConfig) -> torch.Tensor:
+    """[1, L, T], as in a report: of the exits that the policy watches, and of the last layer."""
+    said = _tokens(text.said[:, places])
+    watched = [*watched_exits(policy, config), config.n_layers]
+    others = [layer for layer in range(config.n_layers) if layer + 1 not in watched]
+    said[:, others] = -1
+    return said
 
 
 def _tokens(of_row: Any) -> torch.Tensor:

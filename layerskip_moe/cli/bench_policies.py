@@ -28,6 +28,7 @@ from layerskip_moe.cli.options import Precision, load_network
 from layerskip_moe.files import plain, replacing
 from layerskip_moe.generation.cost_model import CostModel, fit_cost_model
 from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.nn.compiling import can_compile, compiling
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,11 @@ def run(arguments: list[str]) -> None:
     if not trace.continuations():
         raise ValueError(f"{options.trace} holds no continuations, on which policies are compared; record some.")
     model = None if options.checkpoint is None else _model(options, trace)
-    cost = CostModel(**trace.about["cost_model"]) if model is None else fit_cost_model(model)
+    if model is None:
+        cost = CostModel(**trace.about["cost_model"])
+    else:
+        with compiling(model, can_compile(model.device)):
+            cost = fit_cost_model(model)
     result: dict[str, Any] = {
         "command": shlex.join(["layerskip-moe", "bench", "policies", *arguments]),
         "machine": trace.about["machine"] if model is None else describe_machine(model.device),

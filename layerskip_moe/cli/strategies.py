@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from tyro.conf import arg
 
 from layerskip_moe.cli.flags import fields_of
-from layerskip_moe.generation import Autoregressive, EarlyExit, LayerSkipping, SelfSpeculative, Speculative, Strategy
+from layerskip_moe.generation import (
+    Autoregressive,
+    EarlyExit,
+    LayerSkipping,
+    LookupSpeculative,
+    PromptLookup,
+    SelfSpeculative,
+    SparseSpeculative,
+    Speculative,
+    Strategy,
+)
+from layerskip_moe.generation.sparse_speculative import Search
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.pretrained import load_tokenizer
 from layerskip_moe.pretrained.quantize import Quantization, quantize
@@ -17,12 +28,22 @@ from layerskip_moe.pretrained.quantize import Quantization, quantize
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-StrategyName = Literal["autoregressive", "self-speculative", "speculative", "early-exit", "layer-skipping"]
+StrategyName = Literal[
+    "autoregressive",
+    "self-speculative",
+    "lookup-speculative",
+    "prompt-lookup",
+    "sparse-speculative",
+    "speculative",
+    "early-exit",
+    "layer-skipping",
+]
 
 _CONFIDENCE = (
     '"softmax_diff", the two largest probabilities\' difference; "state", the cosine between the states before and '
     "after a layer, from layer 2 on"
 )
+_EXIT_LAYER = "layers that draft, 1..L; None: a fifth of them"
 _EVERY = "leave out every n-th layer, 2 or more; 4 where none of these three is given"
 
 
@@ -69,6 +90,12 @@ def strategy_flags(name: str) -> type:
             return fields_of(Autoregressive)
         case "self-speculative":
             return _SelfSpeculativeFlags
+        case "lookup-speculative":
+            return fields_of(LookupSpeculative, exit_layer=(Annotated[int | None, arg(help=_EXIT_LAYER)], None))
+        case "prompt-lookup":
+            return fields_of(PromptLookup)
+        case "sparse-speculative":
+            return fields_of(SparseSpeculative, draft_layers=(tuple[int, ...] | Search | None, None))
         case "speculative":
             return _SpeculativeFlags
         case "early-exit":
@@ -87,6 +114,8 @@ def make_strategy(name: str, flags: Any, model: MoEDecoder, tokenizer: "Tokenize
     """
     values = dict(vars(flags))
     n_layers = model.config.n_layers
+    if name in ("self-speculative", "lookup-speculative") and values["exit_layer"] is None:
+        values["exit_layer"] = max(n_layers // 5, 1)
     match name:
         case "autoregressive":
             return Autoregressive(**values)
@@ -94,6 +123,12 @@ def make_strategy(name: str, flags: Any, model: MoEDecoder, tokenizer: "Tokenize
             quantization = values.pop("draft_quantization")
             draft = None if quantization is None else quantize(model, quantization)
             return SelfSpeculative(**values, draft_model=draft)
+        case "lookup-speculative":
+            return LookupSpeculative(**values)
+        case "prompt-lookup":
+            return PromptLookup(**values)
+        case "sparse-speculative":
+            return SparseSpeculative(**values)
         case "speculative":
             folder = values.pop("draft_checkpoint")
             # With other tokens every draft would be wrong, and decoding slow, with nothing to show why.

@@ -22,6 +22,7 @@ from layerskip_moe.bench.machine import describe_machine
 from layerskip_moe.cli.flags import parse
 from layerskip_moe.cli.options import Precision, Text, load_network, load_text
 from layerskip_moe.generation.cost_model import fit_cost_model
+from layerskip_moe.nn.compiling import can_compile, compiling
 from layerskip_moe.pretrained import load_tokenizer
 
 if TYPE_CHECKING:
@@ -79,13 +80,15 @@ def run(arguments: list[str]) -> None:
         temperatures=options.temperatures,
         seed=options.seed,
     )
+    with compiling(model, can_compile(model.device)):
+        cost_model = fit_cost_model(model)
     about = {
         "command": shlex.join(["layerskip-moe", "trace", *arguments]),
         "checkpoint": options.checkpoint,
         "fingerprint": model_fingerprint(model),
         "text": options.prompts or text.dataset,
         "machine": describe_machine(model.device),
-        "cost_model": asdict(fit_cost_model(model)),
+        "cost_model": asdict(cost_model),
     }
     save_trace(Trace(texts, model.config, about), options.out)
     print(

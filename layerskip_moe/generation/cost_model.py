@@ -19,6 +19,7 @@ from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.sampling import Sampling
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import ModelConfig, MoEDecoder, few_rows
+from layerskip_moe.nn.modes import evaluating
 
 _SECONDS = 1.5  # for timing rounds
 _ROUNDS = 8  # of each kind, while there is time
@@ -100,14 +101,16 @@ _fitted: "WeakKeyDictionary[MoEDecoder, dict[object, CostModel]]" = WeakKeyDicti
 
 def fit_cost_model(model: MoEDecoder, batch_size: int = 1, *, exits: Sequence[int] = ()) -> CostModel:
     """Time rounds of this model, for 2 seconds at most where a round takes less than a tenth of that, and fit the cost
-    model; at once where it was done before in this process.
+    model; at once where it was done before in this process. The rounds are those of `generate` under `compiling`, which
+    is left as it is.
 
     exits: of a policy whose rounds they are to be, which keep the states there
     """
     key = batch_size, model.device, model.dtype, model.compiled, tuple(exits)
     fitted = _fitted.setdefault(model, {})
     if key not in fitted:
-        fitted[key] = _fit(model, batch_size, exits)
+        with evaluating(model):
+            fitted[key] = _fit(model, batch_size, exits)
     return fitted[key]
 
 
@@ -117,11 +120,11 @@ class _Timed:
     shadow, should_stop, experts = False, None, True
 
     def __init__(self, kinds: list[tuple[int, int]], exits: Sequence[int]) -> None:
-        self._kinds, self.exits, self.reports = kinds, exits, list[RoundReport]()
+        self.kinds, self.exits, self.reports = kinds, exits, list[RoundReport]()
 
     def plan(self, session: Session) -> list[tuple[int, int]]:
         """The next kind, for every row."""
-        return [self._kinds[len(self.reports) % len(self._kinds)]] * len(session.row_numbers)
+        return [self.kinds[len(self.reports) % len(self.kinds)]] * len(session.row_numbers)
 
     def observe(self, round: RoundReport) -> None:
         """Keep it."""
@@ -148,12 +151,13 @@ def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int]) -> CostModel:
 
 
 def _run(session: Session, policy: _Timed, started: float, least: int) -> None:
-    """Decode until a row ends, or time is up."""
+    """Decode until a row has no use for the longest drafts, or time is up."""
     from layerskip_moe.generation.self_speculative import SelfSpeculative  # which imports `Adaptive`, and that this
 
     strategy, rows = SelfSpeculative(policy=policy), len(session.rows)
+    longest = max(drafts for _, drafts in policy.kinds)
     session.prefill()
-    while len(session.row_numbers) == rows and min(session.remaining) > 10:
+    while len(session.row_numbers) == rows and min(session.remaining) > longest:
         strategy.step(session)
         if len(policy.reports) >= least and time.perf_counter() - started > _SECONDS:
             return
@@ -162,7 +166,7 @@ def _run(session: Session, policy: _Timed, started: float, least: int) -> None:
 def _kinds(config: ModelConfig, batch_size: int) -> list[tuple[int, int]]:
     """(exit layer, drafts) of the rounds to time: plain ones oftener, early and late exits, short and long drafts."""
     early, late = max(config.n_layers // 6, 1), max(config.n_layers // 2, 1)
-    longest = max(min(8, few_rows.MOST_ROWS // batch_size - 1), 1)
+    longest = max(min(8, few_rows.MOST_ROWS // batch_size - 1, config.max_seq_len - 4), 1)
     lengths = sorted({1, 2, min(4, longest), longest})
     pairs = [(exit_layer, length) for length in lengths for exit_layer in dict.fromkeys((early, late))]
     return [(0, 0), *pairs, (0, 0)]

@@ -244,8 +244,8 @@ class _Depths:
     def _run_newest(self, session: Session, hidden: Tensor, rows: list[int], layers: range, kind: Confidence) -> _Asked:
         _, positions, cache = self._places(session, rows, 0)
         if asks_head(kind) and not asks_previous(kind):  # in one call
-            states, logits = session.model.decode(hidden, layers, positions=positions, cache=cache)
-            return states, None, logits
+            output, logits = session.model.decode(hidden, layers, positions=positions, cache=cache)
+            return output.hidden, None, logits
         states, before = _run(session, hidden, layers, positions, cache)
         return states, before, session.model.unembed(states) if asks_head(kind) else None
 

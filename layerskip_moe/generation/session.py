@@ -162,19 +162,23 @@ class Session:
         limits: Sequence[int],
         floors: Sequence[float] | None = None,
         collect: Sequence[int] = (),
+        *,
+        rows: Tensor | None = None,
+        top_k: int | None = None,
     ) -> Drafted:
         """Drafts by some layers and the head, one after another, after the newest token, which is at the first of
         positions [A, n + 1]; limits[r] of row r, or fewer by its floor, as `MoEDecoder.draft` says. Nothing is filtered
-        out or penalised."""
+        out or penalised. rows [R]: the rows that draft, where not all do, of which all else is given and returned."""
         return self.model.draft(
-            self.newest,
+            self.newest if rows is None else self.newest[rows],
             layers,
             positions=positions,
-            cache=self.cache,
+            cache=self.cache if rows is None else self.cache.subset(rows),
             noise=None if noise is None else noise * self.sampling.temperature,
             limits=torch.tensor(limits, device=self.newest.device),
             floors=None if floors is None else torch.tensor(floors, dtype=torch.float64, device=self.newest.device),
             temperature=0.0 if floors is None else self.sampling.temperature or 1.0,
+            top_k=top_k,
             collect=collect,
         )
 

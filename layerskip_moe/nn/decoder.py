@@ -163,6 +163,7 @@ class MoEDecoder(nn.Module):
         *,
         positions: Tensor,
         cache: KVCache,
+        top_k: int | None = None,
         collect: Sequence[int] = (),
         choices: bool = False,
     ) -> tuple[RunOutput, Tensor]:
@@ -174,10 +175,10 @@ class MoEDecoder(nn.Module):
         embeds, layers = not start.is_floating_point(), list(layers)
         if not self._repeats(self.dtype, positions):
             hidden = self.embed(start) if embeds else start
-            output = self.run(hidden, layers, positions=positions, cache=cache, collect=collect, choices=choices)
+            how: dict[str, Any] = {"top_k": top_k, "collect": collect, "choices": choices}
+            output = self.run(hidden, layers, positions=positions, cache=cache, **how)
             return output, self.unembed(output.hidden)
-        output, logits = self._repeat("decode", start, layers, positions, cache, None, collect, choices, heads=True)
-        return output, logits
+        return self._repeat("decode", start, layers, positions, cache, top_k, collect, choices, heads=True)
 
     def _repeat(
         self,
@@ -224,12 +225,13 @@ class MoEDecoder(nn.Module):
         limits: Tensor | None = None,
         floors: Tensor | None = None,
         temperature: float = 0.0,
+        top_k: int | None = None,
         collect: Sequence[int] = (),
     ) -> Drafted:
         """Draft tokens one after another by some layers and the head; of few rows, compiled, one call.
 
         newest: [A, 1] int64; positions: [A, n + 1] int64, where it stands and where n drafts will; layers, cache,
-            collect: as in `run`
+            top_k, collect: as in `run`
         noise: [A, n, V] float64, added to the logits; a draft is where they are largest
         limits: [A] int64, drafts of each row; by default n
         floors: [A] float64: a draft is given up, and a row drafts no more, when the product of its certainties falls
@@ -240,19 +242,20 @@ class MoEDecoder(nn.Module):
         floors = torch.zeros_like(limits, dtype=torch.float64) if floors is None else floors
         if self._repeats(self.dtype, positions[:, :1]):
             length = check_positions(positions, self.config, cache)
-            check_run(layers, self.config, len(positions), cache, collect=collect)
+            check_run(layers, self.config, len(positions), cache, top_k=top_k, collect=collect)
 
             def states_of(start: Tensor, places: Places) -> list[Tensor]:
-                output = run_blocks(self, self._embedded(start, places), layers, places, cache, collect=collect)
+                hidden = self._embedded(start, places)
+                output = run_blocks(self, hidden, layers, places, cache, top_k=top_k, collect=collect)
                 return [output.hidden, *(output.collected[layer] for layer in collect)]
 
             how: dict[str, Any] = {"noise": noise, "limits": limits, "floors": floors, "temperature": temperature}
-            key = "draft", tuple(layers), tuple(collect)
+            key = "draft", tuple(layers), top_k, tuple(collect)
             return repeat_draft(self, states_of, newest, positions, cache, length=length, key=key, **how)
 
         def states_at(token: Tensor, place: int) -> list[Tensor]:
             at = positions[:, place : place + 1]
-            output = self.run(self.embed(token), layers, positions=at, cache=cache, collect=collect)
+            output = self.run(self.embed(token), layers, positions=at, cache=cache, top_k=top_k, collect=collect)
             return [output.hidden, *(output.collected[layer] for layer in collect)]
 
         tokens, certainties, *states = draft_places(self, states_at, newest, count, noise, temperature)

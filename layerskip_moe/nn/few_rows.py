@@ -133,7 +133,8 @@ def remember(
     -> [N, E], summed from the latest position to the earliest
     """
     if are_few(logits) and has_kernels():
-        return torch.ops.layerskip_moe_few_rows.remember.default(logits, memory, rows, positions, list(weights), hold)
+        at = positions.contiguous()  # (rows may share theirs)
+        return torch.ops.layerskip_moe_few_rows.remember.default(logits, memory, rows, at, list(weights), hold)
     memory[rows, positions] = logits
     latest = positions - positions % hold
     total, share = torch.zeros_like(logits), logits.new_zeros(len(logits), 1)

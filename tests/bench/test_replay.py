@@ -89,8 +89,10 @@ class Curious:
 
     shadow, experts = True, True
 
-    def __init__(self):
+    def __init__(self, exits=None):
         self.count = 0
+        if exits is not None:
+            self.exits = exits
 
     def plan(self, session):
         self.count += 1
@@ -103,12 +105,12 @@ class Curious:
         pass
 
 
-@pytest.mark.parametrize("moe_layers", ["all", "every other"])
-def test_reports_are_those_of_decoding(small_model, cost_of, moe_layers):
+@pytest.mark.parametrize(("moe_layers", "exits"), [("all", None), ("every other", None), ("all", (1, 3))])
+def test_reports_are_those_of_decoding(small_model, cost_of, moe_layers, exits):
     """Up to the first draft that is refused, beyond which a trace knows nothing; experts where none is."""
     model = small_model(moe_layers=moe_layers)
     texts = record_texts(model, PROMPTS, max_new_tokens=NEW, temperatures=[0.8], progress=False)
-    told, (again, _) = really(model, texts, Curious()), replayed(model, texts, Curious(), cost_of(4))
+    told, (again, _) = really(model, texts, Curious(exits)), replayed(model, texts, Curious(exits), cost_of(4))
     compared = 0
     for real, copy in zip(itertools.chain(*told), itertools.chain(*again), strict=True):
         count = real.accepted[0] + 1
@@ -124,10 +126,38 @@ def test_reports_are_those_of_decoding(small_model, cost_of, moe_layers):
         assert copy.shadow[..., :count].tolist() == real.shadow[..., :count].tolist()
         assert copy.confidences[0][:count] == real.confidences[0][:count]
         assert len(copy.confidences[0]) == len(real.confidences[0])
+        assert copy.certainties is real.certainties is None
         if count == len(copy.tokens[0]):
             assert copy.experts == real.experts
             compared += count > 1
     assert compared >= 3
+
+
+class Doubtful(Fixed):
+    """Gives drafts up, and looks at two layers."""
+
+    shadow, exits, give_up_below = True, (1, 3), [0.5]
+
+
+@pytest.mark.parametrize("exit_layer", [1, 2, 3])
+def test_drafts_are_given_up_where_decoding_gives_them_up(small_model, texts, cost_of, exit_layer):
+    """Up to the first draft that is refused, after which the drafts themselves are not the trace's."""
+    model, policy = small_model(), Doubtful(exit_layer, 6)
+    told, (again, _) = really(model, texts, policy), replayed(model, texts, policy, cost_of(4))
+    given_up = 0
+    for real, copy in zip(itertools.chain(*told), itertools.chain(*again), strict=True):
+        [accepted], [drafted] = real.accepted, real.drafted
+        assert (copy.accepted, copy.exit_layers) == (real.accepted, real.exit_layers)
+        assert copy.drafted == real.drafted or min(*copy.drafted, drafted) > accepted
+        places = accepted + 1
+        assert copy.shadow[..., :places].tolist() == real.shadow[..., :places].tolist()
+        if real.certainties is None:
+            assert copy.certainties is None and real.exit_layers == [0], "a round of one token more"
+        else:
+            assert copy.certainties[0][:places] == pytest.approx(real.certainties[0][:places], abs=1e-6)
+            assert len(copy.certainties[0]) == min(copy.drafted[0] + 1, 6) or copy.certainties[0][-1] >= 0.5
+            given_up += accepted == drafted < len(real.certainties[0])
+    assert given_up > 0
 
 
 def test_should_stop_is_asked_as_drafting_asks(small_model, invented_text, cost_of):

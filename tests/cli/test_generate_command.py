@@ -14,7 +14,15 @@ from layerskip_moe import Autoregressive, MoEDecoder, generate
 from layerskip_moe.cli.options import json_line
 from layerskip_moe.cli.streaming import RoundByRound
 from layerskip_moe.data.tokenizer import train_tokenizer
-from layerskip_moe.generation import EarlyExit, LayerSkipping, SelfSpeculative, Speculative
+from layerskip_moe.generation import (
+    EarlyExit,
+    LayerSkipping,
+    LookupSpeculative,
+    PromptLookup,
+    SelfSpeculative,
+    SparseSpeculative,
+    Speculative,
+)
 from layerskip_moe.generation.text import TextStream
 from layerskip_moe.pretrained import load_tokenizer
 
@@ -53,6 +61,12 @@ STRATEGIES = [
     (["--exit-layer", 2], Autoregressive(2)),
     (["--strategy", "self-speculative"], SelfSpeculative(1)),
     (["--strategy", "self-speculative", "--exit-layer", 3, "--draft-length", 2], SelfSpeculative(3, 2)),
+    (["--strategy", "prompt-lookup", "--ngram", 2], PromptLookup(ngram=2)),
+    (["--strategy", "lookup-speculative"], LookupSpeculative(1)),
+    (["--strategy", "lookup-speculative", "--lookup", "after"], LookupSpeculative(1, lookup="after")),
+    (["--strategy", "sparse-speculative", "--draft-layers", 0, 2, 4], SparseSpeculative((0, 2, 4))),
+    (["--strategy", "sparse-speculative", "--draft-layers", "clasp"], SparseSpeculative("clasp")),
+    (["--strategy", "sparse-speculative", "--draft-top-k", 1], SparseSpeculative(draft_top_k=1)),
     (["--strategy", "early-exit", "--threshold", 0.01], EarlyExit(0.01)),
     (["--strategy", "early-exit", "--threshold", 0.3, "--confidence", "state"], EarlyExit(0.3, "state")),
     (["--strategy", "layer-skipping"], LayerSkipping(every=4)),

@@ -102,7 +102,7 @@ class _TableModel(torch.nn.Module):
         nothing = torch.zeros_like(tokens)
         return torch.stack([tokens, nothing, nothing], dim=-1)  # token, position, layers run
 
-    def run(self, hidden, layers, *, positions, cache, collect=(), choices=False):
+    def run(self, hidden, layers, *, positions, cache, collect=(), choices=False, top_k=None):
         token, _, depth = hidden.unbind(-1)
         if layers:
             assert bool((depth == layers[0]).all()), "layers were skipped or run twice"
@@ -114,7 +114,7 @@ class _TableModel(torch.nn.Module):
         collected = {layer: after(layer + 1) for layer in collect}
         return RunOutput(after(layers[-1] + 1) if layers else hidden, collected)
 
-    def decode(self, start, layers, *, positions, cache, collect=(), choices=False):
+    def decode(self, start, layers, *, positions, cache, collect=(), choices=False, top_k=None):
         hidden = start if start.is_floating_point() or start.dim() == 3 else self.embed(start)
         output = self.run(hidden, layers, positions=positions, cache=cache, collect=collect)
         return output, self.unembed(output.hidden)
@@ -148,9 +148,8 @@ class _RandomPolicy:
         self.should_stop = self._stop if self._draw.random() < 0.5 else None
         pairs = [(self._draw.randint(1, layers), self._draw.randint(0, self._longest)) for _ in session.row_numbers]
         pairs = pairs if self._draw.random() < 0.5 else [(pairs[0][0], length) for _, length in pairs]
-        self.give_up_below = (
-            [self._draw.random() for _ in pairs] if self._gives_up and self._draw.random() < 0.5 else None
-        )
+        gives_up = self._gives_up and self._draw.random() < 0.5
+        self.give_up_below = [self._draw.random() for _ in pairs] if gives_up else None
         return pairs if self._draw.random() < 0.7 else pairs[:1] * len(pairs)
 
     def _stop(self, confidence, position):

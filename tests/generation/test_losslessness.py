@@ -10,10 +10,19 @@ import random
 from dataclasses import asdict
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from layerskip_moe.generation import Autoregressive, Sampling, SelfSpeculative, Speculative, generate
+from layerskip_moe.generation import (
+    Autoregressive,
+    LookupSpeculative,
+    PromptLookup,
+    Sampling,
+    SelfSpeculative,
+    SparseSpeculative,
+    Speculative,
+    generate,
+)
 from layerskip_moe.generation.policies import DEL, Adaptive, Cascade, DraftVerify, Heuristic
 
 MODELS = {
@@ -111,6 +120,48 @@ def test_under_every_policy_in_every_case(trained_model, assert_same_text, polic
     check_grid(trained_model(**MODELS[name]), CASES, assert_same_text, policies[policy])
 
 
+# By name, a strategy that drafts `length` tokens by about `layer` layers, in a model of 3.
+WAYS = {
+    "lookup": lambda layer, length: PromptLookup(length, layer, 1),
+    "lookup after": lambda layer, length: LookupSpeculative(layer, length, 9 - length, "after", min_ngram=1),
+    "lookup instead": lambda layer, length: LookupSpeculative(layer, length, length, min_ngram=1),
+    "given layers": lambda layer, length: SparseSpeculative([(0, 2), (1, 2), (0, 1)][layer - 1], draft_length=length),
+    "fewer experts": lambda layer, length: SparseSpeculative(draft_top_k=1, draft_length=length),
+    "both": lambda layer, length: SparseSpeculative([(0, 2), (0,), (0, 1)][layer - 1], 1, length),
+    "random layers": lambda layer, length: SparseSpeculative("random", draft_length=length, layer_seed=layer),
+    "swift": lambda layer, length: SparseSpeculative("swift", draft_length=length),
+    "clasp": lambda layer, length: SparseSpeculative("clasp", draft_length=length),
+}
+WITH_EXPERTS = [name for name in MODELS if "dense" not in name]
+
+
+def models_for(way):
+    return WITH_EXPERTS if way in ("fewer experts", "both") else list(MODELS)
+
+
+@pytest.fixture
+def short_window(monkeypatch):
+    """So that a search for layers begins before these texts are at their end."""
+    monkeypatch.setattr("layerskip_moe.generation.layer_sets.WINDOW", 3)
+
+
+@pytest.mark.parametrize("start", range(len(WAYS)), ids=WAYS)
+def test_every_way_to_draft(trained_model, assert_same_text, short_window, start):
+    way = list(WAYS)[start]
+    models = models_for(way)
+    check_grid(
+        trained_model(**MODELS[models[start % len(models)]]), CASES[start + 3 :: 36], assert_same_text, WAYS[way]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_way_to_draft_in_every_case(trained_model, assert_same_text, short_window, name, way):
+    if name in models_for(way):
+        check_grid(trained_model(**MODELS[name]), CASES, assert_same_text, WAYS[way])
+
+
 @pytest.fixture(scope="module")
 def drafting(trained_model, tiny_model):
     """drafting(number, length): a draft model trained on the same, of as many layers; or, for 3, one of other sizes
@@ -148,7 +199,7 @@ def test_a_draft_model_s_speculation_in_every_case(trained_model, assert_same_te
     draft_length=st.integers(1, 8),
     sampling=st.sampled_from(SAMPLINGS),
     name=st.sampled_from(sorted(MODELS)),
-    draft_name=st.none() | st.just("at random") | st.sampled_from(sorted(MODELS)),
+    draft_name=st.none() | st.just("at random") | st.sampled_from(sorted(MODELS) + list(WAYS)),
 )
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_random_weights_and_short_texts(
@@ -170,6 +221,9 @@ def test_random_weights_and_short_texts(
     strategy = SelfSpeculative(exit_layer, draft_length)
     if draft_name == "at random":
         strategy = policies[draft_name](exit_layer, draft_length)
+    elif draft_name in WAYS:
+        assume(name in models_for(draft_name))
+        strategy = WAYS[draft_name](exit_layer, draft_length)
     elif draft_name is not None:
         draft = tiny_model(seed=exit_layer, **{**MODELS[draft_name], "n_layers": exit_layer})
         strategy = Speculative(draft, draft_length)
@@ -180,7 +234,8 @@ def test_random_weights_and_short_texts(
 @pytest.mark.parametrize("sampling", [SAMPLINGS[0], SAMPLINGS[2], SAMPLINGS[-1]], ids=str)
 def test_drafting_with_the_whole_model_is_always_accepted(exact_model, sampling):
     model = exact_model()
-    for strategy in (SelfSpeculative(3, 4), Speculative(model, 4), Speculative(model, 1)):
+    whole = SparseSpeculative(range(3), draft_length=4), SparseSpeculative(draft_top_k=2, draft_length=3)
+    for strategy in (SelfSpeculative(3, 4), Speculative(model, 4), Speculative(model, 1), *whole):
         out = generate(model, ragged_prompts(4), strategy, max_new_tokens=12, **asdict(sampling))
         assert out.stats.acceptance_rate == 1.0
         assert [stats.acceptance_rate for stats in out.row_stats] == [1.0] * 5

@@ -120,7 +120,7 @@ def test_so_they_do_under_a_penalty_and_whoever_drafts(
     draft = tiny_model(seed=4, vocab_size=VOCABULARY, n_layers=1, d_model=8, n_heads=2, init_std=0.6)
     strategy = {
         "its own layers": SelfSpeculative(1, 2, coupling="rejection"),
-        "a policy at random": SelfSpeculative(policy=random_policy(longest=2), coupling="rejection"),
+        "a policy at random": SelfSpeculative(policy=random_policy(seed=3, longest=2), coupling="rejection"),
         "a draft model": Speculative(draft, 2, "rejection"),
         "a quantised copy's early layers": SelfSpeculative(
             1, 2, coupling="rejection", draft_model=quantize(network, "int8")

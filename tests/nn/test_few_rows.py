@@ -299,7 +299,7 @@ def test_choose(n, vocab_size, dtype, noisy, seed):
     logits = drawn(seed, n, vocab_size, dtype=dtype)
     noise = drawn(seed + 1, vocab_size, n).double().T if noisy else None
     temperature = 0.7 if noisy else 1.0
-    chosen, certainty = few_rows.choose(logits, noise, temperature)
+    chosen, _ = few_rows.choose(logits, noise, temperature)
     scores = logits.double() + noise if noisy else logits.double()
     # Equal logits of 16 bits may tie: what is chosen is then one of the best.
     best = scores.amax(dim=-1)

@@ -109,10 +109,11 @@ def test_nothing_later_is_looked_at(tiny_model):
 
 
 @pytest.mark.parametrize("switches", [BACK, dict(router_average=0.9), dict(router_hold=5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @torch.no_grad()
-def test_a_long_prompt_then_token_by_token(tiny_model, switches):
+def test_a_long_prompt_then_token_by_token(tiny_model, switches, dtype):
     """Many rows, and then few: the logits that were kept are those of the whole text, and so is what comes out."""
-    model = tiny_model(torch.float32, **switches)
+    model = tiny_model(dtype, **switches)
     text = random_tokens(3, 40)
     cache, parts = KVCache(model.config, 3, 40), []
     for first, end in [(0, 30), (30, 31), (31, 37), (37, 40)]:

@@ -1,0 +1,120 @@
+"""The network's part of a round whose drafts come from several sources, as many for each row as there are.
+
+The places of a round are the newest token of each row, place 0, and its drafts after it. Layers that drafted have run
+over some places, and are not run there again where they ran as the model does.
+
+A active rows, R of them that draft, n drafts, T places of the row that has most, P places that layers have run,
+N places of any rows, D width, V vocabulary. Knows nothing of n-grams or of which layers draft. Next:
+`prompt_lookup.py`, `lookup_speculative.py`, `sparse_speculative.py`, which call this; `verification.py`, which chooses.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerskip_moe.generation.session import Session
+from layerskip_moe.generation.verification import Round
+
+
+def draft(
+    round_: Round,
+    layers: Sequence[int],
+    count: int,
+    *,
+    rows: Tensor | None = None,
+    top_k: int | None = None,
+    collect: Sequence[int] = (),
+) -> tuple[Tensor, list[Tensor]]:
+    """`count` drafts of some rows, one after another: tokens [R, n], and the states [R, n + 1, D] of newest and drafts,
+    after the last of the layers and after each of `collect`.
+
+    rows: [R] int64, by default all; layers, top_k, collect: as in `MoEDecoder.draft`, which does it all in one call
+    unless the sampling filters or penalises tokens
+    """
+    session = round_.session
+    positions = session.positions(count + 1)
+    positions = positions if rows is None else positions[rows]
+    if not session.sampling.filters:
+        noise = None if round_.noise is None else round_.noise[:, :count]
+        noise = noise if noise is None or rows is None else noise[rows]
+        limits = [count] * len(positions)
+        drafted = session.draft(layers, positions, noise, limits, collect=collect, rows=rows, top_k=top_k)
+        return drafted.tokens, drafted.states
+    model, token = session.model, session.newest if rows is None else session.newest[rows]
+    cache = session.cache if rows is None else session.cache.subset(rows)
+    drafts, states = [token[:, :0]], []
+    for place in range(count + 1):
+        at = positions[:, place : place + 1]
+        output = model.run(model.embed(token), layers, positions=at, cache=cache, top_k=top_k, collect=collect)
+        states.append([output.hidden, *(output.collected[layer] for layer in collect)])
+        if place < count:
+            token = round_.draft(model.unembed(output.hidden), rows)
+            token = token if rows is None else token[rows]
+            drafts.append(token)
+    return torch.cat(drafts, dim=1), [torch.cat(parts, dim=1) for parts in zip(*states, strict=True)]
+
+
+def propose(round_: Round, drafts: Sequence[Sequence[int]]) -> None:
+    """Make these the round's drafts, a list for each active row, each cut to what its row has use for."""
+    round_.limits = [min(len(tokens), limit) for tokens, limit in zip(drafts, round_.limits, strict=True)]
+    round_.drafts = []
+    if round_.length:
+        padded = [[*tokens, *[0] * round_.length][: round_.length] for tokens in drafts]
+        round_.drafts = list(torch.tensor(padded, device=round_.session.newest.device).split(1, dim=1))
+
+
+def verify(round_: Round) -> Tensor:
+    """The full model's logits [A, T, V] after the newest token of each row and after its drafts; zeros beyond."""
+    session, limits = round_.session, round_.limits
+    text, layers = torch.cat([session.newest, *round_.drafts], dim=1), range(session.model.config.n_layers)
+    if len(set(limits)) == 1:
+        return session.decode(text, layers, session.positions(text.shape[1]))
+    rows, places = _pairs(text, [range(limit + 1) for limit in limits])
+    _, told = session.model.decode(text[rows, places][:, None], layers, **_at(session, rows, places))
+    return _spread(told, text, rows, places)
+
+
+def verify_rest(round_: Round, exit_layer: int, states: Tensor, known: Sequence[int]) -> Tensor:
+    """`verify`, where the first exit_layer layers have run over some places.
+
+    states: [A, P, D] after them, of which row r's first known[r] count, at most limits[r] + 1
+    """
+    session, model, limits = round_.session, round_.session.model, round_.limits
+    text, layers = torch.cat([session.newest, *round_.drafts], dim=1), range(exit_layer, model.config.n_layers)
+    if len(set(limits)) == 1 and len(set(known)) == 1:
+        positions, states = session.positions(text.shape[1]), states[:, : known[0]]
+        if known[0] < text.shape[1]:
+            new = model.embed(text[:, known[0] :])
+            new = session.run(new, range(exit_layer), positions[:, known[0] :])
+            states = torch.cat([states, new], dim=1)
+        return session.decode(states, layers, positions)
+    rows, places = _pairs(text, [range(count) for count in known])
+    states = states[rows, places][:, None]
+    if sum(known) < sum(limits) + len(limits):
+        later, at = _pairs(text, [range(count, limit + 1) for count, limit in zip(known, limits, strict=True)])
+        new = model.embed(text[later, at])[:, None]
+        new = model.run(new, range(exit_layer), **_at(session, later, at)).hidden
+        states, rows, places = torch.cat([states, new]), torch.cat([rows, later]), torch.cat([places, at])
+    _, told = model.decode(states, layers, **_at(session, rows, places))
+    return _spread(told, text, rows, places)
+
+
+def _pairs(text: Tensor, places: Sequence[range]) -> tuple[Tensor, Tensor]:
+    """Some places of each row, one after the other: rows [N] and places [N]."""
+    pairs = [(row, place) for row, some in enumerate(places) for place in some]
+    return text.new_tensor([row for row, _ in pairs]), text.new_tensor([place for _, place in pairs])
+
+
+def _at(session: Session, rows: Tensor, places: Tensor) -> dict[str, Any]:
+    """The cache and the positions [N, 1] of these places, each run as a row of its own."""
+    cache = session.cache.subset(rows)
+    return {"cache": cache, "positions": (cache.lengths + places)[:, None]}
+
+
+def _spread(told: Tensor, text: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+    """Logits [N, 1, V] of these places of text [A, T] -> [A, T, V]."""
+    logits = told.new_zeros(*text.shape, told.shape[-1])
+    logits[rows, places] = told[:, 0]
+    return logits

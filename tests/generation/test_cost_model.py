@@ -1,0 +1,152 @@
+"""The cost model of a round: what it counts, how its costs are found, and that finding them changes nothing."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerskip_moe.generation import cost_model
+from layerskip_moe.generation.cost_model import CostModel, fit_cost_model
+from layerskip_moe.generation.policies.policy import RoundReport
+from layerskip_moe.nn.compiling import compiling
+
+SPARSE = CostModel(n_layers=6, moe_layers=(1, 3, 5), num_experts=4, top_k=2, seconds=(0.0,) * 9)
+DENSE = CostModel(n_layers=6, moe_layers=(), num_experts=0, top_k=0, seconds=(0.0,) * 9)
+
+
+@pytest.mark.parametrize(
+    ("empty", "exit_layers", "drafted", "experts", "expected"),
+    [
+        # Plain decoding of one row: all layers run over its newest token, which reads as many experts as it must.
+        (SPARSE, [0], [0], [2, 2, 2], [1, 0, 0, 0, 0, 6, 0, 0, 0]),
+        # 2 layers run over the newest token and 3 drafts one by one; 4 over these 4 places at once, reading 2 and 1
+        # experts more in their two sparse layers; what layer 1 read does not count.
+        (SPARSE, [2], [3], [3, 4, 3], [1, 1, 3, 8, 0, 4, 12, 3, 3]),
+        # Drafting by all layers leaves nothing to verify but the head.
+        (SPARSE, [6], [1], [4, 4, 4], [1, 1, 1, 12, 0, 0, 0, 0, 1]),
+        # Three rows of 0, 2 and 1 drafts: 3 passes of 3 layers over 3 rows, then 3 layers over 6 places.
+        (SPARSE, [0, 3, 3], [0, 2, 1], [2, 4, 3], [1, 1, 2, 9, 18, 3, 15, 3, 5]),
+        # Without a count of them: of 4 experts, 6 places that choose 2 each read 4 - 4 / 2^6.
+        (SPARSE, [0, 3, 3], [0, 2, 1], None, [1, 1, 2, 9, 18, 3, 15, 2 * (2 - 4 / 64), 5]),
+        # Two rows of plain decoding.
+        (DENSE, [0, 0], [0, 0], None, [1, 0, 0, 0, 0, 6, 6, 0, 1]),
+        (DENSE, [2], [3], None, [1, 1, 3, 8, 0, 4, 12, 0, 3]),
+    ],
+)
+def test_what_is_counted(empty, exit_layers, drafted, experts, expected):
+    assert empty.features(exit_layers, drafted, experts) == pytest.approx(expected)
+
+
+def test_a_round_costs_what_it_does():
+    cost = CostModel(6, (1, 3, 5), 4, 2, seconds=(1e-3, 2e-3, 3e-4, 1e-5, 2e-6, 3e-5, 4e-6, 5e-7, 6e-8))
+    by_hand = 1e-3 + 2e-3 + 3 * 3e-4 + 8 * 1e-5 + 4 * 3e-5 + 12 * 4e-6 + 3 * 5e-7 + 3 * 6e-8
+    assert cost.round_seconds([2], [3], [3, 4, 3]) == pytest.approx(by_hand)
+
+
+def plans(most_rows=4):
+    return st.lists(st.tuples(st.integers(1, 6), st.integers(0, 9)), min_size=1, max_size=most_rows)
+
+
+@given(
+    plan=plans(),
+    row=st.integers(0, 3),
+    costs=st.lists(st.floats(1e-6, 1e-2), min_size=9, max_size=9),
+    empty=st.sampled_from([SPARSE, DENSE]),
+)
+def test_more_drafts_take_longer(plan, row, costs, empty):
+    cost = CostModel(empty.n_layers, empty.moe_layers, empty.num_experts, empty.top_k, tuple(costs))
+    exit_layers, drafted = ([numbers[index] for numbers in plan] for index in range(2))
+    if not any(drafted):  # from none at all to the first one, verification loses layers
+        drafted[0] = 1
+    more = list(drafted)
+    more[row % len(more)] += 1
+    assert cost.round_seconds(exit_layers, more) > cost.round_seconds(exit_layers, drafted)
+
+
+@settings(deadline=None)
+@given(
+    costs=st.lists(st.one_of(st.just(0.0), st.floats(1e-3, 1.0)), min_size=4, max_size=4),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_nonnegative_costs_are_found_again(costs, seed):
+    drawn = torch.rand(30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    found = cost_model._nonnegative_least_squares(drawn, drawn @ torch.tensor(costs, dtype=torch.float64))
+    assert found.tolist() == pytest.approx(costs, abs=1e-6)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), columns=st.integers(1, 5))
+def test_no_other_nonnegative_costs_are_nearer(seed, columns):
+    """Where the nearest are negative: no slope leads down, save where a cost is 0 already."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.rand(30, columns, dtype=torch.float64, generator=generator)
+    target = torch.randn(30, dtype=torch.float64, generator=generator)
+    found = cost_model._nonnegative_least_squares(matrix, target)
+    slopes = matrix.T @ (matrix @ found - target)
+    assert bool((found >= 0).all())
+    assert bool((slopes >= -1e-6).all()) and bool((slopes[found > 0].abs() < 1e-6).all())
+
+
+def test_costs_of_rounds_that_lasted_what_they_should():
+    """The median of equal rounds counts, so that one that was disturbed moves nothing."""
+    true = CostModel(6, (1, 3, 5), 4, 2, seconds=(1e-3, 5e-4, 3e-4, 1e-4, 2e-5, 3e-4, 4e-5, 5e-5, 6e-5))
+    kinds = [([layer] * rows, [drafts] * rows) for layer in (1, 3) for drafts in (1, 2, 4, 8) for rows in (1, 2, 3)]
+    kinds += [([0] * rows, [0] * rows) for rows in (1, 2, 3)]
+    reports = []
+    for exit_layers, drafted in kinds:
+        for experts in ([2, 3, 4], [4, 3, 2]):
+            seconds = true.round_seconds(exit_layers, drafted, experts)
+            reports += [report(exit_layers, drafted, experts, last) for last in (seconds, seconds, 10 * seconds)]
+    found = cost_model._fitted_to(SPARSE, reports)
+    for exit_layers, drafted in (*kinds, ([2, 2], [3, 3])):
+        expected = true.round_seconds(exit_layers, drafted, [3, 3, 3])
+        assert found.round_seconds(exit_layers, drafted, [3, 3, 3]) == pytest.approx(expected, rel=0.01)
+
+
+def report(exit_layers, drafted, experts, seconds):
+    rows = list(range(len(drafted)))
+    nothing = torch.zeros(len(rows), 1, dtype=torch.int64)
+    return RoundReport(
+        rows, exit_layers, drafted, drafted, [[] for _ in rows], None, seconds, nothing, nothing[:, 0], experts
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "compiled"),
+    [({}, 1, True), ({}, 3, False), ({"num_experts": 0}, 2, True), ({"max_seq_len": 6}, 1, False)],
+    ids=str,
+)
+def test_fitting_leaves_the_model_as_it_was(tiny_model, monkeypatch, sizes, rows, compiled):
+    monkeypatch.setattr(cost_model, "_SECONDS", 0.0)
+    model = tiny_model(**sizes).train()
+    model.blocks[1].eval()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    with compiling(model, compiled):
+        found = fit_cost_model(model, rows)
+        assert model.compiled == compiled
+    assert len(found.seconds) == 9 and all(math.isfinite(cost) and cost >= 0 for cost in found.seconds)
+    assert sum(found.seconds) > 0
+    assert found.moe_layers == (() if sizes.get("num_experts") == 0 else (0, 1, 2))
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_rounds_are_timed_once_for_each_way_to_decode(tiny_model, monkeypatch):
+    timed = []
+    monkeypatch.setattr(
+        cost_model, "_fit", lambda model, rows, exits: timed.append((rows, model.compiled)) or len(timed)
+    )
+    model, other = tiny_model(), tiny_model()
+    assert [fit_cost_model(model), fit_cost_model(model), fit_cost_model(model, 2), fit_cost_model(other)] == [
+        1,
+        1,
+        2,
+        3,
+    ]
+    with compiling(model):
+        assert fit_cost_model(model) == fit_cost_model(model) == 4
+    assert timed == [(1, False), (2, False), (1, False), (1, True)]
