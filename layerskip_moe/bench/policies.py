@@ -21,7 +21,8 @@ from layerskip_moe.analysis.trace import Array, TracedText
 from layerskip_moe.bench.oracle import fixed_seconds, oracle
 from layerskip_moe.bench.replay import ReplayedRound, replay
 from layerskip_moe.bench.rounds import RoundCost, TextRounds
-from layerskip_moe.generation.policies import DEL, Cascade, DraftVerify, Fixed, Heuristic
+from layerskip_moe.generation.cost_model import CostModel
+from layerskip_moe.generation.policies import DEL, Adaptive, Cascade, DraftVerify, Fixed, Heuristic
 from layerskip_moe.generation.policies.policy import Policy
 from layerskip_moe.nn import ModelConfig
 
@@ -31,10 +32,14 @@ MakePolicy = Callable[[], Policy]
 PUBLISHED = ("Heuristic", "DraftVerify", "DEL", "Cascade")
 
 
-def contenders(n_layers: int) -> dict[str, list[MakePolicy]]:
-    """The policies that are compared, by name; of several settings of one, the fastest is shown."""
+def contenders(n_layers: int, cost: RoundCost) -> dict[str, list[MakePolicy]]:
+    """The policies that are compared, by name; of several settings of one, the fastest is shown. `Adaptive` is among
+    them where it can reckon with the cost model itself."""
     exits = range(1, n_layers)
-    return {
+    ours: dict[str, list[MakePolicy]] = {}
+    if isinstance(cost, CostModel):
+        ours["Adaptive"] = [partial(Adaptive, cost_model=cost)]
+    return ours | {
         "Heuristic": [partial(Heuristic, n) for n in exits],
         "DraftVerify": [partial(DraftVerify, n) for n in exits],
         "DEL": [DEL],
@@ -162,7 +167,7 @@ def compare_policies(
     if not exits:
         raise ValueError("a model of one layer has none that could draft for the others.")
     rounds = [TextRounds(text, config, cost) for text in texts]
-    tried = contenders(config.n_layers) if policies is None else policies
+    tried = contenders(config.n_layers, cost) if policies is None else policies
     total = 2 + 2 * len(exits) + sum(map(len, tried.values()))
     with tqdm(total=total, desc="replaying policies", disable=not progress, leave=False) as bar:
         grid = []

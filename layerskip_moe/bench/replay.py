@@ -48,15 +48,23 @@ class ReplayedRound:
 class ReplaySession:
     """What stands in for `Session` in `plan`: of one row, those of its attributes that a plan may depend on.
 
-    model has nothing but its `config`.
+    model has nothing but its `config`; the prompt is that of `text`.
     """
 
+    text: TextRounds
     model: SimpleNamespace
     sampling: Sampling
     row_numbers: list[int]
     remaining: list[int]
     max_new_tokens: int
     newest: torch.Tensor
+
+    def prompt_agreement(self, exits: Sequence[int]) -> list[dict[int, list[bool]]]:
+        """As `Session.prompt_agreement`."""
+        traced = self.text.text
+        last = slice(max(traced.prompt_length - 17, 0), traced.prompt_length - 1)
+        said = traced.said[:, last]
+        return [{exit_layer: (said[exit_layer - 1] == said[-1]).tolist() for exit_layer in exits}]
 
 
 def replay(texts: Sequence[TextRounds], policy: Policy, config: ModelConfig) -> list[list[ReplayedRound]]:
@@ -69,6 +77,7 @@ def replay(texts: Sequence[TextRounds], policy: Policy, config: ModelConfig) -> 
 
 def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[ReplayedRound]:
     session = ReplaySession(
+        text=text,
         model=SimpleNamespace(config=config),
         sampling=Sampling(text.text.temperature, seed=text.text.seed),
         row_numbers=[0],
@@ -79,6 +88,11 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
     rounds: list[ReplayedRound] = []
     place = 0
     while place < text.length:
+        if getattr(policy, "rests", _never)(cast(Session, session)):
+            rounds.append(ReplayedRound(0, 0, 0, text.experts(place, 0, 0), text.seconds(place, 0, 0)))
+            place += 1
+            session.remaining, session.newest = [text.length - place], _tokens(text.tokens[place - 1 : place])
+            continue
         [(exit_layer, length)] = policy.plan(cast(Session, session))
         if length < 0 or (length and not 1 <= exit_layer <= config.n_layers):
             raise ValueError(
@@ -143,6 +157,11 @@ def _shadow(text: TextRounds, places: slice, policy: Policy, config: ModelConfig
     others = [layer for layer in range(config.n_layers) if layer + 1 not in watched]
     said[:, others] = -1
     return said
+
+
+def _never(session: Session) -> bool:
+    """A policy without `rests` does not."""
+    return False
 
 
 def _tokens(of_row: Any) -> torch.Tensor:

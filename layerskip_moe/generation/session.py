@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from layerskip_moe.generation.kept_caches import keep_cache, take_cache
+from layerskip_moe.generation.prompt_agreement import prompt_agreement
 from layerskip_moe.generation.sampling import Sampling, choose, gumbel_noise, penalize
 from layerskip_moe.generation.statistics import GenerationStats
 from layerskip_moe.generation.text import TextStream
@@ -109,6 +110,11 @@ class Session:
                 output = model.run(model.embed(tokens), layers, positions=positions, cache=cache, collect=kept)
                 if kept:
                     self.prompt = start, output
+
+    def prompt_agreement(self, exits: Sequence[int]) -> list[dict[int, list[bool]]]:
+        """For each row, by exit layer, whether it would have said at the prompt's last places what the full model
+        would. For the exits whose states `prefill` kept, before the first round; [] where there are none."""
+        return prompt_agreement(self, exits)
 
     def new_cache(self, model: MoEDecoder, *, n_layers: int | None = None) -> KVCache:
         """An empty cache for this session's rows and the first `n_layers` layers of a model, by default all."""

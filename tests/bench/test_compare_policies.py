@@ -84,9 +84,9 @@ def test_of_several_settings_the_fastest_is_told(small_model, cost_of, texts):
 
 
 def test_every_contender_can_be_made_for_any_model_with_an_exit():
-    assert [len(makers) for makers in contenders(2).values()] == [1, 1, 1, 1]
-    assert [len(makers) for makers in contenders(12).values()] == [11, 11, 1, 11]
-    assert set(PUBLISHED) <= set(contenders(2))
+    assert [len(makers) for makers in contenders(2, None).values()] == [1, 1, 1, 1]
+    assert [len(makers) for makers in contenders(12, None).values()] == [11, 11, 1, 11]
+    assert set(PUBLISHED) <= set(contenders(2, None))
 
 
 def test_what_cannot_be_compared(small_model, cost_of, texts):

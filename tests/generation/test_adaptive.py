@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from layerskip_moe.generation import Autoregressive, Sampling, SelfSpeculative, Session, generate
 from layerskip_moe.generation.cost_model import CostModel
 from layerskip_moe.generation.policies import Adaptive
-from layerskip_moe.generation.policies.adaptive import candidate_exits, prompt_agreement
+from layerskip_moe.generation.policies.adaptive import candidate_exits
 from layerskip_moe.generation.sampling import gumbel_noise
 
 N_LAYERS = 4
@@ -145,7 +145,7 @@ def test_what_the_prompt_tells(trained_model, temperature):
     with torch.no_grad():
         session = Session(model, prompts, sampling, max_new_tokens=4)
         session.prefill(collect=[0, 1])
-        found = prompt_agreement(session, exits)
+        found = session.prompt_agreement(exits)
         for row, prompt in enumerate(prompts):
             tokens = torch.tensor([prompt[:-1]])
             positions = torch.arange(len(prompt) - 1)[None]
@@ -162,7 +162,7 @@ def test_prompts_of_one_token_tell_nothing(trained_model):
     with torch.inference_mode():
         session = Session(trained_model(), [[3], [5]], Sampling(), max_new_tokens=4)
         session.prefill(collect=[0])
-        assert prompt_agreement(session, (1,)) == []
+        assert session.prompt_agreement((1,)) == []
 
 
 def test_candidate_exits():

@@ -8,16 +8,12 @@ A rows, K drafts at most, L layers. Knows nothing of how a round is made. Next: 
 """
 
 import math
-from collections.abc import Sequence
-
-import torch
 
 from layerskip_moe.generation.cost_model import CostModel, fit_cost_model
 from layerskip_moe.generation.policies.acceptance import Acceptance
 from layerskip_moe.generation.policies.fixed import check_length
 from layerskip_moe.generation.policies.new_text import NewText
 from layerskip_moe.generation.policies.policy import RoundReport
-from layerskip_moe.generation.sampling import gumbel_noise
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 
@@ -25,7 +21,6 @@ _BETTER = 1.02  # by how much another plan must be better before it takes the pr
 _RETHINK = 4  # rounds from one choice of a plan to the next
 _LOOK = 16  # rounds from one look at what other exits would have said to the next
 _REST, _LONGEST_REST = 16, 128  # steps of plain decoding from one look to the next, where drafting does not pay
-_PROMPT_ROWS = 128  # states of prompts that the head is applied to, at most
 _TIME_MEMORY, _UNION_MEMORY = 0.9, 0.9  # of times and unions of earlier rounds, per round
 _CAUTION = 0.8  # of the probability at which a draft no longer pays: what is known of it is rough
 _NEVER = 1e-300  # a product of certainties below which none falls
@@ -103,7 +98,7 @@ class Adaptive:
         assert self._acceptance is not None
         self._acceptance.begin()
         self._rounds, self._rest, self._next_rest, self._rows = 0, 0, _REST, []
-        for row, by_exit in zip(session.row_numbers, prompt_agreement(session, self.exits), strict=False):
+        for row, by_exit in zip(session.row_numbers, session.prompt_agreement(self.exits), strict=False):
             for exit_layer, right in by_exit.items():
                 self._acceptance.see_text(row, exit_layer, right)
 
@@ -228,35 +223,3 @@ def candidate_exits(n_layers: int) -> tuple[int, ...]:
     """Exit layers that are worth trying: up to half of the layers, 1, 2, 3, 4, 6, 8, 12, 16, ..."""
     steps = sorted({2**power for power in range(12)} | {3 * 2**power for power in range(11)})
     return tuple(layer for layer in steps if layer <= max(n_layers // 2, 1) and layer < n_layers)
-
-
-def prompt_agreement(session: Session, exits: Sequence[int]) -> list[dict[int, list[bool]]]:
-    """For each row, by exit layer, whether it would have said at the last places of the prompt what the full model
-    would, with that place's noise; nothing where the prompt's states were not kept, or there are none."""
-    prompt = getattr(session, "prompt", None)
-    if prompt is None:
-        return []
-    first, output = prompt
-    n_rows = len(session.row_numbers)
-    ends = session.cache.lengths.tolist()  # positions of the newest tokens, which are not run yet
-    count = min(max(_PROMPT_ROWS // (n_rows * (len(exits) + 1)), 1), 16)
-    places = [range(max(end - count, first), end) for end in ends]
-    rows = [row for row, some in enumerate(places) for _ in some]
-    at = [place - first for some in places for place in some]
-    if not rows:
-        return []
-    states = torch.stack(
-        [*(output.collected[exit_layer - 1][rows, at] for exit_layer in exits), output.hidden[rows, at]]
-    )
-    scores = session.model.unembed(states.flatten(0, 1)).view(len(exits) + 1, len(rows), -1)
-    noise = None
-    if not session.sampling.greedy:
-        places_after = torch.tensor(at, device=states.device)[:, None] + first + 1
-        noise = gumbel_noise(session.sampling.seed, session.rows[rows], places_after, scores.shape[-1])[:, 0]
-    tokens = session.choose(scores, noise)
-    right = (tokens[:-1] == tokens[-1]).tolist()
-    found: list[dict[int, list[bool]]] = [{exit_layer: [] for exit_layer in exits} for _ in range(n_rows)]
-    for exit_layer, by_place in zip(exits, right, strict=True):
-        for row, was_right in zip(rows, by_place, strict=True):
-            found[row][exit_layer].append(was_right)
-    return found
