@@ -12,6 +12,7 @@ from layerskip_moe.cli import (
     ablate,
     bench,
     bench_policies,
+    bench_speculation,
     calibrate,
     evaluate,
     generate,
@@ -47,6 +48,7 @@ COMMANDS = [
     report.Options,
     bench.Options,
     bench_policies.Options,
+    bench_speculation.Options,
     trace.Options,
 ]
 CONFIGS = [

@@ -4,6 +4,7 @@
     layerskip-moe bench prefill --network qwen3 --peers hf --precisions float32,bfloat16
     layerskip-moe bench train --out train.json --plot train.png
     layerskip-moe bench memory --model runs/main/model
+    layerskip-moe bench speculation --checkpoint runs/main/model
     layerskip-moe bench policies --trace runs/trace.npz
 
 `layerskip-moe bench decode --help` lists that one's options. The peers are packages of their own: `pip install
@@ -33,7 +34,7 @@ from layerskip_moe.bench.prefill import PrefillSettings, prefill_benchmark
 from layerskip_moe.bench.scaling import scaling
 from layerskip_moe.bench.tables import result_text
 from layerskip_moe.bench.train import TrainSettings, train_benchmark
-from layerskip_moe.cli import bench_policies
+from layerskip_moe.cli import bench_policies, bench_speculation
 from layerskip_moe.cli.flags import fields_of, parse
 from layerskip_moe.constants import pick_device
 from layerskip_moe.files import plain, replacing
@@ -45,6 +46,8 @@ SETTINGS: dict[str, type] = {
     "train": TrainSettings,
     "memory": MemorySettings,
 }
+# Of a trained model or its trace, not of a network: commands with options of their own.
+_OF_A_CHECKPOINT = {"speculation": bench_speculation.run, "policies": bench_policies.run}
 _PEER_PACKAGES = ("transformers", "llama-cpp-python")
 
 
@@ -71,11 +74,11 @@ def run(arguments: list[str]) -> None:
     if name in ("--help", "-h"):
         print(__doc__.strip())
         return
-    if name == "policies":  # of a trace, not of a network
-        bench_policies.run(arguments[1:])
+    if name in _OF_A_CHECKPOINT:
+        _OF_A_CHECKPOINT[name](arguments[1:])
         return
     if name not in SETTINGS:
-        known = [*SETTINGS, "policies"]
+        known = [*SETTINGS, *_OF_A_CHECKPOINT]
         close = difflib.get_close_matches(name, known, n=1)
         advice = f"did you mean {close[0]}?" if close else f"give one of {', '.join(known)}, or --help."
         raise ValueError(

@@ -107,21 +107,22 @@ def _texts(options: Options, text: Text, tokenizer: "Tokenizer") -> tuple[list[l
             corpus.validation_prompts(count, length, seed=options.seed) if count else [] for count, length in wanted
         )
         return prompts, held_out
-    try:
-        written = Path(options.prompts).read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise ValueError(f"--prompts {options.prompts} cannot be read as text in UTF-8 ({error}).") from None
-    ids = tokenizer.encode(written, add_special_tokens=False).ids
-    prompts, held_out = (_stretches(ids, count, length, options) for count, length in wanted)
+    prompts, held_out = (stretches(options.prompts, tokenizer, count, length, options.seed) for count, length in wanted)
     return prompts, held_out
 
 
-def _stretches(ids: list[int], count: int, length: int, options: Options) -> list[list[int]]:
-    """`count` stretches of a text, drawn by the seed."""
+def stretches(file: str, tokenizer: "Tokenizer", count: int, length: int, seed: int) -> list[list[int]]:
+    """`count` stretches of a text file, of so many tokens each, drawn by the seed. Raises ValueError for a file that is
+    no text, and for one that is too short."""
+    try:
+        written = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"--prompts {file} cannot be read as text in UTF-8 ({error}).") from None
+    ids = tokenizer.encode(written, add_special_tokens=False).ids
     starts = range(0, len(ids) - length + 1, length)
     if len(starts) < count:
         raise ValueError(
-            f"{options.prompts} holds {len(starts)} stretches of {length} tokens, not {count}; give a longer text, or "
-            "ask for fewer or shorter ones."
+            f"{file} holds {len(starts)} stretches of {length} tokens, not {count}; give a longer text, or ask for "
+            "fewer or shorter ones."
         )
-    return [ids[start : start + length] for start in random.Random(options.seed).sample(starts, count)]
+    return [ids[start : start + length] for start in random.Random(seed).sample(starts, count)]

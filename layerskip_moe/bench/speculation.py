@@ -1,0 +1,208 @@
+"""Self-speculative decoding as a user meets it: by `SelfSpeculative()`, beside plain decoding and beside the best fixed
+pair of exit layer and draft length, on several texts; where no draft is ever right; and in a batch.
+
+Everything is timed as `generate` times it, strategies in turn, prompt by prompt; ratios are of the same prompt.
+Knows nothing of files. Next: `decoding.py`, which times; `speculation_tables.py`, which tells.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from layerskip_moe.bench.decoding import DecodingComparison, compare_decoding
+from layerskip_moe.bench.interleave import in_turn
+from layerskip_moe.generation import Autoregressive, SelfSpeculative, Session, Strategy, generate, self_speculative
+from layerskip_moe.generation.policies.adaptive import candidate_exits
+from layerskip_moe.nn import Drafted, MoEDecoder
+
+
+@dataclass(frozen=True)
+class SpeculationSettings:
+    """What is decoded.
+
+    Attributes:
+        num_prompts: prompts of each text
+        prompt_length: tokens of each
+        max_new_tokens: decoded after each
+        temperatures: at which that is done; 0 is greedy
+        draft_lengths: of the fixed pairs, at the exit layers that `Adaptive` tries
+        wrong_tokens: decoded where no draft is ever right
+        batch_size: prompts of the batch, whose lengths differ
+        batch_repeats: times that the batch is decoded
+        seed: of prompts and of sampling
+    """
+
+    num_prompts: int = 20
+    prompt_length: int = 32
+    max_new_tokens: int = 128
+    temperatures: tuple[float, ...] = (0.0, 0.8)
+    draft_lengths: tuple[int, ...] = (1, 2, 4)
+    wrong_tokens: int = 512
+    batch_size: int = 8
+    batch_repeats: int = 5
+    seed: int = 0
+
+
+def speculation_benchmark(
+    model: MoEDecoder,
+    texts: Mapping[str, Sequence[Sequence[int]]],
+    settings: SpeculationSettings,
+    *,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """{rows: one for each text and temperature, wrong: one for each temperature, batch: likewise}.
+
+    texts: prompts by the text they are from, as many as num_prompts; the first one's serve the rest, too.
+    """
+    rows, wrong, batch = [], [], []
+    prompts = next(iter(texts.values()))
+    for temperature in settings.temperatures:
+        rows += [
+            {"text": name, **_text_row(model, some, temperature, settings, progress)} for name, some in texts.items()
+        ]
+        with drafts_never_right():
+            compared = compare_decoding(
+                model,
+                prompts[: max(len(prompts) // 4, 1)],
+                {"plain": Autoregressive(), "adaptive": SelfSpeculative()},
+                max_new_tokens=settings.wrong_tokens,
+                temperature=temperature,
+                seed=settings.seed,
+                progress=progress,
+            )
+        wrong.append(_row(compared, "adaptive"))
+        batch.append(_batch_row(model, prompts, temperature, settings, progress))
+    return {"rows": rows, "wrong": wrong, "batch": batch}
+
+
+def _text_row(
+    model: MoEDecoder,
+    prompts: Sequence[Sequence[int]],
+    temperature: float,
+    settings: SpeculationSettings,
+    progress: bool,
+) -> dict[str, Any]:
+    """Adaptive beside plain decoding and all fixed pairs; the best of these is chosen on the very same prompts."""
+    pairs = [(layer, length) for layer in candidate_exits(model.config.n_layers) for length in settings.draft_lengths]
+    strategies: dict[str, Strategy] = {"plain": Autoregressive(), "adaptive": SelfSpeculative()}
+    strategies |= {f"{layer}, {length}": SelfSpeculative(layer, length) for layer, length in pairs}
+    compared = compare_decoding(
+        model,
+        prompts,
+        strategies,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=temperature,
+        seed=settings.seed,
+        progress=progress,
+    )
+    best = max(compared.strategies[2:], key=lambda result: result.speed_up)
+    adaptive = compared.strategies[1]
+    ratios = _ratios(adaptive.tokens_per_second_by_prompt, best.tokens_per_second_by_prompt)
+    return {
+        **_row(compared, "adaptive"),
+        "best_fixed": _row(compared, best.name),
+        "over_best_fixed": ratios,
+        "grid": [
+            {"exit_layer": result.exit_layer, "draft_length": result.draft_length, "speed_up": result.speed_up}
+            for result in compared.strategies[2:]
+        ],
+        "identical_in_grid": sum(result.identical for result in compared.strategies[1:]),
+        "outputs_in_grid": compared.prompts * (len(compared.strategies) - 1),
+    }
+
+
+def _row(compared: DecodingComparison, name: str) -> dict[str, Any]:
+    """Plain values of one strategy of a comparison."""
+    result = next(result for result in compared.strategies if result.name == name)
+    values = asdict(result)
+    kept = ("name", "tokens_per_second", "speed_up", "speed_up_quartiles", "acceptance_rate", "tokens_per_verification")
+    return {
+        "temperature": compared.temperature,
+        "prompts": compared.prompts,
+        "tokens": compared.max_new_tokens,
+        "plain_tokens_per_second": compared.strategies[0].tokens_per_second,
+        **{key: values[key] for key in (*kept, "distinct_4grams", "identical")},
+    }
+
+
+def _ratios(ours: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of the ratios of each prompt."""
+    ratios = [one / other for one, other in zip(ours, others, strict=True)]
+    low, high = np.quantile(ratios, [0.25, 0.75]).tolist()
+    return {"median": median(ratios), "low": low, "high": high}
+
+
+def _batch_row(
+    model: MoEDecoder,
+    prompts: Sequence[Sequence[int]],
+    temperature: float,
+    settings: SpeculationSettings,
+    progress: bool,
+) -> dict[str, Any]:
+    """A batch of prompts of different lengths: adaptive over plain, each decoded several times, in turn."""
+    ragged = [prompt[index % 4 :] for index, prompt in enumerate(prompts[: settings.batch_size])]
+    strategies: dict[str, Strategy] = {"plain": Autoregressive(), "adaptive": SelfSpeculative()}
+    speeds: dict[str, list[float]] = {name: [] for name in strategies}
+    identical = 0
+    for turn in tqdm(range(-1, settings.batch_repeats), desc="batch", disable=not progress, leave=False):
+        outputs = {}
+        for name in in_turn(list(strategies), max(turn, 0), settings.batch_repeats):
+            out = generate(
+                model,
+                ragged,
+                strategies[name],
+                max_new_tokens=settings.max_new_tokens,
+                temperature=temperature,
+                seed=settings.seed + turn + 1,
+            )
+            outputs[name] = out.tokens
+            if turn >= 0:  # the first is to warm up
+                speeds[name].append(out.stats.tokens_per_second)
+        identical += sum(map(list.__eq__, outputs["plain"], outputs["adaptive"])) if turn >= 0 else 0
+    return {
+        "temperature": temperature,
+        "batch_size": len(ragged),
+        "repeats": settings.batch_repeats,
+        "plain_tokens_per_second": median(speeds["plain"]),
+        "tokens_per_second": median(speeds["adaptive"]),
+        "speed_up": _ratios(speeds["adaptive"], speeds["plain"]),
+        "identical": identical,
+        "outputs": len(ragged) * settings.batch_repeats,
+    }
+
+
+@contextmanager
+def drafts_never_right() -> Iterator[None]:
+    """For a while, every exit says another token than it would: the next id. All is computed as always, to no avail."""
+    draft, shadow = Session.draft, self_speculative.shadow_tokens
+    agreement = Session.prompt_agreement
+
+    def wrong_draft(session: Session, *arguments: Any, **others: Any) -> Drafted:
+        drafted = draft(session, *arguments, **others)
+        drafted.tokens = (drafted.tokens + 1) % session.model.config.vocab_size
+        return drafted
+
+    def wrong_shadow(session: Session, *arguments: Any) -> Tensor:
+        said = shadow(session, *arguments)
+        said[:, :-1] = said[:, :-1].where(said[:, :-1] < 0, (said[:, :-1] + 1) % session.model.config.vocab_size)
+        return said
+
+    def none_right(session: Session, exits: Sequence[int]) -> list[dict[int, list[bool]]]:
+        return [
+            {exit_layer: [False] * len(right) for exit_layer, right in by_exit.items()}
+            for by_exit in agreement(session, exits)
+        ]
+
+    with (
+        mock.patch.object(Session, "draft", wrong_draft),
+        mock.patch.object(self_speculative, "shadow_tokens", wrong_shadow),
+        mock.patch.object(Session, "prompt_agreement", none_right),
+    ):
+        yield

@@ -1,0 +1,65 @@
+"""`bench speculation`: what is compared with what, drafts that are never right, and the tables."""
+
+import pytest
+
+from layerskip_moe.bench.speculation import SpeculationSettings, drafts_never_right, speculation_benchmark
+from layerskip_moe.bench.speculation_tables import speculation_text
+from layerskip_moe.generation import SelfSpeculative, generate
+from layerskip_moe.generation.policies import DEL, Adaptive
+from layerskip_moe.nn import ModelConfig, MoEDecoder
+
+PROMPTS = [[3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 2, 8], [1, 1, 2, 3, 5, 8], [6, 6, 2, 6, 0, 7]]
+
+
+@pytest.fixture(scope="module")
+def network():
+    """An untrained network of 4 layers whose exits are often right: the last ones add little."""
+    sizes = dict(n_layers=4, d_model=16, n_heads=2, n_kv_heads=1, d_ff=16, num_experts=4, max_seq_len=64)
+    return MoEDecoder(ModelConfig(23, **sizes, init_std=0.05), seed=1).eval()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("strategy", [SelfSpeculative(1, 3), SelfSpeculative(3, 2)], ids=str)
+def test_drafts_are_never_right_for_a_while(network, strategy, temperature):
+    how = dict(max_new_tokens=20, temperature=temperature, seed=2)
+    before = generate(network, PROMPTS, strategy, **how)
+    with drafts_never_right():
+        wrong = generate(network, PROMPTS, strategy, **how)
+    after = generate(network, PROMPTS, strategy, **how)
+    assert wrong.stats.accepted == 0 < wrong.stats.drafted
+    assert before.tokens == wrong.tokens == after.tokens == generate(network, PROMPTS, **how).tokens
+    assert before.stats.accepted == after.stats.accepted > 0
+
+
+def test_shadows_and_prompts_are_wrong_too(network):
+    adaptive, by_layers = Adaptive(), DEL()
+    with drafts_never_right():
+        for policy in (adaptive, by_layers):
+            generate(network, PROMPTS[:1], SelfSpeculative(policy=policy), max_new_tokens=30)
+    # Nothing was ever right: what is left is the one half that everything begins with.
+    assert all(rate < 0.5 for exit_layer in adaptive.exits for rate in adaptive._acceptance.rates(0, exit_layer)[:1])
+    assert max(by_layers.agreed[0][:-1]) <= 0.5 < by_layers.agreed[0][-1]
+
+
+def test_rows_and_tables(network):
+    settings = SpeculationSettings(
+        max_new_tokens=6, draft_lengths=(1, 2), wrong_tokens=8, batch_size=3, batch_repeats=2, temperatures=(0.0, 0.7)
+    )
+    result = speculation_benchmark(network, {"one": PROMPTS, "other": PROMPTS[::-1]}, settings, progress=False)
+    assert [(row["text"], row["temperature"]) for row in result["rows"]] == [
+        ("one", 0.0),
+        ("other", 0.0),
+        ("one", 0.7),
+        ("other", 0.7),
+    ]
+    for row in result["rows"]:
+        assert [(pair["exit_layer"], pair["draft_length"]) for pair in row["grid"]] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+        assert row["best_fixed"]["speed_up"] == max(pair["speed_up"] for pair in row["grid"])
+        assert row["identical_in_grid"] == row["outputs_in_grid"] == 4 * 5
+        assert row["over_best_fixed"]["low"] <= row["over_best_fixed"]["median"] <= row["over_best_fixed"]["high"]
+    assert [row["prompts"] for row in result["wrong"]] == [1, 1] and result["wrong"][0]["tokens"] == 8
+    for row in result["batch"]:
+        assert (row["batch_size"], row["identical"], row["outputs"]) == (3, 6, 6)
+    tables = speculation_text(result).split("\n\n")
+    assert [len(table.splitlines()) for table in tables] == [6, 4, 4]
+    assert "| one | greedy |" in tables[0] and "| other | T 0.7 |" in tables[0] and "20 of 20" in tables[0]
