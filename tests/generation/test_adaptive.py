@@ -168,3 +168,12 @@ def test_prompts_of_one_token_tell_nothing(trained_model):
 def test_candidate_exits():
     assert candidate_exits(1) == () and candidate_exits(2) == (1,) and candidate_exits(4) == (1, 2)
     assert candidate_exits(12) == (1, 2, 3, 4, 6) and candidate_exits(32) == (1, 2, 3, 4, 6, 8, 12, 16)
+
+
+def test_another_depth_is_learnt_anew(trained_model):
+    strategy, prompts = SelfSpeculative(), [[3, 9, 21], [5]]
+    for layers in (4, 3, 2, 4):
+        model = trained_model(n_layers=layers)
+        expected = generate(model, prompts, max_new_tokens=12).tokens
+        assert generate(model, prompts, strategy, max_new_tokens=12).tokens == expected
+        assert strategy.policy.exits == candidate_exits(layers)

@@ -67,8 +67,9 @@ class Adaptive:
             self.cost_model = fit_cost_model(model, rows, exits=self.exits)
 
     def _settle(self, config: ModelConfig) -> None:
-        if self._acceptance is None:
-            self.exits = candidate_exits(config.n_layers)
+        exits = candidate_exits(config.n_layers)
+        if self._acceptance is None or exits != self.exits:  # (another model's are of no use)
+            self.exits = exits
             self._acceptance = Acceptance(self.exits, self.length)
 
     def rests(self, session: Session) -> bool:
