@@ -54,6 +54,10 @@ class _Arrivals:
         """As the strategy."""
         self._strategy.check(config)
 
+    def prepare(self, model: MoEDecoder, rows: int) -> None:
+        """As the strategy, where it has something to prepare."""
+        getattr(self._strategy, "prepare", lambda *_: None)(model, rows)
+
     def start(self, session: Session) -> None:
         """As the strategy."""
         self._strategy.start(session)

@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -20,7 +21,8 @@ from layerskip_moe.bench.decoding import DecodingComparison, compare_decoding
 from layerskip_moe.bench.interleave import in_turn
 from layerskip_moe.generation import Autoregressive, SelfSpeculative, Session, Strategy, generate, self_speculative
 from layerskip_moe.generation.policies.adaptive import candidate_exits
-from layerskip_moe.nn import Drafted, MoEDecoder
+from layerskip_moe.generation.verification import Round
+from layerskip_moe.nn import MoEDecoder
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class SpeculationSettings:
     prompt_length: int = 32
     max_new_tokens: int = 128
     temperatures: tuple[float, ...] = (0.0, 0.8)
-    draft_lengths: tuple[int, ...] = (1, 2, 4)
+    draft_lengths: tuple[int, ...] = (1, 2, 3, 4, 6)
     wrong_tokens: int = 512
     batch_size: int = 8
     batch_repeats: int = 5
@@ -147,7 +149,8 @@ def _batch_row(
     progress: bool,
 ) -> dict[str, Any]:
     """A batch of prompts of different lengths: adaptive over plain, each decoded several times, in turn."""
-    ragged = [prompt[index % 4 :] for index, prompt in enumerate(prompts[: settings.batch_size])]
+    batch = prompts[: settings.batch_size]
+    ragged = [prompt[: max(len(prompt) * (index + 1) // len(batch), 1)] for index, prompt in enumerate(batch)]
     strategies: dict[str, Strategy] = {"plain": Autoregressive(), "adaptive": SelfSpeculative()}
     speeds: dict[str, list[float]] = {name: [] for name in strategies}
     identical = 0
@@ -180,14 +183,13 @@ def _batch_row(
 
 @contextmanager
 def drafts_never_right() -> Iterator[None]:
-    """For a while, every exit says another token than it would: the next id. All is computed as always, to no avail."""
-    draft, shadow = Session.draft, self_speculative.shadow_tokens
-    agreement = Session.prompt_agreement
+    """For a while, no draft is accepted, and no exit seems to have been right. All is computed as always, to no
+    avail."""
+    settle, shadow, agreement = Round.settle, self_speculative.shadow_tokens, Session.prompt_agreement
 
-    def wrong_draft(session: Session, *arguments: Any, **others: Any) -> Drafted:
-        drafted = draft(session, *arguments, **others)
-        drafted.tokens = (drafted.tokens + 1) % session.model.config.vocab_size
-        return drafted
+    def refused(round_: Round, logits: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, accepted = settle(round_, logits)
+        return tokens, torch.zeros_like(accepted)
 
     def wrong_shadow(session: Session, *arguments: Any) -> Tensor:
         said = shadow(session, *arguments)
@@ -201,7 +203,7 @@ def drafts_never_right() -> Iterator[None]:
         ]
 
     with (
-        mock.patch.object(Session, "draft", wrong_draft),
+        mock.patch.object(Round, "settle", refused),
         mock.patch.object(self_speculative, "shadow_tokens", wrong_shadow),
         mock.patch.object(Session, "prompt_agreement", none_right),
     ):

@@ -65,8 +65,10 @@ def run(arguments: list[str]) -> None:
     tokenizer = load_tokenizer(options.checkpoint)  # before the weights, which take longer
     count, length = settings.num_prompts, settings.prompt_length
     texts = {text.dataset: load_text(text, tokenizer).validation_prompts(count, length, seed=settings.seed)}
-    texts |= {Path(file).name: stretches(file, tokenizer, count, length, settings.seed) for file in options.prompts}
+    texts |= {file: stretches(file, tokenizer, count, length, settings.seed) for file in options.prompts}
     model = load_network(options.checkpoint, options.device, options.dtype)
+    if model.config.n_layers < 2:
+        raise ValueError("a model of one layer has none that could draft for the others.")
     for prompts in texts.values():
         check_prompts(prompts, model.config, max(settings.max_new_tokens, settings.wrong_tokens))
     result: dict[str, Any] = {

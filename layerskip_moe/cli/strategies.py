@@ -114,7 +114,7 @@ def make_strategy(name: str, flags: Any, model: MoEDecoder, tokenizer: "Tokenize
     """
     values = dict(vars(flags))
     n_layers = model.config.n_layers
-    if name in ("self-speculative", "lookup-speculative") and values["exit_layer"] is None:
+    if name == "lookup-speculative" and values["exit_layer"] is None:
         values["exit_layer"] = max(n_layers // 5, 1)
     match name:
         case "autoregressive":

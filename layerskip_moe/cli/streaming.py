@@ -6,7 +6,7 @@ Knows nothing of text or terminals. Next: `generate.py`, which prints.
 from collections.abc import Callable
 
 from layerskip_moe.generation import Session, Strategy
-from layerskip_moe.nn import ModelConfig
+from layerskip_moe.nn import ModelConfig, MoEDecoder
 
 
 class RoundByRound:
@@ -29,6 +29,10 @@ class RoundByRound:
     def check(self, config: ModelConfig) -> None:
         """As the strategy."""
         self._strategy.check(config)
+
+    def prepare(self, model: MoEDecoder, rows: int) -> None:
+        """As the strategy, where it has something to prepare."""
+        getattr(self._strategy, "prepare", lambda *_: None)(model, rows)
 
     def start(self, session: Session) -> None:
         """As the strategy."""

@@ -42,6 +42,14 @@ class CostModel:
     top_k: int
     seconds: tuple[float, ...]
 
+    def is_of(self, config: ModelConfig) -> bool:
+        """Whether it is of such a network."""
+        return (self.n_layers, self.moe_layers, self.num_experts) == (
+            config.n_layers,
+            _moe_layers(config),
+            config.num_experts,
+        )
+
     def round_seconds(
         self, exit_layers: Sequence[int], drafted: Sequence[int], experts: Sequence[float] | None = None
     ) -> float:
@@ -135,8 +143,9 @@ def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int]) -> CostModel:
     config = model.config
     kinds = _kinds(config, batch_size)
     policy, started, draw = _Timed(kinds, exits), time.perf_counter(), random.Random(0)
-    least = 2 * len(kinds)  # the first of a kind is recorded, and takes longer
-    while len(policy.reports) < _ROUNDS * len(kinds):
+    least, before = 2 * len(kinds), -1  # the first of a kind is recorded, and takes longer
+    while before < len(policy.reports) < _ROUNDS * len(kinds):
+        before = len(policy.reports)
         tokens = min(64, config.max_seq_len - 2)
         prompts = [[draw.randrange(config.vocab_size) for _ in range(2)] for _ in range(batch_size)]
         session = Session(model, prompts, Sampling(), max_new_tokens=tokens)
@@ -147,7 +156,7 @@ def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int]) -> CostModel:
     empty = CostModel(
         config.n_layers, _moe_layers(config), config.num_experts, config.top_k * bool(config.num_experts), ()
     )
-    return _fitted_to(empty, policy.reports[len(kinds) :])
+    return _fitted_to(empty, policy.reports[len(kinds) :] or policy.reports)
 
 
 def _run(session: Session, policy: _Timed, started: float, least: int) -> None:
@@ -167,7 +176,7 @@ def _kinds(config: ModelConfig, batch_size: int) -> list[tuple[int, int]]:
     """(exit layer, drafts) of the rounds to time: plain ones oftener, early and late exits, short and long drafts."""
     early, late = max(config.n_layers // 6, 1), max(config.n_layers // 2, 1)
     longest = max(min(8, few_rows.MOST_ROWS // batch_size - 1, config.max_seq_len - 4), 1)
-    lengths = sorted({1, 2, min(4, longest), longest})
+    lengths = sorted({min(length, longest) for length in (1, 2, 4, longest)})
     pairs = [(exit_layer, length) for length in lengths for exit_layer in dict.fromkeys((early, late))]
     return [(0, 0), *pairs, (0, 0)]
 

@@ -22,7 +22,7 @@ from layerskip_moe.generation.text import TextStream
 from layerskip_moe.nn import Drafted, KVCache, MoEDecoder, RunOutput
 
 _MOST_AHEAD, _MOST_NOISE = 16, 2**20  # places, and numbers, of noise drawn at a time
-_KEPT, _LONG = 64, 512  # positions: of states that are kept of a long prompt, and from which on it is one
+_KEPT = 64  # last positions of prompts whose states are kept
 
 
 class Session:
@@ -99,17 +99,16 @@ class Session:
         """
         model, cache = model or self.model, cache or self.cache
         length = int(self.cache.lengths.max())
+        if not length:
+            return
+        tokens = self.tokens[:, :length]
+        positions = torch.arange(length, device=tokens.device).expand(tokens.shape)
         layers = range(model.config.n_layers) if layers is None else layers
-        # States of a long prompt are not all kept: its end is run by itself.
-        first = length - _KEPT if collect and length > _LONG else 0
-        for start, end in ((0, first), (first, length)):
-            if end > start:
-                tokens = self.tokens[:, start:end]
-                positions = torch.arange(start, end, device=tokens.device).expand(tokens.shape)
-                kept = collect if end == length else ()
-                output = model.run(model.embed(tokens), layers, positions=positions, cache=cache, collect=kept)
-                if kept:
-                    self.prompt = start, output
+        output = model.run(model.embed(tokens), layers, positions=positions, cache=cache, collect=collect)
+        if collect:
+            first = max(length - _KEPT, 0)  # a long prompt's states are not all kept
+            ends = {layer: states[:, first:].clone() for layer, states in output.collected.items()}
+            self.prompt = first, RunOutput(output.hidden[:, first:].clone(), ends)
 
     def prompt_agreement(self, exits: Sequence[int]) -> list[dict[int, list[bool]]]:
         """For each row, by exit layer, whether it would have said at the prompt's last places what the full model

@@ -59,7 +59,6 @@ def expect(checkpoint, tokenizer):
 STRATEGIES = [
     ([], Autoregressive()),
     (["--exit-layer", 2], Autoregressive(2)),
-    (["--strategy", "self-speculative"], SelfSpeculative(1)),
     (["--strategy", "self-speculative", "--exit-layer", 3, "--draft-length", 2], SelfSpeculative(3, 2)),
     (["--strategy", "prompt-lookup", "--ngram", 2], PromptLookup(ngram=2)),
     (["--strategy", "lookup-speculative"], LookupSpeculative(1)),
@@ -99,6 +98,13 @@ def test_json_has_it_all_and_is_all(ask, expect, arguments, strategy):
     settings = {name: value for name, value in told["strategy"].items() if name != "name"}
     assert settings.pop("draft_quantization", None) is None  # how a draft model is made, where there is one
     assert type(strategy)(**settings) == strategy
+
+
+def test_self_speculative_without_an_exit_layer_drafts_as_much_as_pays(ask, expect):
+    """What pays is measured, so that only the text is known."""
+    told = json.loads(ask("--strategy", "self-speculative", "--json")[0])
+    assert told["text"] == expect().text[0]
+    assert told["strategy"]["exit_layer"] is told["strategy"]["draft_length"] is None
 
 
 def test_another_model_drafts(ask, expect, checkpoint):

@@ -1,5 +1,7 @@
 """Adaptive: what it plans where acceptance and costs are known, and that the text never depends on it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from layerskip_moe.generation.cost_model import CostModel
 from layerskip_moe.generation.policies import Adaptive
 from layerskip_moe.generation.policies.adaptive import candidate_exits
 from layerskip_moe.generation.sampling import gumbel_noise
+from layerskip_moe.nn import ModelConfig, MoEDecoder
 
 N_LAYERS = 4
 
@@ -81,7 +84,7 @@ def test_what_is_never_right_is_soon_not_drafted(counting):
 
 def test_what_costs_as_much_as_decoding_is_not_drafted(counting):
     """Rows of verification that cost what a step does: right drafts save nothing."""
-    policy = Noted(cost_model=cost_model(layer=0.0, row=1.0, overhead=4.0, head=1.0))
+    policy = Noted(cost_model=cost_model(layer=0.0, row=1.0, overhead=4.0, head=4.0))
     decode(counting(lambda positions: positions >= 0), policy)
     assert sum(round.drafted[0] for round in policy.rounds) == 0
 
@@ -177,3 +180,72 @@ def test_another_depth_is_learnt_anew(trained_model):
         expected = generate(model, prompts, max_new_tokens=12).tokens
         assert generate(model, prompts, strategy, max_new_tokens=12).tokens == expected
         assert strategy.policy.exits == candidate_exits(layers)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 8), st.floats(-1.0, 1.0)), max_size=12))
+@settings(max_examples=30, deadline=None)
+def test_times_of_any_kind_give_floors_between_0_and_1(residuals):
+    """Rounds that seemed to take less for more drafts, as noise has it, make no floor that is not a number."""
+    policy = Adaptive(cost_model=cost_model(row=0.1))
+    policy._settle(SimpleNamespace(n_layers=N_LAYERS), greedy=True)
+    for exit_layer in policy.exits:
+        for _ in range(20):
+            policy._acceptance.see_draft(0, exit_layer, 8, 7)
+            policy._acceptance.see_certainties(exit_layer, [0.9] * 8, 7)
+    policy._acceptance.fit_exponents()
+    policy._residuals = {(exit_layer, longest): [off, 50.0] for exit_layer, longest, off in residuals}
+    policy._choose([0])
+    assert policy.give_up_below is None or all(0 < floor <= 1 for floor in policy.give_up_below)
+
+
+def test_a_cost_model_of_another_network_is_refused(trained_model):
+    policy = Adaptive(cost_model=cost_model())  # of a dense model
+    with pytest.raises(ValueError, match="of another network"):
+        generate(trained_model(n_layers=4), [[3]], SelfSpeculative(policy=policy), max_new_tokens=3)
+
+
+def test_behind_a_strategy_that_knows_nothing_of_it(trained_model):
+    """As one that notes tokens as they come: the model is timed when the first text begins."""
+    model, inner = trained_model(n_layers=4), SelfSpeculative()
+
+    class Outer:
+        check, start, step = inner.check, inner.start, inner.step
+
+    out = generate(model, [[3, 9, 21]], Outer(), max_new_tokens=12)
+    assert out.tokens == generate(model, [[3, 9, 21]], max_new_tokens=12).tokens
+    assert inner.policy.cost_model is not None
+
+
+def test_greedy_and_sampled_text_are_learnt_apart(trained_model):
+    model, strategy = trained_model(n_layers=4), SelfSpeculative()
+    generate(model, [[3, 9, 21]], strategy, max_new_tokens=12)
+    greedy = strategy.policy._acceptance
+    generate(model, [[3, 9, 21]], strategy, max_new_tokens=12, temperature=0.8)
+    assert strategy.policy._acceptance is not greedy
+    generate(model, [[5]], strategy, max_new_tokens=12)
+    assert strategy.policy._acceptance is greedy
+
+
+@pytest.mark.parametrize("rows", [8, 40, 70])
+def test_no_more_places_than_are_computed_alike(table_model, rows):
+    def full(tokens, positions):
+        return 9.0 * F.one_hot((tokens + 1) % 40, 40).float()
+
+    policy = Noted(cost_model=cost_model())
+    generate(table_model(40, full, full), [[1, 2, 3]] * rows, SelfSpeculative(policy=policy), max_new_tokens=20)
+    assert all(sum(round.drafted) + len(round.rows) <= max(64, rows) or rows > 64 for round in policy.rounds)
+    assert rows > 64 or any(sum(round.drafted) for round in policy.rounds)
+
+
+@torch.no_grad()
+def test_states_of_long_prompts_are_kept_at_their_end_and_nothing_else_is_different(table_model):
+    config = ModelConfig(23, n_layers=2, d_model=16, n_heads=2, num_experts=4, d_ff=16, max_seq_len=700)
+    model, prompts = MoEDecoder(config).to(torch.bfloat16), [[token % 23 for token in range(600)], [1, 2, 3]]
+    sessions = [Session(model, prompts, Sampling(), max_new_tokens=4) for _ in range(2)]
+    sessions[0].prefill()
+    sessions[1].prefill(collect=[0])
+    assert torch.equal(sessions[0].cache.keys, sessions[1].cache.keys)
+    first, output = sessions[1].prompt
+    assert first == 599 - 64 and output.hidden.shape == output.collected[0].shape == (2, 64, 16)
+    long, short = sessions[1].prompt_agreement((1,))
+    assert len(long[1]) == 16 and short[1] == []

@@ -8,6 +8,7 @@ A rows, K drafts at most, L layers. Knows nothing of how a round is made. Next: 
 """
 
 import math
+import weakref
 
 from layerskip_moe.generation.cost_model import CostModel, fit_cost_model
 from layerskip_moe.generation.policies.acceptance import Acceptance
@@ -15,7 +16,7 @@ from layerskip_moe.generation.policies.fixed import check_length
 from layerskip_moe.generation.policies.new_text import NewText
 from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.session import Session
-from layerskip_moe.nn import ModelConfig, MoEDecoder
+from layerskip_moe.nn import ModelConfig, MoEDecoder, few_rows
 
 _BETTER = 1.02  # by how much another plan must be better before it takes the present one's place
 _RETHINK = 4  # rounds from one choice of a plan to the next
@@ -52,6 +53,10 @@ class Adaptive:
         self.give_up_below: list[float] | None = None
         self._given = cost_model is not None
         self._acceptance: Acceptance | None = None
+        self._acceptances: dict[bool, Acceptance] = {}  # by whether the text is greedy
+        self._prepared_for: weakref.ref[MoEDecoder] | None = None
+        self._n_rows = 0
+        self._filters = False
         self._is_new_text = NewText()
         self._union = 1.0  # experts that places read, over those of independent choices
         self._drift: float = 0.0  # log of rounds' times over expected ones, of late
@@ -61,16 +66,24 @@ class Adaptive:
         self._exit, self._lengths, self._rows = 0, list[int](), list[int]()
 
     def prepare(self, model: MoEDecoder, rows: int) -> None:
-        """Before a batch of so many rows is decoded: time the model, once. Not a part of decoding."""
-        self._settle(model.config)
+        """Before a batch of so many rows is decoded: time the model, once. Not a part of decoding. Raises ValueError
+        for a model that a given cost model is not of."""
+        self.exits = candidate_exits(model.config.n_layers)
+        if self._prepared_for is None or self._prepared_for() is not model:
+            self._acceptances = {}  # another model's are of no use
+        if self._prepared_for is None or self._prepared_for() is not model or rows != self._n_rows:
+            self._union, self._drift, self._residuals = 1.0, 0.0, {}
+        self._prepared_for, self._n_rows = weakref.ref(model), rows
         if not self._given:
             self.cost_model = fit_cost_model(model, rows, exits=self.exits)
+        assert self.cost_model is not None
+        if not self.cost_model.is_of(model.config):
+            raise ValueError("the cost model is of another network; fit one to this model, or leave it out.")
 
-    def _settle(self, config: ModelConfig) -> None:
-        exits = candidate_exits(config.n_layers)
-        if self._acceptance is None or exits != self.exits:  # (another model's are of no use)
-            self.exits = exits
-            self._acceptance = Acceptance(self.exits, self.length)
+    def _settle(self, config: ModelConfig, *, greedy: bool) -> None:
+        """Take up what is known of greedy text, or of sampled text: certainties do not compare."""
+        self.exits = candidate_exits(config.n_layers)
+        self._acceptance = self._acceptances.setdefault(greedy, Acceptance(self.exits, self.length))
 
     def rests(self, session: Session) -> bool:
         """Whether this step is one of plain decoding, of which nothing is to be told."""
@@ -84,7 +97,7 @@ class Adaptive:
         """The pair of each row; the same as in the last round, mostly."""
         self._notice(session)
         rows = session.row_numbers
-        if self._rounds % _RETHINK == 0 or rows != self._rows:
+        if self._exit == 0 or self._rounds % _RETHINK == 0 or rows != self._rows:
             self._choose(rows)
         self.shadow = self._exit == 0 or self._rounds % _LOOK == _LOOK - 1
         self.experts = self._rounds % _RETHINK == 0
@@ -95,8 +108,11 @@ class Adaptive:
         """Where another text begins, look at its prompt: how often the exits would have been right."""
         if not self._is_new_text(session):
             return
-        self._settle(session.model.config)
+        if self.cost_model is None:
+            self.prepare(session.model, len(session.row_numbers))
+        self._settle(session.model.config, greedy=session.sampling.greedy)
         assert self._acceptance is not None
+        self._filters = session.sampling.filters
         self._acceptance.begin()
         self._rounds, self._rest, self._next_rest, self._rows = 0, 0, _REST, []
         for row, by_exit in zip(session.row_numbers, session.prompt_agreement(self.exits), strict=False):
@@ -132,11 +148,14 @@ class Adaptive:
             lengths[index] += 1
             tokens += reached
             longest, places = max(lengths), sum(lengths) + len(rows)
+            if places > few_rows.MOST_ROWS >= len(rows):  # beyond, verification is another kind of work
+                break
             seconds = self._seconds(exit_layer, longest, places, len(rows))
             if tokens / seconds > best[0]:
                 more = self._seconds(exit_layer, longest, places + 1, len(rows)) - seconds
-                more += (self._seconds(exit_layer, longest + 1, places, len(rows)) - seconds) / len(rows)
-                best = tokens / seconds, exit_layer, lengths.copy(), min(1.0, tokens / seconds * more)
+                longer = self._seconds(exit_layer, longest + 1, places, len(rows), timed_as=longest)
+                more += (longer - seconds) / len(rows)
+                best = tokens / seconds, exit_layer, lengths.copy(), min(max(tokens / seconds * more, 0.0), 1.0)
             elif reached < 0.05:
                 break
         return best
@@ -145,21 +164,21 @@ class Adaptive:
         """The product of certainties below which a draft is given up, for each row; rows that draft may then draft one
         more than planned, while they are certain. Where too little is known of certainties, they are asked for."""
         assert self._acceptance is not None
-        if not self._exit:
+        if not self._exit or self._filters:  # (filtered, drafts have no certainties)
             return None
         exponent = self._acceptance.exponent(self._exit)
-        if exponent is None:
+        if exponent is None or sum(self._lengths) + 2 * len(self._lengths) > few_rows.MOST_ROWS:
             return [_NEVER] * len(self._lengths)
         self._lengths = [min(length + 1, self.length) if length else 0 for length in self._lengths]
-        return [(_CAUTION * floor) ** (1 / exponent)] * len(self._lengths)
+        return [max((_CAUTION * floor) ** (1 / exponent), _NEVER)] * len(self._lengths)
 
-    def _seconds(self, exit_layer: int, longest: int, places: int, rows: int) -> float:
-        """Seconds expected of a round."""
+    def _seconds(self, exit_layer: int, longest: int, places: int, rows: int, *, timed_as: int | None = None) -> float:
+        """Seconds expected of a round, corrected by rounds of the same exit and longest draft, or of `timed_as`."""
         cost = self.cost_model
         assert cost is not None, "`prepare` came before"
         later = cost.more_experts(exit_layer, places) * self._union
         seconds = cost.seconds_of(cost.amounts(exit_layer, longest, rows, places, later))
-        mean, seen = self._residuals.get((exit_layer, longest), (0.0, 0.0))
+        mean, seen = self._residuals.get((exit_layer, longest if timed_as is None else timed_as), (0.0, 0.0))
         return seconds * math.exp(self._drift + mean * seen / (seen + 8))
 
     def observe(self, round: RoundReport) -> None:
@@ -178,7 +197,7 @@ class Adaptive:
             self._acceptance.fit_exponents()
         self._see_experts(round)
         self._see_time(round)
-        if self._exit == 0 and self._rounds >= 2:
+        if self._exit == 0 and self._rounds % 2 == 0:  # a look is two rounds
             self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)
         elif self._exit:
             self._next_rest = _REST
