@@ -9,12 +9,13 @@ other; `bench/replay.py`.
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 
+from layerskip_moe.generation.autoregressive import Autoregressive
 from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.sampling import Sampling
 from layerskip_moe.generation.session import Session
@@ -122,54 +123,83 @@ def fit_cost_model(model: MoEDecoder, batch_size: int = 1, *, exits: Sequence[in
     return fitted[key]
 
 
-class _Timed:
-    """A policy that has rounds of all kinds timed, in turn."""
+@dataclass(frozen=True)
+class _Step:
+    """A step that was timed as a whole.
+
+    exit_layer, drafted: 0 and 0 of plain decoding; by row
+    experts: as `RoundReport` has them
+    """
+
+    exit_layer: int
+    drafted: list[int]
+    experts: list[int] | None
+    seconds: float
+
+
+class _Kind:
+    """A policy of one kind of round after another, as it is told."""
 
     shadow, should_stop, experts = False, None, True
 
-    def __init__(self, kinds: list[tuple[int, int]], exits: Sequence[int]) -> None:
-        self.kinds, self.exits, self.reports = kinds, exits, list[RoundReport]()
+    def __init__(self, exits: Sequence[int]) -> None:
+        self.exits, self.pair, self.report = exits, (0, 0), None
+
+    report: RoundReport | None
 
     def plan(self, session: Session) -> list[tuple[int, int]]:
-        """The next kind, for every row."""
-        return [self.kinds[len(self.reports) % len(self.kinds)]] * len(session.row_numbers)
+        """The same for every row."""
+        return [self.pair] * len(session.row_numbers)
 
     def observe(self, round: RoundReport) -> None:
         """Keep it."""
-        self.reports.append(round)
+        self.report = round
 
 
 def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int]) -> CostModel:
     config = model.config
     kinds = _kinds(config, batch_size)
-    policy, started, draw = _Timed(kinds, exits), time.perf_counter(), random.Random(0)
+    steps, started, draw = list[_Step](), time.perf_counter(), random.Random(0)
     least, before = 2 * len(kinds), -1  # the first of a kind is recorded, and takes longer
-    while before < len(policy.reports) < _ROUNDS * len(kinds):
-        before = len(policy.reports)
+    while before < len(steps) < _ROUNDS * len(kinds):
+        before = len(steps)
         tokens = min(64, config.max_seq_len - 2)
         prompts = [[draw.randrange(config.vocab_size) for _ in range(2)] for _ in range(batch_size)]
         session = Session(model, prompts, Sampling(), max_new_tokens=tokens)
-        _run(session, policy, started, least)
+        _run(session, kinds, exits, steps, lambda: len(steps) >= least and time.perf_counter() - started > _SECONDS)
         session.close()
-        if len(policy.reports) >= least and time.perf_counter() - started > _SECONDS:
+        if len(steps) >= least and time.perf_counter() - started > _SECONDS:
             break
     empty = CostModel(
         config.n_layers, _moe_layers(config), config.num_experts, config.top_k * bool(config.num_experts), ()
     )
-    return _fitted_to(empty, policy.reports[len(kinds) :] or policy.reports)
+    return _fitted_to(empty, steps[len(kinds) :] or steps)
 
 
-def _run(session: Session, policy: _Timed, started: float, least: int) -> None:
-    """Decode until a row has no use for the longest drafts, or time is up."""
+def _run(
+    session: Session,
+    kinds: list[tuple[int, int]],
+    exits: Sequence[int],
+    steps: list[_Step],
+    is_over: Callable[[], bool],
+) -> None:
+    """Time steps of all kinds, in turn, until a row has no use for the longest drafts, or time is up."""
     from layerskip_moe.generation.self_speculative import SelfSpeculative  # which imports `Adaptive`, and that this
 
-    strategy, rows = SelfSpeculative(policy=policy), len(session.rows)
-    longest = max(drafts for _, drafts in policy.kinds)
+    policy, rows = _Kind(exits), len(session.rows)
+    plain, drafting = Autoregressive(), SelfSpeculative(policy=policy)
+    longest = max(drafts for _, drafts in kinds)
     session.prefill()
-    while len(session.row_numbers) == rows and min(session.remaining) > longest:
-        strategy.step(session)
-        if len(policy.reports) >= least and time.perf_counter() - started > _SECONDS:
-            return
+    while len(session.row_numbers) == rows and min(session.remaining) > longest and not is_over():
+        policy.pair = kinds[len(steps) % len(kinds)]
+        began = time.perf_counter()
+        (drafting if policy.pair[1] else plain).step(session)
+        seconds = time.perf_counter() - began  # a GPU was waited for: it was asked for the tokens
+        if policy.pair[1]:
+            assert policy.report is not None
+            steps.append(_Step(policy.pair[0], policy.report.drafted, policy.report.experts, seconds))
+        else:
+            steps.append(_Step(0, [0] * rows, None, seconds))
 
 
 def _kinds(config: ModelConfig, batch_size: int) -> list[tuple[int, int]]:
@@ -185,12 +215,14 @@ def _moe_layers(config: ModelConfig) -> tuple[int, ...]:
     return tuple(layer for layer in range(config.n_layers) if config.is_moe(layer))
 
 
-def _fitted_to(empty: CostModel, reports: Sequence[RoundReport]) -> CostModel:
-    """Least squares of relative errors, no cost below 0; of rounds that did the same the median counts."""
+def _fitted_to(empty: CostModel, steps: Sequence[_Step]) -> CostModel:
+    """Least squares of relative errors, no cost below 0; of steps that did the same the median counts."""
     times: dict[tuple[float, ...], list[float]] = {}
-    for report in reports:
-        does = tuple(empty.features(report.exit_layers, report.drafted, report.experts))
-        times.setdefault(does, []).append(report.seconds)
+    for step in steps:
+        exit_layers = [step.exit_layer] * len(step.drafted)
+        # (A plain step of several rows: as many experts as independent choices read.)
+        does = tuple(empty.features(exit_layers, step.drafted, step.experts))
+        times.setdefault(does, []).append(step.seconds)
     medians = torch.tensor([sorted(same)[len(same) // 2] for same in times.values()], dtype=torch.float64)
     weights = torch.tensor([len(same) for same in times.values()], dtype=torch.float64).sqrt() / medians
     did = torch.tensor(list(times), dtype=torch.float64)

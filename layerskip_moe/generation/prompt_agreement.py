@@ -13,7 +13,7 @@ from layerskip_moe.generation.sampling import choose, gumbel_noise
 if TYPE_CHECKING:
     from layerskip_moe.generation.session import Session
 
-_MOST_STATES = 128  # that the head is applied to
+_MOST_STATES = 64  # that the head is applied to
 _MOST_PLACES = 16  # of a prompt
 
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from layerskip_moe.generation import cost_model
 from layerskip_moe.generation.cost_model import CostModel, fit_cost_model
-from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.nn.compiling import compiling
 
 SPARSE = CostModel(n_layers=6, moe_layers=(1, 3, 5), num_experts=4, top_k=2, seconds=(0.0,) * 9)
@@ -94,23 +93,19 @@ def test_costs_of_rounds_that_lasted_what_they_should():
     true = CostModel(6, (1, 3, 5), 4, 2, seconds=(1e-3, 5e-4, 3e-4, 1e-4, 2e-5, 3e-4, 4e-5, 5e-5, 6e-5))
     kinds = [([layer] * rows, [drafts] * rows) for layer in (1, 3) for drafts in (1, 2, 4, 8) for rows in (1, 2, 3)]
     kinds += [([0] * rows, [0] * rows) for rows in (1, 2, 3)]
-    reports = []
+    steps = []
     for exit_layers, drafted in kinds:
         for experts in ([2, 3, 4], [4, 3, 2]):
             seconds = true.round_seconds(exit_layers, drafted, experts)
-            reports += [report(exit_layers, drafted, experts, last) for last in (seconds, seconds, 10 * seconds)]
-    found = cost_model._fitted_to(SPARSE, reports)
+            steps += [step(exit_layers, drafted, experts, last) for last in (seconds, seconds, 10 * seconds)]
+    found = cost_model._fitted_to(SPARSE, steps)
     for exit_layers, drafted in (*kinds, ([2, 2], [3, 3])):
         expected = true.round_seconds(exit_layers, drafted, [3, 3, 3])
         assert found.round_seconds(exit_layers, drafted, [3, 3, 3]) == pytest.approx(expected, rel=0.01)
 
 
-def report(exit_layers, drafted, experts, seconds):
-    rows = list(range(len(drafted)))
-    nothing = torch.zeros(len(rows), 1, dtype=torch.int64)
-    return RoundReport(
-        rows, exit_layers, drafted, drafted, [[] for _ in rows], None, seconds, nothing, nothing[:, 0], experts
-    )
+def step(exit_layers, drafted, experts, seconds):
+    return cost_model._Step(max(exit_layers), drafted, experts, seconds)
 
 
 @pytest.mark.parametrize(

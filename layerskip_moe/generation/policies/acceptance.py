@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 _DECAY, _POOLED_DECAY = 0.97, 0.999  # per observation, of a row's counts, and of those of all rows and texts
 _ROW_WEIGHT, _PLACE_WEIGHT = 8.0, 4.0  # tries that the prior of a row, and of a place, counts as
-_PAIRS = 256  # (certainty, accepted) that the exponent is fitted to
-_FEWEST_PAIRS = 24
+_PAIRS = 128  # (certainty, accepted) that the exponent is fitted to
+_FEWEST_PAIRS, _NEW_PAIRS = 24, 16  # for a first fit, and for the next one
 
 _Counts = list[list[float]]  # by place of a draft: [times right, tries], where all before it were right
 
@@ -27,7 +27,8 @@ class Acceptance:
         self._pooled: dict[int, _Counts] = {exit_layer: self._nothing() for exit_layer in exits}
         self._rows: dict[tuple[int, int], _Counts] = {}  # by row and exit
         self._pairs: dict[int, list[tuple[float, bool]]] = {exit_layer: [] for exit_layer in exits}
-        self._exponents = dict.fromkeys(exits, 1.0)
+        self._exponents: dict[int, float] = {}
+        self._new_pairs = dict.fromkeys(exits, 0)  # since the last fit
 
     def _nothing(self) -> _Counts:
         return [[0.0, 0.0] for _ in range(self.length)]
@@ -63,15 +64,17 @@ class Acceptance:
             count[0] = decay * count[0] + right
             count[1] = decay * count[1] + 1
 
-    def rates(self, row: int, exit_layer: int) -> list[float]:
-        """For each place of a draft, the probability that it is right where all before it are."""
+    def rates(self, row: int, exit_layer: int, *, doubt: float = 0.0) -> list[float]:
+        """For each place of a draft, the probability that it is right where all before it are; less `doubt` standard
+        errors."""
         own = self._rows.get((row, exit_layer))
         rates, prior = [], 0.5
         for place, (right, tries) in enumerate(self._pooled[exit_layer]):
             rate = (right + _PLACE_WEIGHT * prior) / (tries + _PLACE_WEIGHT)
             if own is not None:
                 rate = (own[place][0] + _ROW_WEIGHT * rate) / (own[place][1] + _ROW_WEIGHT)
-            rates.append(rate)
+            weighed = tries + _PLACE_WEIGHT if own is None else own[place][1] + min(tries, _ROW_WEIGHT) + _PLACE_WEIGHT
+            rates.append(max(rate - doubt * math.sqrt(rate * (1 - rate) / weighed), 0.0))
             prior = rate
         return rates
 
@@ -80,17 +83,19 @@ class Acceptance:
         nothing."""
         pairs = self._pairs[exit_layer]
         pairs += [(certainty, place < accepted) for place, certainty in enumerate(certainties[: accepted + 1])]
+        self._new_pairs[exit_layer] += min(accepted + 1, len(certainties))
         del pairs[:-_PAIRS]
 
     def fit_exponents(self) -> None:
-        """Fit P(right) = certainty ^ exponent for each exit, by maximum likelihood."""
+        """Fit P(right) = certainty ^ exponent, by maximum likelihood, for each exit of which enough was seen since."""
         for exit_layer, pairs in self._pairs.items():
-            if len(pairs) >= _FEWEST_PAIRS:
+            if len(pairs) >= _FEWEST_PAIRS and self._new_pairs[exit_layer] >= _NEW_PAIRS:
+                self._new_pairs[exit_layer] = 0
                 self._exponents[exit_layer] = _fitted_exponent(pairs)
 
     def exponent(self, exit_layer: int) -> float | None:
         """The exponent in P(right) = certainty ^ exponent; None where too little was seen to fit one."""
-        return self._exponents[exit_layer] if len(self._pairs[exit_layer]) >= _FEWEST_PAIRS else None
+        return self._exponents.get(exit_layer)
 
 
 def _fitted_exponent(pairs: Sequence[tuple[float, bool]]) -> float:

@@ -8,6 +8,7 @@ A rows, K drafts at most, L layers. Knows nothing of how a round is made. Next: 
 """
 
 import math
+import time
 import weakref
 
 from layerskip_moe.generation.cost_model import CostModel, fit_cost_model
@@ -19,6 +20,8 @@ from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import ModelConfig, MoEDecoder, few_rows
 
 _BETTER = 1.02  # by how much another plan must be better before it takes the present one's place
+_PAYS = 1.05  # by how much drafting must seem faster than plain decoding: what it costs to decide is in no round
+_DOUBT = 0.5  # standard errors that acceptance is taken to be lower: the best of many guesses is a lucky one
 _RETHINK = 4  # rounds from one choice of a plan to the next
 _LOOK = 16  # rounds from one look at what other exits would have said to the next
 _REST, _LONGEST_REST = 16, 128  # steps of plain decoding from one look to the next, where drafting does not pay
@@ -35,9 +38,9 @@ class Adaptive:
     adds p tokens, and the time of a place more. While drafting, a draft is given up where it became so improbable that
     it pays no more, by its certainty.
 
-    The present plan stays until another is better by 2%. Every 16th round asks what other exits would have said; where
-    drafting does not pay, decoding is plain for 16 steps, then 32, and so on up to 128, from look to look. What was
-    learnt of acceptance and times is kept from text to text.
+    The present plan stays until another is better by 2%, and drafting must promise 5% over plain decoding. Every 16th
+    round asks what other exits would have said; where drafting does not pay, decoding is plain for 16 steps, then 32,
+    and so on up to 128, from look to look. What was learnt of acceptance and times is kept from text to text.
 
     length: the most drafts in a round, K
     cost_model: seconds of a round; None: fitted to the model when first needed, see `fit_cost_model`
@@ -57,6 +60,8 @@ class Adaptive:
         self._prepared_for: weakref.ref[MoEDecoder] | None = None
         self._n_rows = 0
         self._filters = False
+        self._running: tuple[int, int, float, float] | None = None  # step: exit, longest draft, seconds expected, since
+        self._step_began = 0.0
         self._is_new_text = NewText()
         self._union = 1.0  # experts that places read, over those of independent choices
         self._drift: float = 0.0  # log of rounds' times over expected ones, of late
@@ -87,10 +92,18 @@ class Adaptive:
 
     def rests(self, session: Session) -> bool:
         """Whether this step is one of plain decoding, of which nothing is to be told."""
-        self._notice(session)
+        if not self._notice(session):
+            self._tick()
         if not self._rest:
             return False
         self._rest -= 1
+        if not self._given:
+            self._running = (
+                0,
+                0,
+                self._expected(0, 0, len(session.row_numbers), len(session.row_numbers)),
+                self._step_began,
+            )
         return True
 
     def plan(self, session: Session) -> list[tuple[int, int]]:
@@ -104,10 +117,10 @@ class Adaptive:
         self._rounds += 1
         return [(self._exit or 1, length) for length in self._lengths]
 
-    def _notice(self, session: Session) -> None:
-        """Where another text begins, look at its prompt: how often the exits would have been right."""
+    def _notice(self, session: Session) -> bool:
+        """Whether another text begins; then look at its prompt: how often the exits would have been right."""
         if not self._is_new_text(session):
-            return
+            return False
         if self.cost_model is None:
             self.prepare(session.model, len(session.row_numbers))
         self._settle(session.model.config, greedy=session.sampling.greedy)
@@ -118,10 +131,12 @@ class Adaptive:
         for row, by_exit in zip(session.row_numbers, session.prompt_agreement(self.exits), strict=False):
             for exit_layer, right in by_exit.items():
                 self._acceptance.see_text(row, exit_layer, right)
+        self._running, self._step_began = None, time.perf_counter()
+        return True
 
     def _choose(self, rows: list[int]) -> None:
         """The best plan, unless the present one is nearly as good."""
-        plain = 1.0 * len(rows) / self._seconds(0, 0, len(rows), len(rows))
+        plain = _PAYS * len(rows) / self._seconds(0, 0, len(rows), len(rows))
         plans = [(plain, 0, [0] * len(rows), 0.0), *(self._best_lengths(exit_layer, rows) for exit_layer in self.exits)]
         best = max(plans, key=lambda plan: plan[0])
         if rows == self._rows:
@@ -140,7 +155,7 @@ class Adaptive:
         drafts = []
         for index, row in enumerate(rows):
             reached = 1.0
-            for place, rate in enumerate(self._acceptance.rates(row, exit_layer)):
+            for place, rate in enumerate(self._acceptance.rates(row, exit_layer, doubt=_DOUBT)):
                 reached *= rate
                 drafts.append((reached, -place, index))
         lengths, tokens, best = [0] * len(rows), float(len(rows)), (0.0, exit_layer, [0] * len(rows), 0.0)
@@ -174,12 +189,16 @@ class Adaptive:
 
     def _seconds(self, exit_layer: int, longest: int, places: int, rows: int, *, timed_as: int | None = None) -> float:
         """Seconds expected of a round, corrected by rounds of the same exit and longest draft, or of `timed_as`."""
+        seconds = self._expected(exit_layer, longest, places, rows)
+        mean, seen = self._residuals.get((exit_layer, longest if timed_as is None else timed_as), (0.0, 0.0))
+        return seconds * math.exp(self._drift + mean * seen / (seen + 8))
+
+    def _expected(self, exit_layer: int, longest: int, places: int, rows: int) -> float:
+        """The cost model's seconds of a round of this text."""
         cost = self.cost_model
         assert cost is not None, "`prepare` came before"
         later = cost.more_experts(exit_layer, places) * self._union
-        seconds = cost.seconds_of(cost.amounts(exit_layer, longest, rows, places, later))
-        mean, seen = self._residuals.get((exit_layer, longest if timed_as is None else timed_as), (0.0, 0.0))
-        return seconds * math.exp(self._drift + mean * seen / (seen + 8))
+        return max(cost.seconds_of(cost.amounts(exit_layer, longest, rows, places, later)), 1e-9)
 
     def observe(self, round: RoundReport) -> None:
         """Learn what was accepted, how long it took, and how many experts it read; then perhaps rest."""
@@ -197,7 +216,7 @@ class Adaptive:
             self._acceptance.fit_exponents()
         self._see_experts(round)
         self._see_time(round)
-        if self._exit == 0 and self._rounds % 2 == 0:  # a look is two rounds
+        if self._exit == 0:
             self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)
         elif self._exit:
             self._next_rest = _REST
@@ -222,15 +241,27 @@ class Adaptive:
             self._union = _UNION_MEMORY * self._union + (1 - _UNION_MEMORY) * read / expected
 
     def _see_time(self, round: RoundReport) -> None:
-        """Rounds that take longer than expected: all of late, or those of this exit and longest draft."""
-        longest, cost = max(round.drafted), self.cost_model
-        assert cost is not None
+        """Expect how long this round takes, and where there is no clock be told."""
+        longest = max(round.drafted)
         exit_layer = max(round.exit_layers) if longest else 0
-        places = sum(round.drafted) + len(round.rows)
-        later = cost.more_experts(exit_layer, places) * self._union
-        expected = cost.seconds_of(cost.amounts(exit_layer, longest, len(round.rows), places, later))
+        expected = self._expected(exit_layer, longest, sum(round.drafted) + len(round.rows), len(round.rows))
+        if self._given:
+            self._took(exit_layer, longest, round.seconds / expected)
+        elif round.shadow is None and exit_layer:  # (a look at other exits takes longer, and a plain one than a rest)
+            self._running = exit_layer, longest, expected, self._step_began
+
+    def _tick(self) -> None:
+        """The step before is over: all of it has a price, from one plan to the next."""
+        now = time.perf_counter()
+        if self._running is not None:
+            exit_layer, longest, expected, began = self._running
+            self._took(exit_layer, longest, (now - began) / expected)
+        self._running, self._step_began = None, now
+
+    def _took(self, exit_layer: int, longest: int, ratio: float) -> None:
+        """A step took so many times what was expected: all of late may, or those of this exit and longest draft."""
         mean, seen = self._residuals.get((exit_layer, longest), [0.0, 0.0])
-        off = math.log(round.seconds / expected)
+        off = math.log(max(ratio, 1e-6))
         off = min(max(off, self._drift + mean - _SPREAD), self._drift + mean + _SPREAD)
         self._residuals[exit_layer, longest] = [
             mean + (off - self._drift - mean) / min(seen + 1, 20),
