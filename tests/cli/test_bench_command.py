@@ -34,7 +34,10 @@ def test_a_saved_model_is_decoded_and_lists_are_words_between_commas(shell, chec
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["bench"], "there is nothing to measure; give one of decode, prefill, train, memory, speculation, policies, or"),
+        (
+            ["bench"],
+            "there is nothing to measure; give one of decode, prefill, train, memory, speculation, policies, or",
+        ),
         (["bench", "decoed"], "'decoed' is nothing to measure; did you mean decode?"),
         (
             ["bench", "prefill", "--precisions", "int4"],
