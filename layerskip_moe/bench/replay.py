@@ -116,7 +116,6 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
             certainties=None if certainties is None else [certainties],
             seconds=seconds,
             tokens=_tokens(text.tokens[places]),
-            counts=torch.tensor([accepted + 1]),
             experts=experts if experts and getattr(policy, "experts", False) else None,
             shadow=_shadow(text, places, policy, config) if policy.shadow else None,
         )

@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from layerskip_moe.generation.places import as_index, by_row, in_turn, where
 from layerskip_moe.generation.sampling import penalize
 from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.verification import Round
-from layerskip_moe.nn import Drafted, KVCache, ModelConfig, MoEDecoder, few_rows
+from layerskip_moe.nn import ModelConfig, MoEDecoder
+from layerskip_moe.nn.rounds import speculate
 
 
 @dataclass
@@ -71,60 +73,38 @@ class Watch:
 def go_together(session: Session, round_: Round, exit_layers: list[int], drafter: MoEDecoder) -> bool:
     """Whether `draft_and_verify` does for this round: all rows that draft do so by the same layers, and nothing is
     asked in between."""
-    if round_.length == 0:
-        return True
     plain = drafter is session.model and not (round_.confident or round_.rejection or session.sampling.filters)
-    return plain and len({layer for layer in exit_layers if layer}) == 1
+    return plain and round_.length > 0 and len({layer for layer in exit_layers if layer}) == 1
 
 
 def draft_and_verify(
     session: Session, round_: Round, exit_layer: int, floors: Sequence[float] | None, watch: Watch
-) -> Tensor:
-    """Draft in one call, and verify in another: the full model's logits [A, T, V], of no meaning beyond a row's drafts
-    and one more; `round_` gets lower limits where floors, by row, end a row's drafting. Without drafts it is a step of
-    plain decoding."""
-    n_layers, start, early = session.model.config.n_layers, session.newest, []
-    positions = session.positions(round_.length + 1)
-    if round_.length:
-        noise = None if round_.noise is None else round_.noise[:, :-1]
-        early = watch.collect(range(exit_layer))
-        drafted = session.draft(range(exit_layer), positions, noise, round_.limits, floors, early)
-        if floors is not None:
-            round_.limits, watch.certainties = drafted.counts.tolist(), _made(drafted, round_.limits)
-        start, *collected = (states[:, : round_.length + 1] for states in drafted.states)
-        round_.drafts = list(drafted.tokens[:, : round_.length].split(1, dim=1))
-    else:
-        exit_layer = 0
-    places, n_rows = round_.length + 1, len(round_.limits)
-    rows = [row for row, limit in enumerate(round_.limits) for _ in range(limit + 1)]
-    at = [place for limit in round_.limits for place in range(limit + 1)]
-    # Of rows with fewer drafts no more places are run, where any number of places is as good as another.
-    ragged = len(rows) < n_rows * places and few_rows.serves(start.device)
-    index = torch.tensor(rows), torch.tensor(at)
-    positions, cache = positions[:, :places], session.cache
-    if ragged:
-        start, positions, cache = start[index][:, None], positions[index][:, None], cache.subset(index[0])
-    late = watch.collect(range(exit_layer, n_layers))
-    output, logits = session.model.decode(
-        start, range(exit_layer, n_layers), positions=positions, cache=cache, collect=late, choices=watch.choices
+) -> tuple[Tensor, list[int]]:
+    """Draft, verify and choose in one call: tokens and how many drafts were accepted, as `Round.settle` has them;
+    `round_` gets lower limits where floors, by row, end a row's drafting."""
+    done = speculate(
+        session.model,
+        session.newest,
+        exit_layer,
+        positions=session.positions(round_.length + 1),
+        cache=session.cache,
+        noise=None if round_.noise is None else round_.noise * session.sampling.temperature,
+        limits=round_.limits,
+        floors=floors,
+        temperature=0.0 if floors is None else session.sampling.temperature or 1.0,
+        collect=watch.collect(range(session.model.config.n_layers)),
+        choices=watch.choices,
     )
-    watch.chosen |= output.chosen
+    if floors is not None:
+        made = zip(done.certainties.tolist(), done.drafted, round_.limits, strict=True)
+        watch.certainties = [certainties[: min(count + 1, limit)] for certainties, count, limit in made]
+        round_.limits = done.drafted
+    round_.drafts = list(done.drafts[:, : round_.length].split(1, dim=1))
+    watch.chosen |= done.chosen
     if watch.shadow:
-        for layer, states in (*zip(early, collected if early else (), strict=True), *output.collected.items()):
-            some = states if ragged and layer in late else states[index][:, None]
-            watch.seen.append((layer, States(rows, at, some)))
-    if not ragged:
-        return logits
-    return logits.new_zeros(n_rows, places, logits.shape[-1]).index_put(index, logits[:, 0])
-
-
-def _made(drafted: Drafted, limits: list[int]) -> list[list[float]]:
-    """The certainties of each row's drafts, and of the one that was given up."""
-    counts = drafted.counts.tolist()
-    return [
-        certainties[: min(count + 1, limit)]
-        for certainties, count, limit in zip(drafted.certainties.tolist(), counts, limits, strict=True)
-    ]
+        rows, places = in_turn([range(limit + 1) for limit in round_.limits])
+        watch.seen += [(layer, States(rows, places, states[:, None])) for layer, states in done.collected.items()]
+    return done.tokens[:, : round_.length + 1], done.accepted
 
 
 def draft(
@@ -209,32 +189,26 @@ def verify(session: Session, round_: Round, drafted: dict[int, list[States]], wa
     if watch:
         told = model.unembed(_run(session, states, range(done, n_layers), watch).hidden)
     else:
-        cache, positions = _at(session, states)
-        _, told = model.decode(states.hidden, range(done, n_layers), positions=positions, cache=cache)
-    logits = told.new_zeros(len(limits), places, told.shape[-1])
-    logits[text.new_tensor(states.rows), text.new_tensor(states.places)] = told[:, 0]
-    return logits
+        index = as_index(session, states.rows, states.places)
+        _, told = model.decode(states.hidden, range(done, n_layers), **where(session, *index))
+    return by_row(told, *as_index(session, states.rows, states.places), shape=(len(limits), places))
 
 
 def _run(session: Session, states: States, layers: range, watch: Watch) -> States:
     """Places of any rows through some layers: each is run as a row of its own, over its row's cache."""
     if not layers:  # (of the whole model that drafted)
         return states
-    cache, positions = _at(session, states)
     collect = watch.collect(layers)
     output = session.model.run(
-        states.hidden, layers, positions=positions, cache=cache, collect=collect, choices=watch.choices
+        states.hidden,
+        layers,
+        collect=collect,
+        choices=watch.choices,
+        **where(session, *as_index(session, states.rows, states.places)),
     )
     watch.seen += [(layer, States(states.rows, states.places, output.collected[layer])) for layer in collect]
     watch.chosen |= output.chosen
     return States(states.rows, states.places, output.hidden)
-
-
-def _at(session: Session, states: States) -> tuple[KVCache, Tensor]:
-    """The cache and the positions [N, 1] of these places."""
-    rows, places = (torch.tensor(numbers, device=session.newest.device) for numbers in (states.rows, states.places))
-    cache = session.cache.subset(rows)
-    return cache, (cache.lengths + places)[:, None]
 
 
 def _told(should_stop: Callable[[Tensor, int], Tensor | bool], confidence: Tensor, place: int) -> list[bool]:
@@ -258,7 +232,7 @@ def shadow_tokens(session: Session, round_: Round, watch: Watch, tokens: Tensor)
     if watch.seen:
         layers = tokens.new_tensor([layer for layer, states in watch.seen for _ in states.rows])
         states = States.join(states for _, states in watch.seen)
-        rows, at = tokens.new_tensor(states.rows), tokens.new_tensor(states.places)
+        rows, at = as_index(session, states.rows, states.places)
         scores, seen = session.model.unembed(states.hidden)[:, 0], session.seen(places, round_.drafts)
         if seen is not None:
             scores = penalize(scores, seen[rows, at], session.sampling.repetition_penalty)

@@ -73,8 +73,8 @@ class LookupSpeculative:
             propose(round_, found)
             logits = verify(round_)
         tokens, accepted = round_.settle(logits)
-        texts.extend(tokens, accepted + 1)
-        session.append(tokens, accepted + 1, drafted=round_.limits)
+        texts.extend(tokens, accepted)
+        session.append(tokens, accepted, drafted=round_.limits)
 
     def _draft_and_verify(self, round_: Round, texts: Texts, found: list[list[int]], rows: list[int]) -> Tensor:
         """Draft in these rows, beside what was found for the others: the full model's logits [A, T, V]."""

@@ -55,10 +55,10 @@ class Texts:
         rows = zip(session.tokens.tolist(), lengths, strict=True)
         self.rows = [Text(tokens[: length + 1], longest, shortest) for tokens, length in rows]
 
-    def extend(self, tokens: Tensor, counts: Tensor) -> None:
-        """Add to each row the first counts [A] of its tokens [A, T]."""
-        for text, chosen, count in zip(self.rows, tokens.tolist(), counts.tolist(), strict=True):
-            text.extend(chosen[:count])
+    def extend(self, tokens: Tensor, accepted: Sequence[int]) -> None:
+        """Add to each row the first accepted[r] + 1 of its tokens [A, T]."""
+        for text, chosen, count in zip(self.rows, tokens.tolist(), accepted, strict=True):
+            text.extend(chosen[: count + 1])
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows, as `Session.state` must."""

@@ -50,5 +50,5 @@ class PromptLookup:
         round_ = Round.begin(session, [self.draft_length] * len(texts.rows), "shared")
         propose(round_, [text.continuation(self.draft_length) for text in texts.rows])
         tokens, accepted = round_.settle(verify(round_))
-        texts.extend(tokens, accepted + 1)
-        session.append(tokens, accepted + 1, drafted=round_.limits)
+        texts.extend(tokens, accepted)
+        session.append(tokens, accepted, drafted=round_.limits)

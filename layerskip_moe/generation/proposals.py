@@ -9,12 +9,11 @@ N places of any rows, D width, V vocabulary. Knows nothing of n-grams or of whic
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerskip_moe.generation.session import Session
+from layerskip_moe.generation.places import as_index, by_row, in_turn, where
 from layerskip_moe.generation.verification import Round
 
 
@@ -71,9 +70,9 @@ def verify(round_: Round) -> Tensor:
     text, layers = torch.cat([session.newest, *round_.drafts], dim=1), range(session.model.config.n_layers)
     if len(set(limits)) == 1:
         return session.decode(text, layers, session.positions(text.shape[1]))
-    rows, places = _pairs(text, [range(limit + 1) for limit in limits])
-    _, told = session.model.decode(text[rows, places][:, None], layers, **_at(session, rows, places))
-    return _spread(told, text, rows, places)
+    rows, places = as_index(session, *in_turn([range(limit + 1) for limit in limits]))
+    _, told = session.model.decode(text[rows, places][:, None], layers, **where(session, rows, places))
+    return by_row(told, rows, places, shape=(len(limits), text.shape[1]))
 
 
 def verify_rest(round_: Round, exit_layer: int, states: Tensor, known: Sequence[int]) -> Tensor:
@@ -90,31 +89,13 @@ def verify_rest(round_: Round, exit_layer: int, states: Tensor, known: Sequence[
             new = session.run(new, range(exit_layer), positions[:, known[0] :])
             states = torch.cat([states, new], dim=1)
         return session.decode(states, layers, positions)
-    rows, places = _pairs(text, [range(count) for count in known])
+    rows, places = as_index(session, *in_turn([range(count) for count in known]))
     states = states[rows, places][:, None]
     if sum(known) < sum(limits) + len(limits):
-        later, at = _pairs(text, [range(count, limit + 1) for count, limit in zip(known, limits, strict=True)])
+        unknown = [range(count, limit + 1) for count, limit in zip(known, limits, strict=True)]
+        later, at = as_index(session, *in_turn(unknown))
         new = model.embed(text[later, at])[:, None]
-        new = model.run(new, range(exit_layer), **_at(session, later, at)).hidden
+        new = model.run(new, range(exit_layer), **where(session, later, at)).hidden
         states, rows, places = torch.cat([states, new]), torch.cat([rows, later]), torch.cat([places, at])
-    _, told = model.decode(states, layers, **_at(session, rows, places))
-    return _spread(told, text, rows, places)
-
-
-def _pairs(text: Tensor, places: Sequence[range]) -> tuple[Tensor, Tensor]:
-    """Some places of each row, one after the other: rows [N] and places [N]."""
-    pairs = [(row, place) for row, some in enumerate(places) for place in some]
-    return text.new_tensor([row for row, _ in pairs]), text.new_tensor([place for _, place in pairs])
-
-
-def _at(session: Session, rows: Tensor, places: Tensor) -> dict[str, Any]:
-    """The cache and the positions [N, 1] of these places, each run as a row of its own."""
-    cache = session.cache.subset(rows)
-    return {"cache": cache, "positions": (cache.lengths + places)[:, None]}
-
-
-def _spread(told: Tensor, text: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-    """Logits [N, 1, V] of these places of text [A, T] -> [A, T, V]."""
-    logits = told.new_zeros(*text.shape, told.shape[-1])
-    logits[rows, places] = told[:, 0]
-    return logits
+    _, told = model.decode(states, layers, **where(session, rows, places))
+    return by_row(told, rows, places, shape=(len(limits), text.shape[1]))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from layerskip_moe.nn import few_rows
 from layerskip_moe.nn.noise import hash_uniform
 
 
@@ -93,9 +94,12 @@ def gumbel_noise(seed: int, rows: Tensor, positions: Tensor, vocab_size: int, *,
 
 
 def choose(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
-    """Tokens [A, T] from logits [A, T, V] and their places' noise [A, T, V] (None when greedy)."""
+    """Tokens [..., T] from logits [..., T, V] and noise that goes with them, such as [A, T, V] (None when greedy)."""
     if noise is None:
         return logits.argmax(dim=-1)
+    if sampling.top_k is None and sampling.top_p is None:  # the same, times the temperature, less a constant
+        scaled = (noise * sampling.temperature).expand_as(logits)
+        return few_rows.choose(logits.flatten(0, -2), scaled.flatten(0, -2))[0].view(logits.shape[:-1])
     return (log_probabilities(logits, sampling) + noise).argmax(dim=-1)
 
 

@@ -132,27 +132,24 @@ class SelfSpeculative:
         exit_layers = [layer if limit else 0 for (layer, _), limit in zip(plan, round_.limits, strict=True)]
         confidences: list[list[float]] = [[] for _ in plan]
         if go_together(session, round_, exit_layers, drafter):
-            logits = draft_and_verify(session, round_, max(exit_layers), floors, watch)
+            tokens, accepted = draft_and_verify(session, round_, max(exit_layers), floors, watch)
         else:
             drafted, confidences = draft(session, round_, exit_layers, stop, drafter, watch)
-            logits = verify(session, round_, drafted, watch)
-        tokens, accepted = round_.settle(logits)
-        counts, accepted_by_row = accepted + 1, accepted.tolist()  # for which a GPU is waited
-        seconds = time.perf_counter() - started
+            tokens, accepted = round_.settle(verify(session, round_, drafted, watch))
+        seconds = time.perf_counter() - started  # a GPU was waited for: it was asked how many drafts were right
         report = RoundReport(
             rows=session.row_numbers,
             exit_layers=exit_layers,
             drafted=round_.limits,
-            accepted=accepted_by_row,
+            accepted=accepted,
             confidences=confidences,
             certainties=watch.certainties,
             seconds=seconds,
             tokens=tokens,
-            counts=counts,
             experts=experts_read(watch, session.model.config) if experts else None,
             shadow=shadow_tokens(session, round_, watch, tokens) if watch.shadow else None,
         )
-        session.append(tokens, counts, drafted=round_.limits)
+        session.append(tokens, accepted, drafted=round_.limits)
         policy.observe(report)
 
     @property

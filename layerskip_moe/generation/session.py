@@ -233,29 +233,27 @@ class Session:
     def append(
         self,
         tokens: Tensor,
-        counts: Tensor | None = None,
+        accepted: Sequence[int] | None = None,
         *,
         layers_run: Sequence[int] | None = None,
         drafted: Sequence[int] | None = None,
     ) -> None:
-        """End a round: row r's next counts[r] tokens are tokens[r, :counts[r]].
+        """End a round: row r's next tokens are tokens[r, :accepted[r] + 1].
 
-        tokens [A, T]; counts [A] is 1 or more and at most `remaining`, 1 by default. All but the last of them
+        tokens [A, T]; accepted is 0 or more and less than `remaining`, 0 by default. All but the last of the tokens
         have been run; the last becomes the newest. layers_run: how many layers ran to choose them, by row; all
-        by default. drafted: how many tokens were proposed for each row in this round; counts - 1 of them were
-        accepted. Rows that met a stop token, a stop string or their last token leave the session.
+        by default. drafted: how many tokens were proposed for each row in this round. Rows that met a stop token, a
+        stop string or their last token leave the session.
         """
-        self._remember(tokens, counts)
-        self.cache.extend(1 if counts is None else counts)
-        self.newest = tokens if counts is None else tokens.gather(1, counts[:, None] - 1)
-        by_row = [1] * len(tokens) if counts is None else counts.tolist()
+        accepted = [0] * len(tokens) if accepted is None else accepted
+        self._remember(tokens, accepted)
         stays = []
-        for index, (row, chosen, count) in enumerate(zip(self._active, tokens.tolist(), by_row, strict=True)):
+        for index, (row, chosen, count) in enumerate(zip(self._active, tokens.tolist(), accepted, strict=True)):
             layers = self.model.config.n_layers if layers_run is None else layers_run[index]
             self.stats[row].rounds += 1
             if drafted is not None:
-                self.stats[row].add_drafts(drafted[index], accepted=count - 1)
-            ended = any(self._give(row, token, layers) for token in chosen[:count])
+                self.stats[row].add_drafts(drafted[index], accepted=count)
+            ended = any(self._give(row, token, layers) for token in chosen[: count + 1])
             if not ended and len(self.outputs[row]) < self.max_new_tokens:
                 stays.append(index)
         if len(stays) < len(self._active):
@@ -276,23 +274,23 @@ class Session:
         self._texts[row].push(token)
         return self._texts[row].stopped
 
-    def _remember(self, tokens: Tensor, counts: Tensor | None) -> None:
-        """Write the round's tokens where later rounds look for them."""
-        if counts is None:
-            self.tokens.scatter_(1, self.cache.lengths[:, None] + 1, tokens)
+    def _remember(self, tokens: Tensor, accepted: Sequence[int]) -> None:
+        """Write the round's tokens where later rounds look for them; the last of each row is the newest."""
+        most, first = max(accepted), self.cache.lengths[:, None] + 1
+        place, tokens = torch.arange(most + 1, device=tokens.device), tokens[:, : most + 1]
+        if min(accepted) == most:  # no numbers go to a GPU
+            self.newest = tokens[:, most:].contiguous()
+            self.cache.extend(most + 1)
         else:
-            tokens = self._write_up_to(tokens, counts)
+            last = torch.tensor(accepted, device=tokens.device)
+            self.newest = tokens.gather(1, last[:, None])
+            self.cache.extend(last + 1)
+            # Beyond its last a row's first token is written again, where it already stands.
+            place = torch.where(place <= last[:, None], place, 0)
+            tokens = tokens.gather(1, place)
+        self.tokens.scatter_(1, first + place, tokens)
         if self._seen is not None:
             self._seen.scatter_(1, tokens, True)
-
-    def _write_up_to(self, tokens: Tensor, counts: Tensor) -> Tensor:
-        """Tokens [A, T], beyond each row's count its first token instead: they are all in `tokens` now."""
-        place = torch.arange(tokens.shape[1], device=tokens.device)
-        # Beyond its count a row's first token is written again, where it already stands.
-        place = torch.where(place < counts[:, None], place, 0)
-        tokens = tokens.gather(1, place)
-        self.tokens.scatter_(1, self.cache.lengths[:, None] + 1 + place, tokens)
-        return tokens
 
     def _keep(self, stays: list[int]) -> None:
         """Drop the finished rows, so that no work is spent on them."""

@@ -86,24 +86,23 @@ class Round:
             self.scores.append(self._spread(scores, rows))
         return self.drafts[-1]
 
-    def settle(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def settle(self, logits: Tensor) -> tuple[Tensor, list[int]]:
         """With the full model's logits [A, T, V] after the newest token and after every draft: tokens [A, T], and how
-        many drafts of each row were accepted, [A] <= limits; so many of its tokens and one more are the text."""
+        many drafts of each row were accepted; so many of its tokens and one more are the text."""
         session = self.session
         scores = session.scores(logits, self.drafts)
-        limits = torch.tensor(self.limits, device=logits.device)
         if self.rejection and self.drafts:
-            return _reject(session, torch.cat(self.drafts, 1), torch.cat(self.scores, 1), scores, limits)
+            drafts, draft_scores = torch.cat(self.drafts, dim=1), torch.cat(self.scores, dim=1)
+            return _reject(session, drafts, draft_scores, scores, self.limits)
         tokens = session.choose(scores, None if self.noise is None else self.noise[:, : logits.shape[1]])
         if not self.drafts:
-            return tokens, torch.zeros_like(limits)
-        proposed = torch.cat(self.drafts, dim=1)  # [A, length]
-        return tokens, torch.minimum(_leading_true(proposed == tokens[:, :-1]), limits)
+            return tokens, [0] * len(tokens)
+        return tokens, _accepted(torch.cat(self.drafts, dim=1) == tokens[:, :-1], self.limits)
 
     def verify(self, logits: Tensor) -> None:
         """`settle`, and end the round."""
         tokens, accepted = self.settle(logits)
-        self.session.append(tokens, accepted + 1, drafted=self.limits)
+        self.session.append(tokens, accepted, drafted=self.limits)
 
     def _spread(self, some: Tensor, rows: Tensor | None) -> Tensor:
         """[R, ...] of some rows -> [A, ...], zeros in the others."""
@@ -112,18 +111,18 @@ class Round:
         return some.new_zeros(len(self.limits), *some.shape[1:]).index_copy(0, rows, some)
 
 
-def _leading_true(mask: Tensor) -> Tensor:
-    """[A, T] bool -> [A]: how many are True before the first False."""
-    return mask.long().cumprod(dim=1).sum(dim=1)
+def _accepted(right: Tensor, limits: Sequence[int]) -> list[int]:
+    """How many of each row's drafts, right [A, T-1] bool, come before the first that is not, up to its limit."""
+    return [[*row[:limit], False].index(False) for row, limit in zip(right.tolist(), limits, strict=True)]
 
 
 def _reject(
-    session: Session, drafts: Tensor, draft_scores: Tensor, scores: Tensor, limits: Tensor
-) -> tuple[Tensor, Tensor]:
+    session: Session, drafts: Tensor, draft_scores: Tensor, scores: Tensor, limits: Sequence[int]
+) -> tuple[Tensor, list[int]]:
     """Accept or reject drafts [A, T-1] of q (draft_scores [A, T-1, V]) against p (scores [A, T, V]).
 
-    Returns tokens [A, T], of which accepted + 1 count, and accepted [A] <= limits. The acceptance tests, the
-    drafts and the replacements have independent noise, as the proof in arXiv 2211.17192 needs. Noise met
+    Returns tokens [A, T], and how many drafts of each row were accepted: these and one more count. The acceptance
+    tests, the drafts and the replacements have independent noise, as the proof in arXiv 2211.17192 needs. Noise met
     again at a later round belongs to a place whose earlier outcome was thrown away unseen.
     """
     length = drafts.shape[1]
@@ -133,7 +132,7 @@ def _reject(
     q_of_draft = q.gather(-1, drafts[..., None])[..., 0]
     places = session.cache.lengths[:, None] + torch.arange(1, length + 1, device=drafts.device)
     coin = hash_uniform(sampling.seed, _ACCEPT, session.rows[:, None], places)
-    accepted = torch.minimum(_leading_true(coin * q_of_draft < p_of_draft), limits)
+    accepted = _accepted(coin * q_of_draft < p_of_draft, limits)
 
     residual = (p[:, :length] - q).clamp(min=0)
     total = residual.sum(-1, keepdim=True)
@@ -141,11 +140,13 @@ def _reject(
     replacement = torch.where(total > 0, residual, p[:, :length])
     # A row whose every counted draft was accepted draws its extra token from p.
     place = torch.arange(length, device=drafts.device)
-    from_p = (place == limits[:, None])[..., None]
+    from_p = (place == drafts.new_tensor(limits)[:, None])[..., None]
     replacement = torch.cat([torch.where(from_p, p[:, :length], replacement), p[:, length:]], dim=1)
     noise = session.noise(length + 1, stream=_REPLACE)
     assert noise is not None
     replaced = (replacement.log() + noise).argmax(dim=-1)
-    kept = torch.cat([place < accepted[:, None], torch.zeros_like(replaced[:, :1], dtype=torch.bool)], dim=1)
+    kept = torch.cat(
+        [place < drafts.new_tensor(accepted)[:, None], torch.zeros_like(replaced[:, :1], dtype=torch.bool)], dim=1
+    )
     padded = torch.cat([drafts, replaced[:, :1]], dim=1)
     return torch.where(kept, padded, replaced), accepted

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from layerskip_moe.nn import few_rows
-from layerskip_moe.nn.attention import Places, locate
+from layerskip_moe.nn.attention import locate
 from layerskip_moe.nn.block import Block
 from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.checks import check_positions, check_run
@@ -23,7 +22,7 @@ from layerskip_moe.nn.config import ModelConfig
 from layerskip_moe.nn.experts import Experts
 from layerskip_moe.nn.linear import Linear, linear
 from layerskip_moe.nn.norm import RMSNorm
-from layerskip_moe.nn.run_blocks import RunOutput, block_of, run_blocks
+from layerskip_moe.nn.run_blocks import RunOutput, block_of, recordable, run_blocks
 from layerskip_moe.nn.steps import Drafted, can_repeat, draft_places, kept_drafts, lay, repeat, repeat_draft
 
 if TYPE_CHECKING:
@@ -149,7 +148,7 @@ class MoEDecoder(nn.Module):
             places = locate(positions, self.config, cache, length=length)
             return run_blocks(self, hidden, layers, places, cache, keep, keep_experts, expert_mask, top_k, collect)
         if expert_mask is None and self._repeats(hidden.dtype, positions):
-            return self._repeat("run", hidden, layers, positions, cache, top_k, collect, choices, heads=False)[0]
+            return self._repeat(hidden, layers, positions, cache, top_k, collect, choices, heads=False)[0]
         states, places = lay(hidden, positions, self.config, cache, length=length)
         output = run_blocks(self, states, layers, places, cache, None, None, expert_mask, top_k, collect)
         output.hidden = output.hidden.view(hidden.shape)
@@ -172,17 +171,16 @@ class MoEDecoder(nn.Module):
         start: token ids [B, T] int64, or hidden states [B, T, D]; the rest as in `run`
         -> `run`'s output, and the logits [B, T, V] after the last of the layers
         """
-        embeds, layers = not start.is_floating_point(), list(layers)
+        layers = list(layers)
         if not self._repeats(self.dtype, positions):
-            hidden = self.embed(start) if embeds else start
+            hidden = start if start.is_floating_point() else self.embed(start)
             how: dict[str, Any] = {"top_k": top_k, "collect": collect, "choices": choices}
             output = self.run(hidden, layers, positions=positions, cache=cache, **how)
             return output, self.unembed(output.hidden)
-        return self._repeat("decode", start, layers, positions, cache, top_k, collect, choices, heads=True)
+        return self._repeat(start, layers, positions, cache, top_k, collect, choices, heads=True)
 
     def _repeat(
         self,
-        kind: str,
         start: Tensor,
         layers: list[int],
         positions: Tensor,
@@ -196,16 +194,7 @@ class MoEDecoder(nn.Module):
         """`run`, and with heads `unembed` (else no logits), from a recording where there is one."""
         length = check_positions(positions, self.config, cache)
         check_run(layers, self.config, len(positions), cache, top_k=top_k, collect=collect)
-
-        def step(start: Tensor, places: Places) -> list[Tensor]:
-            output = run_blocks(
-                self, self._embedded(start, places), layers, places, cache, top_k=top_k, collect=collect
-            )
-            chosen = output.chosen.values() if choices else ()
-            logits = [self.unembed(output.hidden)] if heads else []
-            return [*logits, output.hidden, *(output.collected[layer] for layer in collect), *chosen]
-
-        key = kind, not start.is_floating_point(), tuple(layers), top_k, tuple(collect), choices
+        step, key = recordable(self, layers, cache, top_k, collect, choices=choices, heads=heads)
         outputs = repeat(self, step, start, positions, cache, length=length, key=key)
         logits = outputs.pop(0) if heads else start
         hidden, collected, chosen = outputs[0], outputs[1 : 1 + len(collect)], outputs[1 + len(collect) :]
@@ -244,13 +233,8 @@ class MoEDecoder(nn.Module):
             length = check_positions(positions, self.config, cache)
             check_run(layers, self.config, len(positions), cache, top_k=top_k, collect=collect)
 
-            def states_of(start: Tensor, places: Places) -> list[Tensor]:
-                hidden = self._embedded(start, places)
-                output = run_blocks(self, hidden, layers, places, cache, top_k=top_k, collect=collect)
-                return [output.hidden, *(output.collected[layer] for layer in collect)]
-
             how: dict[str, Any] = {"noise": noise, "limits": limits, "floors": floors, "temperature": temperature}
-            key = "draft", tuple(layers), top_k, tuple(collect)
+            states_of, key = recordable(self, layers, cache, top_k, collect)
             return repeat_draft(self, states_of, newest, positions, cache, length=length, key=key, **how)
 
         def states_at(token: Tensor, place: int) -> list[Tensor]:
@@ -260,12 +244,6 @@ class MoEDecoder(nn.Module):
 
         tokens, certainties, *states = draft_places(self, states_at, newest, count, noise, temperature)
         return Drafted(tokens, kept_drafts(certainties, limits, floors), states, certainties)
-
-    def _embedded(self, start: Tensor, places: Places) -> Tensor:
-        """States: the given ones, or of token ids; on a CPU by an operator that can be recorded."""
-        if start.is_floating_point():
-            return start
-        return few_rows.embed(start[0], self.embedding.weight)[None] if places.few else self.embed(start)
 
     def _repeats(self, dtype: torch.dtype, positions: Tensor) -> bool:
         """Whether a step of states at positions [B, T] is recorded, and repeated after that."""

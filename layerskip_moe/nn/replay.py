@@ -13,7 +13,7 @@ Knows nothing of layers. Next: `steps.py`, which decides; `cpp/few_rows.cpp`, wh
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,8 +58,7 @@ class Recording:
 
 
 def draft(
-    states_of: Recording,
-    choice_of: Recording,
+    recordings: Sequence[Recording],
     newest: Tensor,
     rows: Tensor,
     positions: Tensor,
@@ -70,8 +69,30 @@ def draft(
     """Draft tokens one after another by two recordings, see `cpp/drafts.h`: drafts [A, n], certainties [A, n], how many
     each row has [A], and each of the states [A, n + 1, .]."""
     return torch.ops.layerskip_moe_few_rows.replay_drafts.default(
-        states_of.number,
-        choice_of.number,
+        *(recording.number for recording in recordings),
+        newest.contiguous(),
+        rows.contiguous(),
+        positions.contiguous(),
+        None if noise is None else noise.contiguous(),
+        limits,
+        floors,
+    )
+
+
+def round_of(
+    recordings: Sequence[Recording],
+    newest: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    noise: Tensor | None,
+    limits: Tensor,
+    floors: Tensor,
+) -> list[Tensor]:
+    """Draft by two recordings and verify by a third, see `cpp/rounds.h`: the full model's tokens [A, n + 1], drafts
+    [A, n], how many there are and how many of them were right [A, 2], certainties [A, n], then states of drafting
+    [A, n + 1, .] and of verification [N, .]."""
+    return torch.ops.layerskip_moe_few_rows.replay_round.default(
+        *(recording.number for recording in recordings),
         newest.contiguous(),
         rows.contiguous(),
         positions.contiguous(),

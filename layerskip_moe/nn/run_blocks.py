@@ -4,13 +4,14 @@ B batch, T positions, D width, E experts, K chosen, L layers.
 Knows nothing of tokens or of recorded steps. Next: `block.py`; `decoder.py`, which calls this.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from layerskip_moe.nn import few_rows
 from layerskip_moe.nn.attention import Places
 from layerskip_moe.nn.block import Block
 from layerskip_moe.nn.cache import KVCache
@@ -74,6 +75,32 @@ def run_blocks(
         if layer in collect:
             output.collected[layer] = output.hidden
     return output
+
+
+def recordable(
+    model: "MoEDecoder",
+    layers: list[int],
+    cache: KVCache,
+    top_k: int | None,
+    collect: Sequence[int],
+    *,
+    choices: bool = False,
+    heads: bool = False,
+) -> tuple[Callable[[Tensor, Places], list[Tensor]], tuple[Any, ...]]:
+    """A step that `steps.py` can record: from token ids or states and their places to the logits (heads), the states
+    after the layers and after each of `collect`, and what routers chose (choices). And what tells it from others on the
+    same cache, but for what it starts from."""
+
+    def step(start: Tensor, places: Places) -> list[Tensor]:
+        if not start.is_floating_point():  # on a CPU by an operator that can be recorded
+            few = places.few
+            start = few_rows.embed(start[0], model.embedding.weight)[None] if few else model.embed(start)
+        output = run_blocks(model, start, layers, places, cache, top_k=top_k, collect=collect)
+        chosen = output.chosen.values() if choices else ()
+        logits = [model.unembed(output.hidden)] if heads else []
+        return [*logits, output.hidden, *(output.collected[layer] for layer in collect), *chosen]
+
+    return step, (tuple(layers), top_k, tuple(collect), choices, heads)
 
 
 def block_of(model: "MoEDecoder", layer: int) -> Block:

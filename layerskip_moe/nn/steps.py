@@ -21,7 +21,7 @@ from layerskip_moe.nn.attention import Places, angles, locate, locate_within
 from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.config import ModelConfig
 from layerskip_moe.nn.graphs import Graph
-from layerskip_moe.nn.replay import Recording
+from layerskip_moe.nn.replay import Recording, round_of
 from layerskip_moe.nn.replay import draft as repeat_places
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ _ROOMS = (8, 16, 32, few_rows.MOST_ROWS)  # of recordings
 _MOST_RECORDINGS = 256  # of a cache; each holds the states that its step computes
 
 Step = Callable[[list[Tensor]], list[Tensor]]  # from inputs to outputs
+# From token ids or states and their places to outputs; and what tells it from others on a cache.
+Recordable = tuple[Callable[[Tensor, Places], list[Tensor]], tuple[Any, ...]]
 
 
 @dataclass
@@ -191,24 +193,15 @@ def _draft_by_place(
     key: tuple[Any, ...],
 ) -> Drafted:
     """On a CPU: two recordings, from a token to its states and from those to the next token, repeated in turn."""
-
-    def choice_of(inputs: list[Tensor]) -> list[Tensor]:
-        hidden, *noise = inputs
-        return list(few_rows.choose(model.unembed(hidden), noise[0] if noise else None, temperature))
-
-    run = _by_rows(states_of, model.config)
-    inputs = [newest[:, 0], cache.rows, positions[:, 0]]
-    count = positions.shape[1] - 1
+    count, run = positions.shape[1] - 1, _by_rows(states_of, model.config)
     if not count:
+        inputs = [newest[:, 0], cache.rows, positions[:, 0]]
         states = [state[:, None] for state in _recorded(model, run, inputs, cache, ("draft", *key))]
         return Drafted(newest[:, :0], torch.zeros_like(limits), states, floors[:, None].float()[:, :0])
-    first, _ = _recording(model, run, inputs, cache, ("draft", *key))
-    hidden = torch.zeros(len(newest), model.config.d_model, dtype=model.dtype, device=newest.device)
-    drawn = [] if noise is None else [noise[:, 0]]
-    second, _ = _recording(model, choice_of, [hidden, *drawn], cache, ("choice", noise is None, temperature))
-    if isinstance(first, Recording) and isinstance(second, Recording) and first.complete and second.complete:
+    first, second = _drafting(model, run, newest, positions, cache, noise, temperature, key)
+    if recordings := _complete(first, second):
         tokens, certainties, counts, *states = repeat_places(
-            first, second, newest, cache.rows, positions, noise, limits, floors
+            recordings, newest, cache.rows, positions, noise, limits, floors
         )
         return Drafted(tokens, counts, states, certainties)
 
@@ -218,6 +211,68 @@ def _draft_by_place(
 
     tokens, certainties, *states = draft_places(model, states_at, newest, count, noise, temperature)
     return Drafted(tokens, kept_drafts(certainties, limits, floors), states, certainties)
+
+
+def _drafting(
+    model: "MoEDecoder",
+    run: Step,
+    newest: Tensor,
+    positions: Tensor,
+    cache: KVCache,
+    noise: Tensor | None,
+    temperature: float,
+    key: tuple[Any, ...],
+) -> tuple[Recording | Graph, Recording | Graph]:
+    """What is recorded of drafting: from a token to its states, and from those to the next token."""
+
+    def choice_of(inputs: list[Tensor]) -> list[Tensor]:
+        hidden, *noise = inputs
+        return list(few_rows.choose(model.unembed(hidden), noise[0] if noise else None, temperature))
+
+    first, _ = _recording(model, run, [newest[:, 0], cache.rows, positions[:, 0]], cache, ("draft", *key))
+    hidden = torch.zeros(len(newest), model.config.d_model, dtype=model.dtype, device=newest.device)
+    drawn = [] if noise is None else [noise[:, 0]]
+    second, _ = _recording(model, choice_of, [hidden, *drawn], cache, ("choice", noise is None, temperature))
+    return first, second
+
+
+def _complete(*recordings: Recording | Graph) -> list[Recording]:
+    """These, if they can all be repeated; else none."""
+    complete = [one for one in recordings if isinstance(one, Recording) and one.complete]
+    return complete if len(complete) == len(recordings) else []
+
+
+def repeat_round(
+    model: "MoEDecoder",
+    drafts: Recordable,
+    verifies: Recordable,
+    newest: Tensor,
+    positions: Tensor,
+    cache: KVCache,
+    *,
+    noise: Tensor | None,
+    limits: Tensor,
+    floors: Tensor,
+    most: int,
+    temperature: float,
+) -> list[Tensor] | None:
+    """Drafts, their verification and the full model's choices in one call, see `replay.round_of`; None where that
+    cannot be recorded: on a GPU, and where an operator is not of the few rows'.
+
+    drafts, verifies: from token ids to states, and from the first of these to logits and whatever else
+    most: places that may be verified
+    """
+    if not few_rows.serves(newest.device):
+        return None
+    run, later = _by_rows(drafts[0], model.config), _by_rows(verifies[0], model.config)
+    first, second = _drafting(model, run, newest, positions, cache, noise, temperature, drafts[1])
+    rows, at = (numbers[:1].expand(most) for numbers in (cache.rows, positions[:, 0]))
+    states = torch.zeros(most, model.config.d_model, dtype=model.dtype)
+    third, _ = _recording(model, later, [states, rows, at], cache, verifies[1])  # (what it writes is written again)
+    recordings = _complete(first, second, third)
+    if not recordings:
+        return None
+    return round_of(recordings, newest, cache.rows, positions, noise, limits, floors)
 
 
 def _by_rows(step: Callable[[Tensor, Places], list[Tensor]], config: ModelConfig) -> Step:

@@ -113,7 +113,7 @@ def test_a_row_that_stops_costs_nothing_more(counting_model):
     assert [(len(confidence), position) for confidence, position in asked[:2]] == [(2, 0), (1, 1)]
     assert asked[0][0] == pytest.approx([sure] * 2)
     first = policy.reports[0]
-    assert (first.drafted, first.accepted, first.counts.tolist()) == ([2, 1], [2, 1], [3, 2])
+    assert (first.drafted, first.accepted) == ([2, 1], [2, 1])
     assert [len(confidences) for confidences in first.confidences] == [2, 1]
 
 
@@ -131,7 +131,7 @@ def test_what_shadows_say(counting_model):
     policy = Planned([(2, 2), (1, 1), (1, 0)], shadow=True)
     decode(counting_model([{1}, (), EVERY]), policy, 6, rows=3)
     first = policy.reports[0]
-    assert (first.accepted, first.counts.tolist()) == ([1, 0, 0], [2, 1, 1])
+    assert first.accepted == [1, 0, 0]
     assert first.tokens[0, :2].tolist() == [1, 2] and first.tokens[1:, 0].tolist() == [41, 81]
     early = [[1, 39, 39], [79, 79, -1], [81, -1, -1]]
     assert first.shadow[:, :3].tolist() == [[row] * 3 for row in early]
@@ -151,7 +151,7 @@ def test_nothing_runs_twice_whatever_is_planned(counting_model, random_policy, s
         assert ran == needed if len(agreed) == 1 else ran >= needed
     for report in policy.rounds:
         assert all(0 <= accepted <= drafted for accepted, drafted in zip(report.accepted, report.drafted, strict=True))
-        assert report.seconds > 0 and report.counts.tolist() == [accepted + 1 for accepted in report.accepted]
+        assert report.seconds > 0
 
 
 def test_the_same_rounds_in_a_batch_and_alone(trained_model):

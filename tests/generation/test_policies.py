@@ -40,7 +40,6 @@ def report(drafted, accepted, *, rows=None, seconds=1.0, confidences=None, shado
         certainties=None,
         seconds=seconds,
         tokens=torch.zeros(len(drafted), places, dtype=torch.int64) if tokens is None else torch.tensor(tokens),
-        counts=torch.tensor(accepted) + 1,
         shadow=None if shadow is None else torch.tensor(shadow),
     )
 

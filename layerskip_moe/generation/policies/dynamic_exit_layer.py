@@ -61,7 +61,8 @@ class DEL:
     def observe(self, round: RoundReport) -> None:
         """Count who was right."""
         assert round.shadow is not None, "it was asked for"
-        context_held = torch.arange(round.tokens.shape[1], device=round.tokens.device) < round.counts[:, None]
+        last = round.tokens.new_tensor(round.accepted)[:, None]
+        context_held = torch.arange(round.tokens.shape[1], device=round.tokens.device) <= last
         right = (round.shadow == round.tokens[:, None]) & context_held[:, None]
         for row, counts, accepted in zip(round.rows, right.sum(dim=-1).tolist(), round.accepted, strict=True):
             before, places = self._counts(row, len(counts))

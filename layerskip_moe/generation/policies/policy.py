@@ -31,8 +31,8 @@ class RoundReport:
         seconds: wall time of drafting and verifying all rows, without `plan` and the head on shadow states. Rounds with
             `shadow`, `experts` or `should_stop` are made of more calls than others, and take longer. A GPU is waited
             for, as every round ends by reading how many drafts were accepted.
-        tokens: [A, T] int64, the full model's choices, of no meaning beyond a row's drafts and one more
-        counts: [A] int64, accepted + 1: how many of them are the row's, though it ends at a stop token among them
+        tokens: [A, T] int64, the full model's choices, of which accepted + 1 are a row's, though it ends at a stop
+            token among them
         experts: by MoE layer, how many different experts verification read; None where the policy has no `experts`,
             and in dense models
         shadow: [A, L, T] int64, the token that the state after each layer says at each place, by the shared head and
@@ -48,7 +48,6 @@ class RoundReport:
     certainties: list[list[float]] | None
     seconds: float
     tokens: Tensor
-    counts: Tensor
     experts: list[int] | None = None
     shadow: Tensor | None = None
 

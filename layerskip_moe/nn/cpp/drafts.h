@@ -1,6 +1,6 @@
 // Drafting many tokens one after another in one call, of two programs: from tokens to states, and from states to tokens.
 //
-// Knows nothing of what the programs compute. Next: few_rows.cpp.
+// Knows nothing of what the programs compute. Next: rounds.h.
 
 #pragma once
 

@@ -12,7 +12,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "attention.h"
-#include "drafts.h"
+#include "rounds.h"
 
 STABLE_TORCH_LIBRARY(layerskip_moe_few_rows, library) {
   library.def("linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, bool wide) -> Tensor");
@@ -38,6 +38,9 @@ STABLE_TORCH_LIBRARY(layerskip_moe_few_rows, library) {
   library.def(
       "replay_drafts(int states_of, int choice_of, Tensor newest, Tensor rows, Tensor positions, Tensor? noise, "
       "Tensor limits, Tensor floors) -> Tensor[]");
+  library.def(
+      "replay_round(int states_of, int choice_of, int verify, Tensor newest, Tensor rows, Tensor positions, Tensor? noise, "
+      "Tensor limits, Tensor floors) -> Tensor[]");
   library.def("forget(int program) -> int");
 }
 
@@ -62,5 +65,6 @@ STABLE_TORCH_LIBRARY_IMPL(layerskip_moe_few_rows, CompositeExplicitAutograd, lib
   library.impl("recorded", TORCH_BOX(&few_rows::recorded));
   library.impl("replay", TORCH_BOX(&few_rows::replay));
   library.impl("replay_drafts", TORCH_BOX(&few_rows::replay_drafts));
+  library.impl("replay_round", TORCH_BOX(&few_rows::replay_round));
   library.impl("forget", TORCH_BOX(&few_rows::forget));
 }

@@ -173,8 +173,24 @@ inline Tensor remember(
   return y;
 }
 
-// Where logits, plus noise if there is any, are largest; and how certain that is: the softmax of (logits + noise) /
-// temperature there, nothing at temperature 0.
+struct Choice {
+  int64_t token;
+  float certainty;
+};
+
+// Where a row's logits, plus noise if there is any, are largest; and how certain that is: the softmax of (logits + noise)
+// / temperature there, nothing at temperature 0.
+inline Choice choose_of(const float* logits, const double* noise, int64_t vocabulary, double temperature) {
+  const auto score = [&](int64_t token) { return logits[token] + (noise == nullptr ? 0.0 : noise[token]); };
+  int64_t best = 0;
+  for (int64_t token = 1; token < vocabulary; ++token)
+    if (score(token) > score(best)) best = token;
+  float total = 0;
+  for (int64_t token = 0; temperature > 0 && token < vocabulary; ++token)
+    total += std::exp(static_cast<float>((score(token) - score(best)) / temperature));
+  return {best, 1.0f / total};
+}
+
 inline std::tuple<Tensor, Tensor> choose(const Tensor& logits, const std::optional<Tensor>& noise, double temperature) {
   if (noise) check_dense(*noise, ScalarType::Double);
   check_sizes(logits.dim() == 2 && (!noise || noise->numel() == logits.numel()));
@@ -183,16 +199,11 @@ inline std::tuple<Tensor, Tensor> choose(const Tensor& logits, const std::option
   perform([=] {
     const int64_t rows = present_rows(logits), vocabulary = logits.size(1);
     const std::vector<float> floats = as_floats(logits);
-    std::vector<double> scores(floats.begin(), floats.end());
-    for (int64_t i = 0; noise && i < rows * vocabulary; ++i) scores[i] += static_cast<const double*>(noise->data_ptr())[i];
+    const double* drawn = noise ? static_cast<const double*>(noise->data_ptr()) : nullptr;
     for (int64_t n = 0; n < rows; ++n) {
-      const auto first = scores.begin() + n * vocabulary;
-      const auto best = std::max_element(first, first + vocabulary);
-      static_cast<int64_t*>(tokens.data_ptr())[n] = best - first;
-      float total = 0;
-      for (auto score = first; temperature > 0 && score < first + vocabulary; ++score)
-        total += std::exp(static_cast<float>((*score - *best) / temperature));
-      static_cast<float*>(certainty.data_ptr())[n] = 1.0f / total;
+      const Choice choice = choose_of(floats.data() + n * vocabulary, drawn == nullptr ? drawn : drawn + n * vocabulary, vocabulary, temperature);
+      static_cast<int64_t*>(tokens.data_ptr())[n] = choice.token;
+      static_cast<float*>(certainty.data_ptr())[n] = choice.certainty;
     }
   });
   return {tokens, certainty};

@@ -1,0 +1,71 @@
+// A round of self-speculation in one call: drafts one after another, then all of them verified, and what the full model
+// chooses.
+//
+// Knows nothing of what the programs compute. Next: few_rows.cpp.
+
+#pragma once
+
+#include "drafts.h"
+
+namespace few_rows {
+
+// states_of, choice_of, newest, rows, positions, limits, floors: as `replay_drafts` has them; noise [A, n + 1, V];
+// verify: (states [N, .], row [N], position [N]) -> (logits [N, V], ...), which is given the newest token's place and those
+// of the drafts that are there, N in all, row by row.
+//
+// -> the full model's tokens [A, n + 1], drafts [A, n], how many of them are there and how many of those it agreed with
+// before the first that it did not [A, 2], certainties [A, n], then what `states_of` gives but the first [A, n + 1, .] and
+// what `verify` gives but the first [N, .]. Of no meaning beyond a row's drafts.
+inline std::vector<Tensor> replay_round(
+    int64_t states_of, int64_t choice_of, int64_t verify, const Tensor& newest, const Tensor& rows, const Tensor& positions,
+    const std::optional<Tensor>& noise, const Tensor& limits, const Tensor& floors) {
+  std::vector<Tensor> drafted = replay_drafts(states_of, choice_of, newest, rows, positions, noise, limits, floors);
+  Program& program = find_program(verify);
+  check_sizes(program.inputs.size() == 3 && !program.outputs.empty() && (!noise || noise->size(1) == positions.size(1)));
+  const Tensor &drafts = drafted[0], &certainties = drafted[1], &states = drafted[3];
+  const int64_t n_rows = newest.numel(), places = positions.size(1), longest = places - 1;
+  const int64_t* count = static_cast<const int64_t*>(drafted[2].data_ptr());
+  const int64_t* draft = static_cast<const int64_t*>(drafts.data_ptr());
+
+  std::vector<int64_t> row, position;
+  std::vector<char> start;
+  const size_t bytes = states.size(2) * states.element_size();
+  for (int64_t r = 0; r < n_rows; ++r) {
+    const char* first = static_cast<const char*>(states.data_ptr()) + r * places * bytes;
+    start.insert(start.end(), first, first + (count[r] + 1) * bytes);
+    for (int64_t place = 0; place <= count[r]; ++place) {
+      row.push_back(static_cast<const int64_t*>(rows.data_ptr())[r]);
+      position.push_back(static_cast<const int64_t*>(positions.data_ptr())[r * places + place]);
+    }
+  }
+  const int64_t total = static_cast<int64_t>(row.size());
+  check_sizes(total <= program.room && states.scalar_type() == program.inputs[0].scalar_type());
+  const WithRows there(total, program.room);
+  put(program.inputs[0], start.data()), put(program.inputs[1], row.data()), put(program.inputs[2], position.data());
+  for (const auto& step : program.steps) step();
+
+  Tensor tokens = torch::stable::new_zeros(newest, {n_rows, places}), counts = torch::stable::new_zeros(newest, {n_rows, 2});
+  const int64_t vocabulary = program.outputs[0].numel() / program.room;
+  const std::vector<float> logits = as_floats(program.outputs[0]);
+  const float* logit = logits.data();
+  for (int64_t r = 0; r < n_rows; ++r) {
+    const double* drawn = noise ? static_cast<const double*>(noise->data_ptr()) + r * places * vocabulary : nullptr;
+    int64_t* token = static_cast<int64_t*>(tokens.data_ptr()) + r * places;
+    for (int64_t place = 0; place <= count[r]; ++place, logit += vocabulary)
+      token[place] = choose_of(logit, drawn == nullptr ? drawn : drawn + place * vocabulary, vocabulary, 0.0).token;
+    int64_t right = 0;
+    while (right < count[r] && draft[r * longest + right] == token[right]) ++right;
+    int64_t* facts = static_cast<int64_t*>(counts.data_ptr()) + 2 * r;
+    facts[0] = count[r], facts[1] = right;
+  }
+  std::vector<Tensor> results = {tokens, drafts, counts, certainties};
+  results.insert(results.end(), drafted.begin() + 4, drafted.end());
+  for (size_t o = 1; o < program.outputs.size(); ++o) {
+    const Tensor& output = program.outputs[o];
+    results.push_back(torch::stable::new_empty(output, {total, output.numel() / program.room}));
+    std::memcpy(results.back().data_ptr(), output.data_ptr(), present_numbers(output) * output.element_size());
+  }
+  return results;
+}
+
+}  // namespace few_rows
