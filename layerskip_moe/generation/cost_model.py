@@ -7,8 +7,10 @@ L layers, E experts, K chosen. Knows nothing of acceptance. Next: `policies/adap
 other; `bench/replay.py`.
 """
 
+import operator
 import random
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -23,7 +25,7 @@ from layerskip_moe.nn import ModelConfig, MoEDecoder, few_rows
 from layerskip_moe.nn.modes import evaluating
 
 _SECONDS = 1.5  # for timing rounds
-_ROUNDS = 8  # of each kind, while there is time
+_BLOCKS, _STEPS = 5, 3  # of each kind, while there is time, and of each block
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class CostModel:
 
     def seconds_of(self, features: Sequence[float]) -> float:
         """Seconds of a round that does so much."""
-        return sum(cost * amount for cost, amount in zip(self.seconds, features, strict=True))
+        assert len(features) == len(self.seconds)
+        return sum(map(operator.mul, self.seconds, features))
 
     def features(
         self, exit_layers: Sequence[int], drafted: Sequence[int], experts: Sequence[float] | None = None
@@ -97,7 +100,7 @@ class CostModel:
     def more_experts(self, exit_layer: int, places: int) -> float:
         """Experts that so many places read in the layers from the exit on beyond those of one place, were all to
         choose independently and evenly."""
-        layers = sum(layer >= exit_layer for layer in self.moe_layers)
+        layers = len(self.moe_layers) - bisect_left(self.moe_layers, exit_layer)
         return layers * (self.expected_experts(places) - self.top_k)
 
     def expected_experts(self, rows: int) -> float:
@@ -124,28 +127,28 @@ def fit_cost_model(model: MoEDecoder, batch_size: int = 1, *, exits: Sequence[in
 
 
 @dataclass(frozen=True)
-class _Step:
-    """A step that was timed as a whole.
+class _Block:
+    """Steps of one kind, one after the other.
 
     exit_layer, drafted: 0 and 0 of plain decoding; by row
-    experts: as `RoundReport` has them
+    experts: as `RoundReport` has them, of one of the steps; None of plain decoding
+    seconds: of the others
     """
 
     exit_layer: int
-    drafted: list[int]
+    drafted: tuple[int, ...]
     experts: list[int] | None
-    seconds: float
+    seconds: list[float]
 
 
 class _Kind:
     """A policy of one kind of round after another, as it is told."""
 
-    shadow, should_stop, experts = False, None, True
+    shadow, should_stop = False, None
 
     def __init__(self, exits: Sequence[int]) -> None:
-        self.exits, self.pair, self.report = exits, (0, 0), None
-
-    report: RoundReport | None
+        self.exits, self.pair, self.experts = exits, (0, 0), False
+        self.report: RoundReport | None = None
 
     def plan(self, session: Session) -> list[tuple[int, int]]:
         """The same for every row."""
@@ -159,31 +162,34 @@ class _Kind:
 def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int]) -> CostModel:
     config = model.config
     kinds = _kinds(config, batch_size)
-    steps, started, draw = list[_Step](), time.perf_counter(), random.Random(0)
+    blocks, started, draw = list[_Block](), time.perf_counter(), random.Random(0)
     least, before = 2 * len(kinds), -1  # the first of a kind is recorded, and takes longer
-    while before < len(steps) < _ROUNDS * len(kinds):
-        before = len(steps)
-        tokens = min(64, config.max_seq_len - 2)
+
+    def is_over() -> bool:
+        late = len(blocks) >= least and time.perf_counter() - started > _SECONDS
+        return late or len(blocks) >= _BLOCKS * len(kinds)
+
+    while before < len(blocks) and not is_over():
+        before = len(blocks)
+        tokens = min(256, config.max_seq_len - 2)
         prompts = [[draw.randrange(config.vocab_size) for _ in range(2)] for _ in range(batch_size)]
         session = Session(model, prompts, Sampling(), max_new_tokens=tokens)
-        _run(session, kinds, exits, steps, lambda: len(steps) >= least and time.perf_counter() - started > _SECONDS)
+        _run(session, kinds, exits, blocks, is_over)
         session.close()
-        if len(steps) >= least and time.perf_counter() - started > _SECONDS:
-            break
     empty = CostModel(
         config.n_layers, _moe_layers(config), config.num_experts, config.top_k * bool(config.num_experts), ()
     )
-    return _fitted_to(empty, steps[len(kinds) :] or steps)
+    return _fitted_to(empty, blocks[len(kinds) :] or blocks)
 
 
 def _run(
     session: Session,
     kinds: list[tuple[int, int]],
     exits: Sequence[int],
-    steps: list[_Step],
+    blocks: list[_Block],
     is_over: Callable[[], bool],
 ) -> None:
-    """Time steps of all kinds, in turn, until a row has no use for the longest drafts, or time is up."""
+    """Time steps of all kinds, some of each in turn, until a row has no use for the longest drafts, or time is up."""
     from layerskip_moe.generation.self_speculative import SelfSpeculative  # which imports `Adaptive`, and that this
 
     policy, rows = _Kind(exits), len(session.rows)
@@ -191,42 +197,46 @@ def _run(
     longest = max(drafts for _, drafts in kinds)
     session.prefill()
     while len(session.row_numbers) == rows and min(session.remaining) > longest and not is_over():
-        policy.pair = kinds[len(steps) % len(kinds)]
-        began = time.perf_counter()
-        (drafting if policy.pair[1] else plain).step(session)
-        seconds = time.perf_counter() - began  # a GPU was waited for: it was asked for the tokens
-        if policy.pair[1]:
-            assert policy.report is not None
-            steps.append(_Step(policy.pair[0], policy.report.drafted, policy.report.experts, seconds))
-        else:
-            steps.append(_Step(0, [0] * rows, None, seconds))
+        policy.pair = exit_layer, drafts = kinds[len(blocks) % len(kinds)]
+        block = _Block(exit_layer, (drafts,) * rows, None, [])
+        for turn in range(_STEPS + 1):
+            if len(session.row_numbers) < rows or min(session.remaining) <= longest:
+                break
+            policy.experts = turn == 0  # the first, behind one of another kind, is slower, and not timed
+            began = time.perf_counter()
+            (drafting if drafts else plain).step(session)
+            if turn:
+                block.seconds.append(time.perf_counter() - began)  # a GPU was waited for: it was asked for the tokens
+            elif drafts and policy.report is not None:
+                block = _Block(exit_layer, (drafts,) * rows, policy.report.experts, [])
+        blocks.append(block)
 
 
 def _kinds(config: ModelConfig, batch_size: int) -> list[tuple[int, int]]:
-    """(exit layer, drafts) of the rounds to time: plain ones oftener, early and late exits, short and long drafts."""
-    early, late = max(config.n_layers // 6, 1), max(config.n_layers // 2, 1)
-    longest = max(min(8, few_rows.MOST_ROWS // batch_size - 1, config.max_seq_len - 4), 1)
-    lengths = sorted({min(length, longest) for length in (1, 2, 4, longest)})
-    pairs = [(exit_layer, length) for length in lengths for exit_layer in dict.fromkeys((early, late))]
-    return [(0, 0), *pairs, (0, 0)]
+    """(exit layer, drafts) of the rounds to time: plain ones, early to late exits, short and long drafts."""
+    exits = dict.fromkeys(max(config.n_layers // part, 1) for part in (6, 4, 2))
+    longest = max(min(6, few_rows.MOST_ROWS // batch_size - 1, config.max_seq_len - 4), 1)
+    lengths = sorted({min(length, longest) for length in (1, 3, longest)})
+    return [(0, 0), *((exit_layer, length) for length in lengths for exit_layer in exits)]
 
 
 def _moe_layers(config: ModelConfig) -> tuple[int, ...]:
     return tuple(layer for layer in range(config.n_layers) if config.is_moe(layer))
 
 
-def _fitted_to(empty: CostModel, steps: Sequence[_Step]) -> CostModel:
-    """Least squares of relative errors, no cost below 0; of steps that did the same the median counts."""
-    times: dict[tuple[float, ...], list[float]] = {}
-    for step in steps:
-        exit_layers = [step.exit_layer] * len(step.drafted)
+def _fitted_to(empty: CostModel, blocks: Sequence[_Block]) -> CostModel:
+    """Least squares of relative errors, no cost below 0; of steps of one kind the median counts."""
+    seconds: dict[tuple[int, tuple[int, ...]], list[float]] = {}
+    did: dict[tuple[int, tuple[int, ...]], list[list[float]]] = {}
+    for block in blocks:
+        kind, exit_layers = (block.exit_layer, block.drafted), [block.exit_layer] * len(block.drafted)
         # (A plain step of several rows: as many experts as independent choices read.)
-        does = tuple(empty.features(exit_layers, step.drafted, step.experts))
-        times.setdefault(does, []).append(step.seconds)
-    medians = torch.tensor([sorted(same)[len(same) // 2] for same in times.values()], dtype=torch.float64)
-    weights = torch.tensor([len(same) for same in times.values()], dtype=torch.float64).sqrt() / medians
-    did = torch.tensor(list(times), dtype=torch.float64)
-    costs = _nonnegative_least_squares(did * weights[:, None], medians * weights)
+        seconds.setdefault(kind, []).extend(block.seconds)
+        did.setdefault(kind, []).append(empty.features(exit_layers, block.drafted, block.experts))
+    kinds = [kind for kind, some in seconds.items() if some]
+    medians = torch.tensor([sorted(seconds[kind])[len(seconds[kind]) // 2] for kind in kinds], dtype=torch.float64)
+    features = torch.stack([torch.tensor(did[kind], dtype=torch.float64).mean(dim=0) for kind in kinds])
+    costs = _nonnegative_least_squares(features / medians[:, None], torch.ones_like(medians))
     return CostModel(empty.n_layers, empty.moe_layers, empty.num_experts, empty.top_k, tuple(costs.tolist()))
 
 
