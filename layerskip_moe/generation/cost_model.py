@@ -161,7 +161,7 @@ class _Kind:
 
 def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int]) -> CostModel:
     config = model.config
-    kinds = _kinds(config, batch_size)
+    kinds = _kinds(config, batch_size, exits)
     blocks, started, draw = list[_Block](), time.perf_counter(), random.Random(0)
     least, before = 2 * len(kinds), -1  # the first of a kind is recorded, and takes longer
 
@@ -212,12 +212,12 @@ def _run(
         blocks.append(block)
 
 
-def _kinds(config: ModelConfig, batch_size: int) -> list[tuple[int, int]]:
+def _kinds(config: ModelConfig, batch_size: int, exits: Sequence[int]) -> list[tuple[int, int]]:
     """(exit layer, drafts) of the rounds to time: plain ones, early to late exits, short and long drafts."""
-    exits = dict.fromkeys(max(config.n_layers // part, 1) for part in (6, 4, 2))
-    longest = max(min(6, few_rows.MOST_ROWS // batch_size - 1, config.max_seq_len - 4), 1)
-    lengths = sorted({min(length, longest) for length in (1, 3, longest)})
-    return [(0, 0), *((exit_layer, length) for length in lengths for exit_layer in exits)]
+    exits = exits or list(dict.fromkeys(max(config.n_layers // part, 1) for part in (6, 4, 2)))
+    longest = max(min(5, few_rows.MOST_ROWS // batch_size - 1, config.max_seq_len - 4), 1)
+    pairs = [(exit_layer, length) for exit_layer in exits for length in sorted({1, longest})]
+    return [(0, 0), *pairs, *((exits[-1], length) for length in range(3, longest, 2))]
 
 
 def _moe_layers(config: ModelConfig) -> tuple[int, ...]:

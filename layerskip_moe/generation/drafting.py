@@ -99,7 +99,6 @@ def draft_and_verify(
         made = zip(done.certainties.tolist(), done.drafted, round_.limits, strict=True)
         watch.certainties = [certainties[: min(count + 1, limit)] for certainties, count, limit in made]
         round_.limits = done.drafted
-    round_.drafts = list(done.drafts[:, : round_.length].split(1, dim=1))
     watch.chosen |= done.chosen
     if watch.shadow:
         rows, places = in_turn([range(limit + 1) for limit in round_.limits])

@@ -124,9 +124,8 @@ class SelfSpeculative:
         plan = policy.plan(session)
         _check_plan(plan, session)
         started = time.perf_counter()
-        keeps, experts = hasattr(policy, "exits"), getattr(policy, "experts", False)
-        exits = watched_exits(policy, session.model.config) if policy.shadow or keeps else ()
-        watch = Watch(exits, experts or keeps, policy.shadow)
+        shadow, experts = policy.shadow, getattr(policy, "experts", False)
+        watch = Watch(watched_exits(policy, session.model.config) if shadow else (), experts, shadow)
         stop, floors = policy.should_stop, getattr(policy, "give_up_below", None)
         round_ = Round.begin(session, [length for _, length in plan], self.coupling, confident=stop is not None)
         exit_layers = [layer if limit else 0 for (layer, _), limit in zip(plan, round_.limits, strict=True)]

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 from layerskip_moe.nn.config import ModelConfig
-from layerskip_moe.nn.graphs import Graph
-from layerskip_moe.nn.replay import Recording
 
 
 class KVCache:
@@ -52,7 +50,7 @@ class KVCache:
             self.router_logits = torch.zeros(sizes, dtype=torch.float32, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.rows = torch.arange(batch_size, device=device)
-        self.recordings: dict[Any, Recording | Graph] = {}  # steps over these buffers, see `steps.py`
+        self.recordings: dict[Any, Any] = {}  # steps over these buffers, see `steps.py`
 
     @property
     def capacity(self) -> int:

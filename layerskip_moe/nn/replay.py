@@ -86,7 +86,7 @@ def round_of(
     positions: Tensor,
     noise: Tensor | None,
     limits: Tensor,
-    floors: Tensor,
+    floors: Tensor | None,
 ) -> list[Tensor]:
     """Draft by two recordings and verify by a third, see `cpp/rounds.h`: the full model's tokens [A, n + 1], drafts
     [A, n], how many there are and how many of them were right [A, 2], certainties [A, n], then states of drafting

@@ -15,9 +15,7 @@ from torch import Tensor
 
 from layerskip_moe.nn import few_rows
 from layerskip_moe.nn.cache import KVCache
-from layerskip_moe.nn.checks import check_positions, check_run
 from layerskip_moe.nn.decoder import MoEDecoder
-from layerskip_moe.nn.run_blocks import recordable
 from layerskip_moe.nn.steps import can_repeat, repeat_round
 
 
@@ -65,49 +63,44 @@ def speculate(
     limits: drafts of each row; floors, temperature: as in `MoEDecoder.draft`
     collect: layers whose states are wanted; choices: whether `Speculated.chosen` is
     """
-    config, split = model.config, range(exit_layer)
+    split = range(exit_layer)
     kept = [layer for layer in collect if layer in split], [layer for layer in collect if layer not in split]
-    layers = list(split), list(range(exit_layer, config.n_layers))
     limit = torch.tensor(limits, device=newest.device)
-    floor = torch.tensor([0.0] * len(limits) if floors is None else floors, dtype=torch.float64, device=newest.device)
+    floor = None if floors is None else torch.tensor(floors, dtype=torch.float64, device=newest.device)
     how: dict[str, Any] = {"noise": noise, "limits": limit, "floors": floor, "temperature": temperature}
     most = sum(limits) + len(limits)
-    if model.compiled and can_repeat(most, model.dtype, newest.device):
-        check_positions(positions, config, cache)
-        for some, states in zip(layers, kept, strict=True):
-            check_run(some, config, len(positions), cache, collect=states)
-        first = recordable(model, layers[0], cache, None, kept[0])
-        then = recordable(model, layers[1], cache, None, kept[1], choices=choices, heads=True)
-        made = repeat_round(model, first, then, newest, positions, cache, most=most, **how)
-        if made is not None:
-            tokens, drafts, counts, certainties, *others = made
-            drafted, accepted = counts.unbind(dim=1)
-            early, (_, *rest) = others[: len(kept[0])], others[len(kept[0]) :]
-            routed = [layer for layer in layers[1] if choices and config.is_moe(layer)]
-            done = Speculated(tokens, drafts, drafted.tolist(), accepted.tolist(), certainties, {}, {})
-            done.collected = _in_turn(kept[0], early, done.drafted) | dict(zip(kept[1], rest, strict=False))
-            done.chosen = dict(zip(routed, rest[len(kept[1]) :], strict=True))
-            return done
-    return _in_two_steps(model, newest, layers, positions, cache, kept, choices, temperature, noise, limit, floor)
+    if not (model.compiled and can_repeat(most, model.dtype, newest.device)):
+        return _in_two_steps(model, exit_layer, kept, choices, newest, positions, cache, **how)
+    made = repeat_round(model, exit_layer, kept, choices, newest, positions, cache, most=most, **how)
+    if made is None:
+        return _in_two_steps(model, exit_layer, kept, choices, newest, positions, cache, **how)
+    tokens, drafts, counts, certainties, *states = made
+    drafted, accepted = zip(*counts.tolist(), strict=True)
+    early, late = states[: len(kept[0])], states[len(kept[0]) + 1 :]
+    collected = _in_turn(kept[0], early, drafted) | dict(zip(kept[1], late, strict=False))
+    routed = [layer for layer in range(exit_layer, model.config.n_layers) if choices and model.config.is_moe(layer)]
+    chosen = dict(zip(routed, late[len(kept[1]) :], strict=True))
+    return Speculated(tokens, drafts, list(drafted), list(accepted), certainties, collected, chosen)
 
 
 def _in_two_steps(
     model: MoEDecoder,
-    newest: Tensor,
-    layers: tuple[list[int], list[int]],
-    positions: Tensor,
-    cache: KVCache,
+    exit_layer: int,
     kept: tuple[list[int], list[int]],
     choices: bool,
-    temperature: float,
+    newest: Tensor,
+    positions: Tensor,
+    cache: KVCache,
+    *,
     noise: Tensor | None,
     limits: Tensor,
-    floors: Tensor,
+    floors: Tensor | None,
+    temperature: float,
 ) -> Speculated:
-    """`speculate` by `MoEDecoder.draft` and `MoEDecoder.decode`: layers of the two, and which states are kept."""
+    """`speculate` by `MoEDecoder.draft` and `MoEDecoder.decode`; kept: layers of the two whose states are."""
     drafted = model.draft(
         newest,
-        layers[0],
+        range(exit_layer),
         positions=positions,
         cache=cache,
         noise=None if noise is None else noise[:, :-1],
@@ -125,7 +118,8 @@ def _in_two_steps(
     ragged = min(counts) < longest and few_rows.serves(newest.device)
     if ragged:
         states, positions, cache = states[rows, places][:, None], positions[rows, places][:, None], cache.subset(rows)
-    output, logits = model.decode(states, layers[1], positions=positions, cache=cache, collect=kept[1], choices=choices)
+    later = range(exit_layer, model.config.n_layers)
+    output, logits = model.decode(states, later, positions=positions, cache=cache, collect=kept[1], choices=choices)
     if ragged:
         logits = logits.new_zeros(len(counts), longest + 1, logits.shape[-1]).index_put((rows, places), logits[:, 0])
     drawn = None if noise is None else noise[:, : longest + 1].flatten(0, 1)

@@ -19,10 +19,12 @@ from torch import Tensor
 from layerskip_moe.nn import few_rows
 from layerskip_moe.nn.attention import Places, angles, locate, locate_within
 from layerskip_moe.nn.cache import KVCache
+from layerskip_moe.nn.checks import check_positions, check_run
 from layerskip_moe.nn.config import ModelConfig
 from layerskip_moe.nn.graphs import Graph
 from layerskip_moe.nn.replay import Recording, round_of
 from layerskip_moe.nn.replay import draft as repeat_places
+from layerskip_moe.nn.run_blocks import recordable
 
 if TYPE_CHECKING:
     from layerskip_moe.nn.decoder import MoEDecoder
@@ -32,8 +34,6 @@ _ROOMS = (8, 16, 32, few_rows.MOST_ROWS)  # of recordings
 _MOST_RECORDINGS = 256  # of a cache; each holds the states that its step computes
 
 Step = Callable[[list[Tensor]], list[Tensor]]  # from inputs to outputs
-# From token ids or states and their places to outputs; and what tells it from others on a cache.
-Recordable = tuple[Callable[[Tensor, Places], list[Tensor]], tuple[Any, ...]]
 
 
 @dataclass
@@ -242,37 +242,63 @@ def _complete(*recordings: Recording | Graph) -> list[Recording]:
     return complete if len(complete) == len(recordings) else []
 
 
+@dataclass
+class RecordedRound:
+    """What is recorded of a round: of drafting, of a draft's choice, of verification; nothing, where not all can be."""
+
+    recordings: list[Recording]
+
+    @property
+    def complete(self) -> bool:
+        """Whether it can be repeated."""
+        return bool(self.recordings)
+
+
 def repeat_round(
     model: "MoEDecoder",
-    drafts: Recordable,
-    verifies: Recordable,
+    exit_layer: int,
+    kept: tuple[list[int], list[int]],
+    choices: bool,
     newest: Tensor,
     positions: Tensor,
     cache: KVCache,
     *,
     noise: Tensor | None,
     limits: Tensor,
-    floors: Tensor,
-    most: int,
+    floors: Tensor | None,
     temperature: float,
+    most: int,
 ) -> list[Tensor] | None:
     """Drafts, their verification and the full model's choices in one call, see `replay.round_of`; None where that
     cannot be recorded: on a GPU, and where an operator is not of the few rows'.
 
-    drafts, verifies: from token ids to states, and from the first of these to logits and whatever else
-    most: places that may be verified
+    kept: layers of drafting and of verification whose states are wanted; most: places that may be verified
     """
     if not few_rows.serves(newest.device):
         return None
-    run, later = _by_rows(drafts[0], model.config), _by_rows(verifies[0], model.config)
-    first, second = _drafting(model, run, newest, positions, cache, noise, temperature, drafts[1])
-    rows, at = (numbers[:1].expand(most) for numbers in (cache.rows, positions[:, 0]))
-    states = torch.zeros(most, model.config.d_model, dtype=model.dtype)
-    third, _ = _recording(model, later, [states, rows, at], cache, verifies[1])  # (what it writes is written again)
-    recordings = _complete(first, second, third)
-    if not recordings:
+    check_positions(positions, model.config, cache)
+    rooms = _room(len(newest)), _room(most)
+    drawn = noise is None, temperature
+    key = *_weights(model), "round", exit_layer, tuple(kept[0]), tuple(kept[1]), choices, *drawn, *rooms
+    found = cache.recordings.get(key)
+    if found is None:
+        layers = list(range(exit_layer)), list(range(exit_layer, model.config.n_layers))
+        for some, states in zip(layers, kept, strict=True):
+            check_run(some, model.config, len(positions), cache, collect=states)
+        step, step_key = recordable(model, layers[0], cache, None, kept[0])
+        drafting = _drafting(
+            model, _by_rows(step, model.config), newest, positions, cache, noise, temperature, step_key
+        )
+        step, step_key = recordable(model, layers[1], cache, None, kept[1], choices=choices, heads=True)
+        rows, at = (numbers[:1].expand(most) for numbers in (cache.rows, positions[:, 0]))
+        states_there = torch.zeros(most, model.config.d_model, dtype=model.dtype)
+        # (What is written here is written again, at the first repetition.)
+        verification, _ = _recording(model, _by_rows(step, model.config), [states_there, rows, at], cache, step_key)
+        found = cache.recordings[key] = RecordedRound(_complete(*drafting, verification))
+    assert isinstance(found, RecordedRound)
+    if not found.complete:
         return None
-    return round_of(recordings, newest, cache.rows, positions, noise, limits, floors)
+    return round_of(found.recordings, newest, cache.rows, positions, noise, limits, floors)
 
 
 def _by_rows(step: Callable[[Tensor, Places], list[Tensor]], config: ModelConfig) -> Step:
@@ -301,14 +327,14 @@ def _recording(
     model: "MoEDecoder", run: Step, inputs: list[Tensor], cache: KVCache, key: tuple[Any, ...]
 ) -> tuple[Recording | Graph, bool]:
     """What is recorded of a run on this cache, and whether it was made now."""
-    tables = angles(model.config, inputs[0].device)  # made here if they are new, and not while a step is recorded
-    # Where the embedding lies tells weights that `model.to` moved: nothing else can lie there while it is held.
-    weight = model.embedding.weight.data
-    on_cpu = few_rows.serves(weight.device)
-    room = next(room for room in _ROOMS if room >= len(inputs[0])) if on_cpu else 0
-    key = id(model), model.dtype, weight.data_ptr(), inputs[0].dtype, room, *key
+    on_cpu = few_rows.serves(inputs[0].device)
+    room = _room(len(inputs[0])) if on_cpu else 0
+    key = *_weights(model), inputs[0].dtype, room, *key
     if key in cache.recordings:
-        return cache.recordings[key], False
+        found = cache.recordings[key]
+        assert not isinstance(found, RecordedRound)
+        return found, False
+    tables = angles(model.config, inputs[0].device)  # made here if they are new, and not while a step is recorded
     inputs = [tensor.contiguous() for tensor in inputs]
     recording: Recording | Graph
     if on_cpu:
@@ -321,6 +347,18 @@ def _recording(
         del cache.recordings[next(iter(cache.recordings))]  # the oldest
     cache.recordings[key] = recording
     return recording, True
+
+
+def _room(rows: int) -> int:
+    """Rows that a recording has room for, of so many."""
+    return next(room for room in _ROOMS if room >= rows)
+
+
+def _weights(model: "MoEDecoder") -> tuple[int, torch.dtype, int]:
+    """What tells the weights from others. Where the embedding lies tells those that `model.to` moved: nothing else can
+    lie there while it is held."""
+    weight = model.embedding.weight
+    return id(model), weight.dtype, weight.data_ptr()
 
 
 def _pool(cache: KVCache) -> Any:

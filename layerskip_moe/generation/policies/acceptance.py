@@ -1,9 +1,9 @@
 """Acceptance: how likely the full model is to agree with an exit's next draft, learnt from what it agreed with before.
 
-P(right) = sigmoid(b + d): b is the exit's, one for a round's first draft and one for those behind right ones, kept from
-text to text; d is the row's, and tells easy text from hard, whatever the exit. Both take a step along the gradient of
-the log-likelihood for each draft that was judged, b a smaller one the more it has seen. With two numbers for each exit
-and one for each row there is little to be deceived by: the best of many plans is chosen by them.
+P(right) = sigmoid(b + d), and sigmoid(b + c + d) behind drafts that were right: b is the exit's and c all exits', kept
+from text to text; d is the row's, and tells easy text from hard, whatever the exit. All take a step along the gradient
+of the log-likelihood for each draft that was judged, b and c a smaller one the more they have seen. With one number for
+each exit and one for each row there is little to be deceived by: the best of many plans is chosen by them.
 
 Knows nothing of time. Next: `adaptive.py`, which weighs acceptance against it.
 """
@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 
 _FIRST_GUESS = 0.8  # b of an exit of which nothing is known: 69%
-_STEP, _SLOWER, _SLOWEST = 2.0, 0.15, 40.0  # b moves by _STEP / (1 + _SLOWER * seen), at least by _STEP / _SLOWEST
+_STEP, _SLOWER, _SLOWEST = 2.0, 0.15, 40.0  # b and c move by _STEP / (1 + _SLOWER * seen), at least by _STEP / _SLOWEST
 _ROW_STEP = 0.15
 
 
@@ -24,7 +24,8 @@ class Acceptance:
     """
 
     def __init__(self, exits: Sequence[int]) -> None:
-        self._exits = {(exit_layer, first): [_FIRST_GUESS, 1.0] for exit_layer in exits for first in (True, False)}
+        self._exits = {exit_layer: [_FIRST_GUESS, 1.0] for exit_layer in exits}  # b, and 1 + _SLOWER * seen
+        self._later = [0.0, 4.0]  # c, and the same; it is learnt more slowly
         self._rows: dict[int, float] = {}
 
     @property
@@ -48,16 +49,18 @@ class Acceptance:
             self._see(row, exit_layer, place == 0 or not right[place - 1], was_right)
 
     def _see(self, row: int, exit_layer: int, first: bool, right: bool) -> float:
-        known = self._exits[exit_layer, first]
-        wrong_by = right - _sigmoid(known[0] + self._rows.get(row, 0.0))
-        known[1] = min(known[1] + _SLOWER, _SLOWEST)
-        known[0] += _STEP / known[1] * wrong_by
+        known = self._exits[exit_layer]
+        shift = self._rows.get(row, 0.0) + (0.0 if first else self._later[0])
+        wrong_by = right - _sigmoid(known[0] + shift)
+        for moved in (known,) if first else (known, self._later):
+            moved[1] = min(moved[1] + _SLOWER, _SLOWEST)
+            moved[0] += _STEP / moved[1] * wrong_by
         return wrong_by
 
     def rates(self, row: int, exit_layer: int) -> tuple[float, float]:
         """The probability that a round's first draft is right, and that one behind right ones is."""
-        shift = self._rows.get(row, 0.0)
-        return _sigmoid(self._exits[exit_layer, True][0] + shift), _sigmoid(self._exits[exit_layer, False][0] + shift)
+        logit = self._exits[exit_layer][0] + self._rows.get(row, 0.0)
+        return _sigmoid(logit), _sigmoid(logit + self._later[0])
 
 
 def _sigmoid(logit: float) -> float:

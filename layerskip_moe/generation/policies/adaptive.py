@@ -1,9 +1,9 @@
 """Adaptive: drafts as much as promises most tokens per second, by what is seen of this text and timed on this machine.
 
 Expected tokens come from `acceptance.py`, seconds from `../cost_model.py`. A round that verifies several tokens reads
-the union of their experts: how much smaller it is than that of independent choices is learnt from the text, too. Rounds'
-own times are not: a machine's speed drifts by more, from minute to minute, than they could tell plans apart, and a plan
-that was followed while all was fast would be kept for it.
+the union of their experts: how much smaller it is than that of independent choices is learnt from the text, too.
+Rounds' own times are not: a machine's speed drifts, from minute to minute, by more than they could tell plans apart by,
+and a plan that was followed while all was fast would be kept for it.
 
 A rows, K drafts at most, L layers. Knows nothing of how a round is made. Next: `../self_speculative.py`.
 """
@@ -22,8 +22,7 @@ from layerskip_moe.nn import MoEDecoder, few_rows
 
 _BETTER = 1.02  # by how much another plan must be better before it takes the present one's place
 _RETHINK = 4  # rounds from one choice of a plan to the next
-_LOOK, _LOOK_LATER = 8, 32  # rounds from one look at what other exits would have said to the next, at first and later
-_ENOUGH = 150  # drafts judged of each exit, after which looks are rarer, and prompts tell nothing new
+_LOOK, _LOOK_LATER = 6, 48  # rounds from one look at what other exits would have said to the next: at first, and later
 _REST, _LONGEST_REST = 8, 128  # steps of plain decoding from one look to the next, where drafting does not pay
 _UNION_MEMORY = 0.8  # of the unions of earlier looks
 
@@ -43,7 +42,7 @@ class Adaptive:
 
     should_stop = None
 
-    def __init__(self, *, length: int = 8, cost_model: CostModel | None = None) -> None:
+    def __init__(self, *, length: int = 7, cost_model: CostModel | None = None) -> None:
         check_length("length", length)
         self.length, self.cost_model = length, cost_model
         self.exits: tuple[int, ...] = ()
@@ -55,8 +54,8 @@ class Adaptive:
         self._acceptance: Acceptance | None = None
         self._is_new_text = NewText()
         self._union = 1.0  # experts that places read, over those of independent choices
-        self._rounds = self._rest = 0
-        self._next_rest = _REST
+        self._rounds = self._rest = self._looks = 0
+        self._to_look, self._next_rest = _LOOK, _REST
         self._exit, self._lengths, self._rows = 0, list[int](), list[int]()
 
     def prepare(self, model: MoEDecoder, rows: int) -> None:
@@ -85,7 +84,7 @@ class Adaptive:
         return False
 
     def _begin(self, session: Session) -> None:
-        """Another text: of this one nothing is known yet. While little is known at all, its prompt is looked at."""
+        """Another text: of this one nothing is known yet. Where nothing is known at all, its prompt is looked at."""
         if self.cost_model is None:
             self.prepare(session.model, len(session.row_numbers))
         self.exits = candidate_exits(session.model.config.n_layers)
@@ -93,7 +92,7 @@ class Adaptive:
         self._acceptance = self._acceptances.setdefault(session.sampling.greedy, Acceptance(self.exits))
         self._acceptance.begin()
         self._rest, self._next_rest, self._rows = 0, _REST, []
-        if self._acceptance.seen < _ENOUGH:
+        if not self._acceptance.seen:  # people's text is harder than the model's own, and no measure of it for long
             for row, by_exit in zip(session.row_numbers, session.prompt_agreement(self.exits), strict=False):
                 for exit_layer, right in by_exit.items():
                     self._acceptance.see_text(row, exit_layer, right)
@@ -106,8 +105,11 @@ class Adaptive:
         rows, self._rounds = session.row_numbers, self._rounds + 1
         if self._exit == 0 or self._rounds % _RETHINK == 0 or rows != self._rows:
             self._choose(rows)
-        look = self._exit == 0 or self._rounds % (_LOOK if self._acceptance.seen < _ENOUGH else _LOOK_LATER) == 0
-        self.shadow = self.experts = look
+        self._to_look -= 1
+        self.shadow = self.experts = self._exit == 0 or self._to_look <= 0
+        if self.shadow:
+            self._looks += 1
+            self._to_look = min(_LOOK + 2 * self._looks, _LOOK_LATER)
         return [(self._exit or 1, length) for length in self._lengths]
 
     def _choose(self, rows: list[int]) -> None:

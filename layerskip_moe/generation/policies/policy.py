@@ -60,9 +60,8 @@ class Policy(Protocol):
 
     exit_layer: checked before anything runs
     experts: asked before each round: where True, `RoundReport.experts` is filled in
-    exits: exit layers, below L: shadow tokens are of these alone. Their states, and what routers chose, are kept in
-        every round, so that one with shadow tokens or experts takes no other calls than one without; and at the end of
-        the prompts, in `Session.prompt`
+    exits: exit layers, below L: shadow tokens are of these alone. Their states at the end of the prompts are kept,
+        too, in `Session.prompt`
     rests: a method of the session, asked first: where it returns True, this step is one of plain decoding, without
         `plan` and `observe`
     prepare: a method of (model, rows), called before a batch of so many rows and before anything is timed

@@ -10,7 +10,7 @@ namespace few_rows {
 
 // states_of: (token [A], row [A], position [A]) -> states [A, .], of which the first are what `choice_of` takes;
 // choice_of: (states [A, .], noise [A, V], if there is any) -> (token [A], certainty [A]).
-// newest, rows, limits: [A]; positions [A, n + 1]; noise [A, n, V]; floors [A].
+// newest, rows, limits: [A]; positions [A, n + 1]; noise [A, n, V]; floors [A], without which they are 0.
 //
 // A row drafts until it has limits[r] drafts, or the product of its certainties falls below floors[r]: that draft is
 // thrown away. The others are still drafted for, and what becomes of its row meanwhile has no meaning. -> drafts [A, n],
@@ -18,12 +18,12 @@ namespace few_rows {
 // that is there, and nothing else.
 inline std::vector<Tensor> replay_drafts(
     int64_t states_of, int64_t choice_of, const Tensor& newest, const Tensor& rows, const Tensor& positions, const std::optional<Tensor>& noise,
-    const Tensor& limits, const Tensor& floors) {
+    const Tensor& limits, const std::optional<Tensor>& floors) {
   Program &states_program = find_program(states_of), &choice_program = find_program(choice_of);
   const int64_t n_rows = newest.numel(), places = positions.size(1);
   for (const Tensor* numbers : {&newest, &rows, &positions, &limits}) check_dense(*numbers, ScalarType::Long);
-  check_dense(floors, ScalarType::Double);
-  check_sizes(rows.numel() == n_rows && positions.numel() == n_rows * places && limits.numel() == n_rows && floors.numel() == n_rows);
+  if (floors) check_dense(*floors, ScalarType::Double);
+  check_sizes(rows.numel() == n_rows && positions.numel() == n_rows * places && limits.numel() == n_rows && (!floors || floors->numel() == n_rows));
   check_sizes(n_rows <= states_program.room && n_rows <= choice_program.room);
   check_sizes(states_program.inputs.size() == 3 && choice_program.inputs.size() == (noise ? 2 : 1));
   if (noise) check_dense(*noise, ScalarType::Double), check_sizes(noise->dim() == 3 && noise->size(0) == n_rows && noise->size(1) + 1 >= places);
@@ -76,7 +76,8 @@ inline std::vector<Tensor> replay_drafts(
       if (count[r] != place || limit[r] <= place) continue;
       product[r] *= certainty[r];
       // (With a floor of 0 certainties are not asked for, and may be anything.)
-      if (static_cast<const double*>(floors.data_ptr())[r] > 0 && product[r] < static_cast<const double*>(floors.data_ptr())[r]) continue;
+      const double floor = floors ? static_cast<const double*>(floors->data_ptr())[r] : 0.0;
+      if (floor > 0 && product[r] < floor) continue;
       count[r] = place + 1, goes_on = true;
     }
     if (!goes_on) break;

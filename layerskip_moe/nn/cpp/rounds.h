@@ -18,7 +18,7 @@ namespace few_rows {
 // what `verify` gives but the first [N, .]. Of no meaning beyond a row's drafts.
 inline std::vector<Tensor> replay_round(
     int64_t states_of, int64_t choice_of, int64_t verify, const Tensor& newest, const Tensor& rows, const Tensor& positions,
-    const std::optional<Tensor>& noise, const Tensor& limits, const Tensor& floors) {
+    const std::optional<Tensor>& noise, const Tensor& limits, const std::optional<Tensor>& floors) {
   std::vector<Tensor> drafted = replay_drafts(states_of, choice_of, newest, rows, positions, noise, limits, floors);
   Program& program = find_program(verify);
   check_sizes(program.inputs.size() == 3 && !program.outputs.empty() && (!noise || noise->size(1) == positions.size(1)));
