@@ -89,23 +89,20 @@ def test_no_other_nonnegative_costs_are_nearer(seed, columns):
 
 
 def test_costs_of_rounds_that_lasted_what_they_should():
-    """The median of equal rounds counts, so that one that was disturbed moves nothing."""
+    """The median of rounds of a kind counts, so that one that was disturbed moves nothing."""
     true = CostModel(6, (1, 3, 5), 4, 2, seconds=(1e-3, 5e-4, 3e-4, 1e-4, 2e-5, 3e-4, 4e-5, 5e-5, 6e-5))
     kinds = [([layer] * rows, [drafts] * rows) for layer in (1, 3) for drafts in (1, 2, 4, 8) for rows in (1, 2, 3)]
     kinds += [([0] * rows, [0] * rows) for rows in (1, 2, 3)]
-    steps = []
-    for exit_layers, drafted in kinds:
-        for experts in ([2, 3, 4], [4, 3, 2]):
-            seconds = true.round_seconds(exit_layers, drafted, experts)
-            steps += [step(exit_layers, drafted, experts, last) for last in (seconds, seconds, 10 * seconds)]
-    found = cost_model._fitted_to(SPARSE, steps)
+    blocks = []
+    for index, (exit_layers, drafted) in enumerate(kinds):
+        experts = [2 + index % 3, 4 - index % 2, 2 + index % 2]
+        seconds = true.round_seconds(exit_layers, drafted, experts)
+        block = cost_model._Block(max(exit_layers), tuple(drafted), experts, [seconds, seconds, 10 * seconds])
+        blocks += [block, block]
+    found = cost_model._fitted_to(SPARSE, blocks)
     for exit_layers, drafted in (*kinds, ([2, 2], [3, 3])):
         expected = true.round_seconds(exit_layers, drafted, [3, 3, 3])
         assert found.round_seconds(exit_layers, drafted, [3, 3, 3]) == pytest.approx(expected, rel=0.01)
-
-
-def step(exit_layers, drafted, experts, seconds):
-    return cost_model._Step(max(exit_layers), drafted, experts, seconds)
 
 
 @pytest.mark.parametrize(

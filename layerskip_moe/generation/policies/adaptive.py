@@ -91,7 +91,7 @@ class Adaptive:
         # Greedy text and sampled text are not equally easy.
         self._acceptance = self._acceptances.setdefault(session.sampling.greedy, Acceptance(self.exits))
         self._acceptance.begin()
-        self._rest, self._next_rest, self._rows = 0, _REST, []
+        self._rest, self._next_rest, self._exit, self._rows = 0, _REST, 0, []
         if not self._acceptance.seen:  # people's text is harder than the model's own, and no measure of it for long
             for row, by_exit in zip(session.row_numbers, session.prompt_agreement(self.exits), strict=False):
                 for exit_layer, right in by_exit.items():
