@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layerskip_moe.analysis.record_trace import model_fingerprint, record_texts
+from layerskip_moe.analysis.record_trace import record_texts
 from layerskip_moe.analysis.trace import Trace, save_trace
 from layerskip_moe.bench.machine import describe_machine
 from layerskip_moe.cli.flags import parse
 from layerskip_moe.cli.options import Precision, Text, load_network, load_text
 from layerskip_moe.generation.cost_model import fit_cost_model
+from layerskip_moe.generation.fingerprint import model_fingerprint
 from layerskip_moe.nn.compiling import can_compile, compiling
 from layerskip_moe.pretrained import load_tokenizer
 
