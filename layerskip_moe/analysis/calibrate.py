@@ -20,8 +20,9 @@ from layerskip_moe.analysis.exit_shape import choose_shape, spaced_exits, thresh
 from layerskip_moe.analysis.exit_states import exit_opinions
 from layerskip_moe.analysis.learn_then_test import Trial, certified, p_value, sequences_needed, walk
 from layerskip_moe.generation import EarlyExit, check_prompts
-from layerskip_moe.generation.calibration import Certified, fingerprint, write_calibration
+from layerskip_moe.generation.calibration import Certified, write_calibration
 from layerskip_moe.generation.confidence import first_exit
+from layerskip_moe.generation.fingerprint import model_fingerprint
 from layerskip_moe.nn import MoEDecoder
 
 SHAPE_SHARE = 4  # one sequence in so many chooses the shape; the others certify
@@ -51,7 +52,7 @@ class Calibration:
         documents: how many documents those are of; n where no two share one
         shape_sequences: how many others chose the shape
         shape_documents: how many documents those are of
-        weights: `fingerprint` of the model
+        weights: `model_fingerprint` of the model
         prompt_lengths: the fewest and the most tokens of a prompt
         max_new_tokens: how long the texts were, at most
         mean_loss: at this scale, of the n sequences
@@ -187,7 +188,7 @@ def calibrate_early_exit(
         documents=len(apart),
         shape_sequences=len(for_shape),
         shape_documents=len(one_of_each(documents, for_shape)),
-        weights=fingerprint(model),
+        weights=model_fingerprint(model),
         prompt_lengths=(min(map(len, asked)), max(map(len, asked))),
         max_new_tokens=max_new_tokens,
         mean_loss=found.mean_loss,

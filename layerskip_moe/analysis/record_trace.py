@@ -7,7 +7,6 @@ L layers, M MoE layers, K experts chosen, N states, D width, V vocabulary.
 Knows nothing of files. Next: `trace.py`, what is recorded.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -70,15 +69,6 @@ def record_texts(
             texts.append(_read(model, list(text)))
             bar.update()
     return texts
-
-
-def model_fingerprint(model: MoEDecoder) -> str:
-    """A digest of every weight: equal for the same model alone."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 @dataclass

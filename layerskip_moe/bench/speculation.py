@@ -10,10 +10,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
-from unittest import mock
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -185,11 +183,16 @@ def _batch_row(
 def drafts_never_right() -> Iterator[None]:
     """For a while, no draft is accepted, and no exit seems to have been right. All is computed as always, to no
     avail."""
-    settle, shadow, agreement = Round.settle, self_speculative.shadow_tokens, Session.prompt_agreement
+    settle, in_one_call = Round.settle, self_speculative.draft_and_verify
+    shadow, agreement = self_speculative.shadow_tokens, Session.prompt_agreement
 
-    def refused(round_: Round, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def refused(round_: Round, logits: Tensor) -> tuple[Tensor, list[int]]:
         tokens, accepted = settle(round_, logits)
-        return tokens, torch.zeros_like(accepted)
+        return tokens, [0] * len(accepted)
+
+    def refused_in_one_call(*arguments: Any) -> tuple[Tensor, list[int]]:
+        tokens, accepted = in_one_call(*arguments)
+        return tokens, [0] * len(accepted)
 
     def wrong_shadow(session: Session, *arguments: Any) -> Tensor:
         said = shadow(session, *arguments)
@@ -203,8 +206,20 @@ def drafts_never_right() -> Iterator[None]:
         ]
 
     with (
-        mock.patch.object(Round, "settle", refused),
-        mock.patch.object(self_speculative, "shadow_tokens", wrong_shadow),
-        mock.patch.object(Session, "prompt_agreement", none_right),
+        _put(Round, "settle", refused),
+        _put(self_speculative, "draft_and_verify", refused_in_one_call),
+        _put(self_speculative, "shadow_tokens", wrong_shadow),
+        _put(Session, "prompt_agreement", none_right),
     ):
         yield
+
+
+@contextmanager
+def _put(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """For a while, another attribute of a class or a module."""
+    own = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, own)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from layerskip_moe.analysis.figures import policy_map, save_figure
-from layerskip_moe.analysis.record_trace import model_fingerprint
 from layerskip_moe.analysis.trace import Trace, load_trace
 from layerskip_moe.bench.machine import describe_machine
 from layerskip_moe.bench.policies import compare_policies
@@ -27,6 +26,7 @@ from layerskip_moe.cli.flags import parse
 from layerskip_moe.cli.options import Precision, load_network
 from layerskip_moe.files import plain, replacing
 from layerskip_moe.generation.cost_model import CostModel, fit_cost_model
+from layerskip_moe.generation.fingerprint import model_fingerprint
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.compiling import can_compile, compiling
 

@@ -21,8 +21,7 @@ from layerskip_moe.bench.machine import describe_machine
 from layerskip_moe.bench.speculation import SpeculationSettings, speculation_benchmark
 from layerskip_moe.bench.speculation_tables import speculation_text
 from layerskip_moe.cli.flags import fields_of, parse
-from layerskip_moe.cli.options import Precision, Text, load_network, load_text
-from layerskip_moe.cli.trace import stretches
+from layerskip_moe.cli.options import Precision, Text, cut_prompts, load_network, load_text
 from layerskip_moe.files import plain, replacing
 from layerskip_moe.generation import check_prompts
 from layerskip_moe.pretrained import load_tokenizer
@@ -35,7 +34,8 @@ class Options:
     Attributes:
         checkpoint: folder of a model and its tokenizer, such as train's <out-dir>/model, or owner/name on the Hugging
             Face hub
-        prompts: text files that prompts are cut from, besides the held-out part of the dataset
+        prompts: texts that prompts are cut from, besides the held-out part of the dataset: files, or folders of .txt,
+            .md, .py, .jsonl and .parquet
         out: a JSON file for the result
         device: cpu, cuda, cuda:1, ...; None: a GPU where there is one
         dtype: what to compute in; None: as the weights are stored
@@ -65,7 +65,8 @@ def run(arguments: list[str]) -> None:
     tokenizer = load_tokenizer(options.checkpoint)  # before the weights, which take longer
     count, length = settings.num_prompts, settings.prompt_length
     texts = {text.dataset: load_text(text, tokenizer).validation_prompts(count, length, seed=settings.seed)}
-    texts |= {file: stretches(file, tokenizer, count, length, settings.seed) for file in options.prompts}
+    for name in options.prompts:
+        texts[name] = [tokens for _, tokens in cut_prompts(name, tokenizer, count, length, seed=settings.seed)]
     model = load_network(options.checkpoint, options.device, options.dtype)
     if model.config.n_layers < 2:
         raise ValueError("a model of one layer has none that could draft for the others.")

@@ -25,9 +25,7 @@ from layerskip_moe.analysis.consistency import Consistency
 from layerskip_moe.analysis.document_split import split_documents
 from layerskip_moe.analysis.train_classifier import train_classifier
 from layerskip_moe.cli.flags import fields_of, parse
-from layerskip_moe.cli.options import Precision, Text, load_network, load_text
-from layerskip_moe.data.local import read_documents
-from layerskip_moe.data.stretches import draw_stretches
+from layerskip_moe.cli.options import Precision, Text, cut_prompts, load_network, load_text
 from layerskip_moe.generation import EarlyExit
 from layerskip_moe.pretrained import load_tokenizer, stop_tokens
 
@@ -154,21 +152,9 @@ def _sequences(options: Options, text: Text, tokenizer: "Tokenizer", count: int)
         except ValueError as error:
             raise ValueError(f"{_needed(options)} sequences, and {count} were asked for. {error}") from None
         return [document for document, _ in drawn], [tokens for _, tokens in drawn]
-    try:
-        texts = read_documents(Path(options.prompts))
-    except ValueError as error:
-        raise ValueError(
-            f"--prompts {options.prompts} is no text to calibrate on ({str(error).rstrip('.')})."
-        ) from None
-    ids = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
-    begins = draw_stretches([len(tokens) for tokens in ids], count, length, options.seed)
-    if begins is None:
-        raise ValueError(
-            f"{options.prompts} holds {sum(len(tokens) // length for tokens in ids)} stretches of {length} tokens, not "
-            f"{count}; give a longer text, or fewer --sequences, of which {_needed(options)}, or shorter ones."
-        )
-    stretches = [ids[document][begin : begin + length] for document, begin in begins]
-    return [document for document, _ in begins], stretches
+    fewer = f"fewer --sequences, of which {_needed(options)}, or shorter ones"
+    drawn = cut_prompts(options.prompts, tokenizer, count, length, seed=options.seed, fewer=fewer)
+    return [document for document, _ in drawn], [tokens for _, tokens in drawn]
 
 
 def _needed(options: Options) -> str:

@@ -1,4 +1,4 @@
-"""What several commands share: a text, a saved model; a line of JSON.
+"""What several commands share: a text, prompts cut from files, a saved model; a line of JSON.
 
 Knows nothing of flags. Next: the commands, `train.py` first.
 """
@@ -12,6 +12,8 @@ import torch
 
 from layerskip_moe.constants import pick_device
 from layerskip_moe.data import Corpus, load_corpus
+from layerskip_moe.data.local import read_documents
+from layerskip_moe.data.stretches import draw_stretches
 from layerskip_moe.files import plain
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.pretrained import load_tokenizer
@@ -48,6 +50,34 @@ def load_text(text: Text, tokenizer: "str | Path | Tokenizer", *, vocab_size: in
         sample_fraction=text.sample_fraction,
         seed=seed,
     )
+
+
+def cut_prompts(
+    prompts: str,
+    tokenizer: "Tokenizer",
+    count: int,
+    length: int,
+    *,
+    seed: int = 0,
+    fewer: str = "ask for fewer or shorter ones",
+) -> list[tuple[int, list[int]]]:
+    """`count` stretches of `length` tokens of a file or folder, as `Corpus.validation_stretches` draws them: each after
+    the number of its document.
+
+    fewer: what else than a longer text would do. Raises ValueError for what is no text, and for one that is too short.
+    """
+    try:
+        texts = read_documents(Path(prompts))
+    except ValueError as error:
+        raise ValueError(f"--prompts {prompts} is no text to cut prompts from ({str(error).rstrip('.')}).") from None
+    ids = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    begins = draw_stretches([len(tokens) for tokens in ids], count, length, seed)
+    if begins is None:
+        held = sum(len(tokens) // length for tokens in ids)
+        raise ValueError(
+            f"{prompts} holds {held} stretches of {length} tokens, not {count}; give a longer text, or {fewer}."
+        )
+    return [(document, ids[document][begin : begin + length]) for document, begin in begins]
 
 
 def load_network(checkpoint: str, device: str | None, dtype: Precision | None) -> MoEDecoder:

@@ -10,18 +10,17 @@ for each layer, the token it says, how sure it is, and where the routers sent it
 
 # Next: `analysis/record_trace.py`, which does it; `bench_policies.py`, which reads the file.
 
-import random
 import shlex
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layerskip_moe.analysis.record_trace import model_fingerprint, record_texts
+from layerskip_moe.analysis.record_trace import record_texts
 from layerskip_moe.analysis.trace import Trace, save_trace
 from layerskip_moe.bench.machine import describe_machine
 from layerskip_moe.cli.flags import parse
-from layerskip_moe.cli.options import Precision, Text, load_network, load_text
+from layerskip_moe.cli.options import Precision, Text, cut_prompts, load_network, load_text
 from layerskip_moe.generation.cost_model import fit_cost_model
+from layerskip_moe.generation.fingerprint import model_fingerprint
 from layerskip_moe.nn.compiling import can_compile, compiling
 from layerskip_moe.pretrained import load_tokenizer
 
@@ -37,7 +36,8 @@ class Options:
         checkpoint: folder of a model and its tokenizer, such as train's <out-dir>/model, or owner/name on the Hugging
             Face hub
         out: the .npz to write
-        prompts: a text file that prompts and held-out texts are cut from; None: the held-out part of the dataset
+        prompts: a text that prompts and held-out texts are cut from: a file (one document; .jsonl and .parquet hold one
+            per line or row), or a folder of .txt, .md, .py, .jsonl and .parquet; None: the held-out part of the dataset
         num_prompts: how many prompts are continued, at each temperature
         prompt_length: tokens of each
         max_new_tokens: tokens decoded after it
@@ -107,22 +107,8 @@ def _texts(options: Options, text: Text, tokenizer: "Tokenizer") -> tuple[list[l
             corpus.validation_prompts(count, length, seed=options.seed) if count else [] for count, length in wanted
         )
         return prompts, held_out
-    prompts, held_out = (stretches(options.prompts, tokenizer, count, length, options.seed) for count, length in wanted)
+    prompts, held_out = (
+        [tokens for _, tokens in cut_prompts(options.prompts, tokenizer, count, length, seed=options.seed)]
+        for count, length in wanted
+    )
     return prompts, held_out
-
-
-def stretches(file: str, tokenizer: "Tokenizer", count: int, length: int, seed: int) -> list[list[int]]:
-    """`count` stretches of a text file, of so many tokens each, drawn by the seed. Raises ValueError for a file that is
-    no text, and for one that is too short."""
-    try:
-        written = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise ValueError(f"--prompts {file} cannot be read as text in UTF-8 ({error}).") from None
-    ids = tokenizer.encode(written, add_special_tokens=False).ids
-    starts = range(0, len(ids) - length + 1, length)
-    if len(starts) < count:
-        raise ValueError(
-            f"{file} holds {len(starts)} stretches of {length} tokens, not {count}; give a longer text, or ask for "
-            "fewer or shorter ones."
-        )
-    return [ids[start : start + length] for start in random.Random(seed).sample(starts, count)]

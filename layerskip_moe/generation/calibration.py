@@ -10,21 +10,16 @@ With confidence "classifier", its probes are in a file beside this one: {"file":
 Knows nothing of how a threshold is found. Next: `early_exit.py`, which reads it; `analysis/calibrate.py`, which finds.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from layerskip_moe.files import plain, replacing, sha256
 from layerskip_moe.generation.exit_classifier import ExitClassifier, load_classifier
+from layerskip_moe.generation.fingerprint import model_fingerprint
 from layerskip_moe.generation.session import Session
-from layerskip_moe.nn import MoEDecoder
-from layerskip_moe.nn.products import as_floats
 
 # What a file states in its two parts that are read, and of what kind each value is.
 FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -42,7 +37,6 @@ CERTIFIED: dict[str, type | tuple[type, ...]] = {
     "temperature": (int, float),
     "repetition_penalty": (int, float),
 }
-_UNUSED = ("max_seq_len", "dropout", "init_std")  # settings that change no text
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,7 @@ class Certified:
     """What a calibration was made for. Of anything else it promises nothing.
 
     Attributes:
-        weights: `fingerprint` of the model
+        weights: `model_fingerprint` of the model
         max_new_tokens: new tokens of a text, at most; with decay, exactly, because thresholds follow their number
         temperature: of sampling; 0 is greedy
         repetition_penalty: of sampling; 1 is none
@@ -73,33 +67,11 @@ class Certified:
                     f"early exit was calibrated at {name}={getattr(self, name)}, and promises nothing at "
                     f"{getattr(session.sampling, name)}; leave {name} as it was."
                 )
-        if fingerprint(session.model) != self.weights:
+        if model_fingerprint(session.model) != self.weights:
             raise ValueError(
                 "early exit was calibrated for another model's weights, or for these in another type; calibrate again, "
                 "for this model."
             )
-
-
-def fingerprint(model: MoEDecoder) -> str:
-    """Tells a model from others, also from its own copy in another type or quantised: a digest of the settings, and of
-    the first and the last row of each of its tensors. Wherever it is moved to, or saved and loaded, it stays the same.
-    """
-    settings = {name: value for name, value in asdict(model.config).items() if name not in _UNUSED}
-    weights = model.state_dict(keep_vars=True)  # a quantised one has no view in inference mode, and is given as it is
-    kinds = [[name, type(weight).__name__, str(weight.dtype), list(weight.shape)] for name, weight in weights.items()]
-    ends = torch.cat([_end(weight, end) for weight in weights.values() for end in (0, -1)])
-    digest = hashlib.sha256(json.dumps([settings, kinds]).encode())
-    digest.update(ends.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _end(weight: Tensor, end: int) -> Tensor:
-    """The first (0) or last (-1) row of a tensor of any shape, [n] float32."""
-    while weight.dim() > 2:
-        weight = weight[end]
-    if weight.dim() == 2:
-        weight = weight[:1] if end == 0 else weight[-1:]
-    return as_floats(weight, torch.float32).flatten()
 
 
 def read_calibration(path: str | Path) -> tuple[dict[str, Any], Certified]:

@@ -12,7 +12,8 @@ from layerskip_moe.analysis.exit_shape import thresholds_at
 from layerskip_moe.analysis.learn_then_test import p_value, sequences_needed
 from layerskip_moe.analysis.train_classifier import train_classifier
 from layerskip_moe.generation import EarlyExit, generate
-from layerskip_moe.generation.calibration import Certified, fingerprint
+from layerskip_moe.generation.calibration import Certified
+from layerskip_moe.generation.fingerprint import model_fingerprint
 
 PROMPTS = [[i % 17, (5 * i + 1) % 17, (i * i) % 17][: 1 + i % 3] for i in range(40)]
 REFERENCES = [[(3 * i + t) % 17 for t in range(1 + i % 8)] for i in range(40)]
@@ -117,7 +118,7 @@ def test_a_file_decodes_as_what_was_certified(model, tmp_path):
     assert told["checkpoint"] == "x" and (told["scale"], told["sequences"]) == (found.scale, 30)
     assert told["tests"][0].keys() == {"scale", "mean_loss", "p_value"}
     assert (told["prompt_lengths"], told["documents"], told["holds_for"]) == ([1, 3], 30, NEW_DOCUMENTS)
-    assert EarlyExit(path).certified == Certified(fingerprint(model), 6)
+    assert EarlyExit(path).certified == Certified(model_fingerprint(model), 6)
     got = generate(model, PROMPTS[:5], EarlyExit(path), max_new_tokens=6)
     expected = generate(model, PROMPTS[:5], found.strategy, max_new_tokens=6)
     assert (got.tokens, got.layers_run) == (expected.tokens, expected.layers_run)

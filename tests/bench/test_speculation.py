@@ -4,8 +4,10 @@ import pytest
 
 from layerskip_moe.bench.speculation import SpeculationSettings, drafts_never_right, speculation_benchmark
 from layerskip_moe.bench.speculation_tables import speculation_text
-from layerskip_moe.generation import SelfSpeculative, generate
+from layerskip_moe.generation import SelfSpeculative, Session, generate, self_speculative
+from layerskip_moe.generation.cost_model import CostModel
 from layerskip_moe.generation.policies import DEL, Adaptive
+from layerskip_moe.generation.verification import Round
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 
 PROMPTS = [[3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 2, 8], [1, 1, 2, 3, 5, 8], [6, 6, 2, 6, 0, 7]]
@@ -18,17 +20,66 @@ def network():
     return MoEDecoder(ModelConfig(23, **sizes, init_std=0.05), seed=1).eval()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("strategy", [SelfSpeculative(1, 3), SelfSpeculative(3, 2)], ids=str)
-def test_drafts_are_never_right_for_a_while(network, strategy, temperature):
-    how = dict(max_new_tokens=20, temperature=temperature, seed=2)
-    before = generate(network, PROMPTS, strategy, **how)
+def adaptive(network):
+    """`SelfSpeculative()` where all that takes time are layers that verify: it drafts, whatever comes of it."""
+    seconds = (0.0, 0.0, 0.0, 1e-6, 0.0, 1e-3, 0.0, 0.0, 0.0)
+    config = network.config
+    cost_model = CostModel(config.n_layers, tuple(range(config.n_layers)), config.num_experts, config.top_k, seconds)
+    return SelfSpeculative(policy=Adaptive(cost_model=cost_model))
+
+
+STRATEGIES = {
+    "SelfSpeculative()": lambda network: SelfSpeculative(),
+    "SelfSpeculative(), which drafts": adaptive,
+    "1, 3": lambda network: SelfSpeculative(1, 3),
+    "2, 3": lambda network: SelfSpeculative(2, 3),
+    "3, 2": lambda network: SelfSpeculative(3, 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("in_one_call", "sampling"),
+    [(True, dict(temperature=0.0)), (True, dict(temperature=0.8)), (False, dict(temperature=0.8, top_k=9))],
+    ids=str,
+)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_drafts_are_never_right_for_a_while(network, monkeypatch, name, in_one_call, sampling):
+    """Neither where a round is one call, nor where a filter takes it apart."""
+    how = dict(max_new_tokens=20, seed=2, **sampling)
+    plain = generate(network, PROMPTS, **how).tokens
+    before = generate(network, PROMPTS, STRATEGIES[name](network), **how)
+    calls = {"draft_and_verify": 0, "settle": 0}
+    for owner, called in ((self_speculative, "draft_and_verify"), (Round, "settle")):
+        monkeypatch.setattr(owner, called, counted(getattr(owner, called), calls))
     with drafts_never_right():
-        wrong = generate(network, PROMPTS, strategy, **how)
-    after = generate(network, PROMPTS, strategy, **how)
-    assert wrong.stats.accepted == 0 < wrong.stats.drafted
-    assert before.tokens == wrong.tokens == after.tokens == generate(network, PROMPTS, **how).tokens
-    assert before.stats.accepted == after.stats.accepted > 0
+        wrong = generate(network, PROMPTS, STRATEGIES[name](network), **how)
+    monkeypatch.undo()
+    after = generate(network, PROMPTS, STRATEGIES[name](network), **how)
+    assert wrong.stats.accepted == 0
+    assert before.tokens == wrong.tokens == after.tokens == plain
+    if name != "SelfSpeculative()":  # whether that drafts, this machine's times say
+        assert wrong.stats.drafted > 0 and before.stats.accepted > 0 and after.stats.accepted > 0
+        assert calls["draft_and_verify"] > 0 if in_one_call else calls["draft_and_verify"] == 0 < calls["settle"]
+
+
+def counted(function, calls):
+    """The function, which notes that it was called."""
+
+    def call(*arguments):
+        calls[function.__name__] += 1
+        return function(*arguments)
+
+    return call
+
+
+def test_all_is_put_back_whatever_happens():
+    places = [(Round, "settle"), (self_speculative, "draft_and_verify"), (self_speculative, "shadow_tokens")]
+    places += [(Session, "prompt_agreement")]
+    own = [getattr(*place) for place in places]
+    with pytest.raises(KeyError), drafts_never_right():
+        assert all(getattr(*place) is not function for place, function in zip(places, own, strict=True))
+        raise KeyError
+    assert [getattr(*place) for place in places] == own
 
 
 def test_shadows_and_prompts_are_wrong_too(network):

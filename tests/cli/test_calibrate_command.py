@@ -96,7 +96,7 @@ def test_held_out_text_is_the_default_and_the_file_lies_beside_the_checkpoint(sh
         (["--min-layer", 9], "min_layer=9 must be between 1 and n_layers=5"),
         (
             ["--prompts", "none.txt"],
-            "--prompts none.txt is no text to calibrate on (none.txt cannot be read (No such file or",
+            "--prompts none.txt is no text to cut prompts from (none.txt cannot be read (No such file or",
         ),
         (["--confidence", "entropy"], "--confidence entropy does not fit"),
         (["--threshold", 0.5], "--threshold is no option"),

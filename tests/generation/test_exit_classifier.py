@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from layerskip_moe.generation import EarlyExit, generate
-from layerskip_moe.generation.calibration import Certified, fingerprint, write_calibration
+from layerskip_moe.generation.calibration import Certified, write_calibration
 from layerskip_moe.generation.exit_classifier import ExitClassifier, load_classifier
+from layerskip_moe.generation.fingerprint import model_fingerprint
 
 PROMPTS = [[3], [5, 1, 7, 2], [8, 8, 1, 0, 2, 3]]
 SETTINGS = {"threshold": [0.5, 0.6, 1.0, 0.0], "min_layer": 1, "decay": True, "cache": "exact", "tau": 3.0}
@@ -23,7 +24,7 @@ def probes(*, n_layers=5, width=16, seed=0):
 def saved(tmp_path, exact_model):
     """The path of a calibration with probes, and those."""
     path, classifier = tmp_path / "early.json", probes()
-    certified = Certified(fingerprint(exact_model(n_layers=5)), 8)
+    certified = Certified(model_fingerprint(exact_model(n_layers=5)), 8)
     write_calibration(path, {**SETTINGS, "confidence": classifier}, certified, {"promise": "none"})
     return path, classifier
 

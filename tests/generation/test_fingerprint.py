@@ -1,0 +1,44 @@
+"""model_fingerprint: the same for the same model, another for any other."""
+
+import copy
+
+import pytest
+import torch
+
+from layerskip_moe.generation.fingerprint import model_fingerprint
+from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.pretrained import quantize
+
+SIZES = dict(bias_balancing=True, d_ff=16)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_it_is_of_every_tensor_and_survives_the_disk(tiny_model, tmp_path, quantization):
+    model = tiny_model(**SIZES)
+    model = model if quantization is None else quantize(model, quantization)
+    print_ = model_fingerprint(model)
+    assert model_fingerprint(copy.deepcopy(model)) == print_
+    model.save_pretrained(tmp_path / "model")
+    assert model_fingerprint(MoEDecoder.from_pretrained(tmp_path / "model")) == print_
+    for name in model.state_dict():
+        changed = copy.deepcopy(model)
+        tensor = changed.state_dict()[name]
+        numbers = tensor.qdata if hasattr(tensor, "qdata") else tensor
+        one = tuple(size // 2 for size in numbers.shape)  # within, where no end is
+        with torch.no_grad():
+            numbers[one] = numbers[one] + (1e-3 if numbers.is_floating_point() else 1)
+        assert model_fingerprint(changed) != print_, name
+
+
+def test_settings_and_types_tell_models_apart(tiny_model):
+    model = tiny_model(**SIZES)
+    others = [tiny_model(**SIZES, norm_eps=1e-5), copy.deepcopy(model).double(), quantize(model, "int8")]
+    assert len({model_fingerprint(one) for one in (model, *others)}) == 4
+    assert model_fingerprint(tiny_model(**SIZES, init_std=0.3, max_seq_len=30)) == model_fingerprint(model)
+
+
+def test_inference_mode_changes_nothing(tiny_model):
+    for model in (tiny_model(**SIZES), quantize(tiny_model(**SIZES), "int4")):
+        with torch.inference_mode():
+            within = model_fingerprint(model)
+        assert within == model_fingerprint(model)
