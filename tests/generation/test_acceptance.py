@@ -23,14 +23,14 @@ def test_nothing_known_is_the_same_for_all():
 
 
 def test_a_step_along_the_gradient():
-    """One draft, right: the exit by 2 / 1.15 of what was missing, the row by 0.15 of it."""
+    """One draft, right: the exit by 2 / 1.15 of what was missing, the row by a quarter of it."""
     acceptance = Acceptance(EXITS)
     missing = 1 - sigmoid(0.8)
     acceptance.see_draft(5, 2, 1, 1)
     known = 0.8 + 2 / 1.15 * missing
-    assert acceptance.rates(5, 2) == pytest.approx((sigmoid(known + 0.15 * missing),) * 2)
+    assert acceptance.rates(5, 2) == pytest.approx((sigmoid(known + 0.25 * missing),) * 2)
     assert acceptance.rates(6, 2) == pytest.approx((sigmoid(known),) * 2), "another row"
-    assert acceptance.rates(5, 4) == pytest.approx((sigmoid(0.8 + 0.15 * missing),) * 2), "the row's other exits"
+    assert acceptance.rates(5, 4) == pytest.approx((sigmoid(0.8 + 0.25 * missing),) * 2), "the row's other exits"
     assert acceptance.seen == 0, "of the others nothing"
 
 

@@ -132,7 +132,7 @@ def test_rows_of_a_batch_draft_each_as_much_as_pays(table_model):
     policy = Noted(cost_model=cost_model(row=0.1), length=1)
     prompts = [list(range(20)), list(range(40, 60))]
     generate(table_model(80, full, draft), prompts, SelfSpeculative(policy=policy), max_new_tokens=40)
-    policy.cost_model, policy.length = cost_model(row=0.15), 8
+    policy.cost_model, policy.length = cost_model(row=0.4), 8
     _, _, (first, second) = policy._best_lengths(1, [0, 1])
     assert first > second
 

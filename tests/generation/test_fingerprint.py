@@ -42,3 +42,11 @@ def test_inference_mode_changes_nothing(tiny_model):
         with torch.inference_mode():
             within = model_fingerprint(model)
         assert within == model_fingerprint(model)
+
+
+def test_what_is_written_between_two_calls_is_seen(tiny_model):
+    model = tiny_model(**SIZES)
+    before = model_fingerprint(model)
+    with torch.no_grad():
+        model.blocks[1].attention.output.weight[3, 2] += 1e-3
+    assert model_fingerprint(model) != before == model_fingerprint(tiny_model(**SIZES))

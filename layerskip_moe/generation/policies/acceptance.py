@@ -12,8 +12,12 @@ import math
 from collections.abc import Sequence
 
 _FIRST_GUESS = 0.8  # b of an exit of which nothing is known: 69%
-_STEP, _SLOWER, _SLOWEST = 2.0, 0.15, 40.0  # b and c move by _STEP / (1 + _SLOWER * seen), at least by _STEP / _SLOWEST
-_ROW_STEP = 0.15
+_STEP, _SLOWER, _SLOWEST = (
+    2.0,
+    0.15,
+    160.0,
+)  # b and c move by _STEP / (1 + _SLOWER * seen), at least by _STEP / _SLOWEST
+_ROW_STEP = 0.25
 
 
 class Acceptance:
@@ -40,22 +44,22 @@ class Acceptance:
     def see_draft(self, row: int, exit_layer: int, drafted: int, accepted: int) -> None:
         """A round of that row: `accepted` of `drafted` tokens were right before the first that was not."""
         for place in range(min(accepted + 1, drafted)):
-            wrong_by = self._see(row, exit_layer, place == 0, place < accepted)
-            self._rows[row] = self._rows.get(row, 0.0) + _ROW_STEP * wrong_by
+            self._see(row, exit_layer, place == 0, place < accepted, _ROW_STEP)
 
     def see_text(self, row: int, exit_layer: int, right: Sequence[bool]) -> None:
-        """Whether the exit would have been right at successive places of the row's text."""
+        """Whether the exit would have been right at successive places of the row's text; of all exits, a place tells of
+        the row once."""
         for place, was_right in enumerate(right):
-            self._see(row, exit_layer, place == 0 or not right[place - 1], was_right)
+            first = place == 0 or not right[place - 1]
+            self._see(row, exit_layer, first, was_right, _ROW_STEP / len(self._exits))
 
-    def _see(self, row: int, exit_layer: int, first: bool, right: bool) -> float:
-        known = self._exits[exit_layer]
-        shift = self._rows.get(row, 0.0) + (0.0 if first else self._later[0])
-        wrong_by = right - _sigmoid(known[0] + shift)
+    def _see(self, row: int, exit_layer: int, first: bool, right: bool, row_step: float) -> None:
+        known, of_row = self._exits[exit_layer], self._rows.get(row, 0.0)
+        wrong_by = right - _sigmoid(known[0] + of_row + (0.0 if first else self._later[0]))
         for moved in (known,) if first else (known, self._later):
             moved[1] = min(moved[1] + _SLOWER, _SLOWEST)
             moved[0] += _STEP / moved[1] * wrong_by
-        return wrong_by
+        self._rows[row] = of_row + row_step * wrong_by
 
     def rates(self, row: int, exit_layer: int) -> tuple[float, float]:
         """The probability that a round's first draft is right, and that one behind right ones is."""
