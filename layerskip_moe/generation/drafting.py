@@ -173,6 +173,8 @@ def verify(session: Session, round_: Round, drafted: dict[int, list[States]], wa
     """The full model's logits [A, T, V] after the newest token of each row and after its drafts; zeros beyond."""
     model, limits, places = session.model, round_.limits, round_.length + 1
     n_layers = model.config.n_layers
+    if not drafted:
+        return _decode(session, watch)
     text = torch.cat([session.newest, *round_.drafts], dim=1)
     if min(limits) == round_.length and len(drafted) == 1 and not watch:  # as one [A, T]
         positions = session.positions(places)
@@ -191,6 +193,22 @@ def verify(session: Session, round_: Round, drafted: dict[int, list[States]], wa
         index = as_index(session, states.rows, states.places)
         _, told = model.decode(states.hidden, range(done, n_layers), **where(session, *index))
     return by_row(told, *as_index(session, states.rows, states.places), shape=(len(limits), places))
+
+
+def _decode(session: Session, watch: Watch) -> Tensor:
+    """A step of plain decoding: logits [A, 1, V]."""
+    layers, rows = range(session.model.config.n_layers), list(range(len(session.newest)))
+    output, logits = session.model.decode(
+        session.newest,
+        layers,
+        positions=session.positions(1),
+        cache=session.cache,
+        collect=watch.collect(layers),
+        choices=watch.choices,
+    )
+    watch.seen += [(layer, States(rows, [0] * len(rows), states)) for layer, states in output.collected.items()]
+    watch.chosen |= output.chosen
+    return logits
 
 
 def _run(session: Session, states: States, layers: range, watch: Watch) -> States:

@@ -19,11 +19,12 @@ from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.checks import check_positions, check_run
 from layerskip_moe.nn.compiling import is_compiled
 from layerskip_moe.nn.config import ModelConfig
+from layerskip_moe.nn.drafts import Drafted, draft_places, kept_drafts, repeat_draft
 from layerskip_moe.nn.experts import Experts
 from layerskip_moe.nn.linear import Linear, linear
 from layerskip_moe.nn.norm import RMSNorm
 from layerskip_moe.nn.run_blocks import RunOutput, block_of, recordable, run_blocks
-from layerskip_moe.nn.steps import Drafted, can_repeat, draft_places, kept_drafts, lay, repeat, repeat_draft
+from layerskip_moe.nn.steps import can_repeat, lay, repeat
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -2,7 +2,7 @@
 and the full model chooses. On a CPU, compiled, it is one call.
 
 A rows, n drafts at most, T = n + 1 places of a row, N places there are, D width, K experts chosen, V vocabulary.
-Knows nothing of sessions and policies. Next: `decoder.py` and `steps.py`, which it is made of;
+Knows nothing of sessions and policies. Next: `decoder.py` and `drafts.py`, which it is made of;
 `generation/drafting.py`, which calls it.
 """
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from layerskip_moe.nn import few_rows
 from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.decoder import MoEDecoder
-from layerskip_moe.nn.steps import can_repeat, repeat_round
+from layerskip_moe.nn.drafts import repeat_round
+from layerskip_moe.nn.steps import can_repeat
 
 
 @dataclass

@@ -6,11 +6,11 @@ On a CPU the states stand one after the other, and each reads its own row up to 
 serves any number of them up to the room it has. A CUDA graph is of one number of states, and reads a fixed number of
 slots, those up to the next multiple of SLOTS, with a mask that it makes of the positions.
 
-Knows nothing of what a step computes. Next: `decoder.py`, which calls this; `replay.py` and `graphs.py`.
+Knows nothing of what a step computes. Next: `decoder.py`, which calls this; `drafts.py`,
+where several steps are one call; `replay.py` and `graphs.py`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +19,9 @@ from torch import Tensor
 from layerskip_moe.nn import few_rows
 from layerskip_moe.nn.attention import Places, angles, locate, locate_within
 from layerskip_moe.nn.cache import KVCache
-from layerskip_moe.nn.checks import check_positions, check_run
 from layerskip_moe.nn.config import ModelConfig
 from layerskip_moe.nn.graphs import Graph
-from layerskip_moe.nn.replay import Recording, round_of
-from layerskip_moe.nn.replay import draft as repeat_places
-from layerskip_moe.nn.run_blocks import recordable
+from layerskip_moe.nn.replay import Recording
 
 if TYPE_CHECKING:
     from layerskip_moe.nn.decoder import MoEDecoder
@@ -34,23 +31,6 @@ _ROOMS = (8, 16, 32, few_rows.MOST_ROWS)  # of recordings
 _MOST_RECORDINGS = 256  # of a cache; each holds the states that its step computes
 
 Step = Callable[[list[Tensor]], list[Tensor]]  # from inputs to outputs
-
-
-@dataclass
-class Drafted:
-    """Tokens drafted one after another, and the states they came from.
-
-    tokens:      [A, n], of no meaning from a row's count on
-    counts:      [A] int64, how many of them are the row's
-    states:      lists of [A, n + 1, D]: after the last of the layers, and after each whose states were asked for; of
-                 the newest token and of the drafts, of no meaning beyond a row's count
-    certainties: [A, n] float32, see `few_rows.choose`; of no meaning beyond the first draft that was given up
-    """
-
-    tokens: Tensor
-    counts: Tensor
-    states: list[Tensor]
-    certainties: Tensor
 
 
 def can_repeat(count: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -100,7 +80,7 @@ def repeat(
     shape, rows = positions.shape, cache.rows_of(positions)
     if few_rows.serves(start.device):
         inputs = [start.reshape(-1, *start.shape[2:]), rows, positions.reshape(-1)]
-        outputs = _recorded(model, _by_rows(step, model.config), inputs, cache, key)
+        outputs = recorded(model, by_rows(step, model.config), inputs, cache, key)
     else:
         slots = slots_read(length, cache.capacity)
 
@@ -108,200 +88,11 @@ def repeat(
             start, rows, positions = inputs
             return step(start, locate_within(positions, rows, model.config, slots))
 
-        outputs = _recorded(model, run, [start, rows, positions], cache, (*shape, slots, *key))
+        outputs = recorded(model, run, [start, rows, positions], cache, (*shape, slots, *key))
     return [output.reshape(*shape, -1) for output in outputs]
 
 
-def repeat_draft(
-    model: "MoEDecoder",
-    states_of: Callable[[Tensor, Places], list[Tensor]],
-    newest: Tensor,
-    positions: Tensor,
-    cache: KVCache,
-    *,
-    length: int,
-    noise: Tensor | None,
-    limits: Tensor,
-    floors: Tensor,
-    temperature: float,
-    key: tuple[Any, ...],
-) -> Drafted:
-    """Tokens drafted one after another in one call; see `MoEDecoder.draft`.
-
-    states_of: from token ids and their places to states, the first of which the head is for
-    """
-    if few_rows.serves(newest.device):
-        return _draft_by_place(model, states_of, newest, positions, cache, noise, limits, floors, temperature, key)
-    count, slots = positions.shape[1] - 1, slots_read(length, cache.capacity)
-
-    def run(inputs: list[Tensor]) -> list[Tensor]:
-        newest, rows, positions, *noise = inputs
-
-        def states_at(token: Tensor, place: int) -> list[Tensor]:
-            at = positions[:, place : place + 1]
-            return states_of(token, locate_within(at, rows, model.config, slots))
-
-        return draft_places(model, states_at, newest, count, noise[0] if noise else None, temperature)
-
-    inputs = [newest, cache.rows, positions, *([] if noise is None else [noise])]
-    key = "drafts", len(newest), count, slots, noise is None, temperature, *key
-    tokens, certainties, *states = _recorded(model, run, inputs, cache, key)
-    return Drafted(tokens, kept_drafts(certainties, limits, floors), states, certainties)
-
-
-def draft_places(
-    model: "MoEDecoder",
-    states_at: Callable[[Tensor, int], list[Tensor]],
-    newest: Tensor,
-    count: int,
-    noise: Tensor | None,
-    temperature: float,
-) -> list[Tensor]:
-    """The plain loop: drafts [A, n] and their certainties, and each of the states [A, n + 1, D]; every row gets all."""
-    token, drafts, certainties, states = newest, [newest[:, :0]], [torch.empty(len(newest), 0).to(newest.device)], []
-    for place in range(count + 1):
-        states.append(states_at(token, place))
-        if place < count:
-            logits = model.unembed(states[-1][0])[:, 0]
-            chosen, certainty = few_rows.choose(logits, None if noise is None else noise[:, place], temperature)
-            token = chosen[:, None]
-            drafts.append(token)
-            certainties.append(certainty[:, None])
-    by_kind = [torch.cat(parts, dim=1) for parts in zip(*states, strict=True)]
-    return [torch.cat(drafts, dim=1), torch.cat(certainties, dim=1), *by_kind]
-
-
-def kept_drafts(certainties: Tensor, limits: Tensor, floors: Tensor) -> Tensor:
-    """[A]: how many drafts each row has, of certainties [A, n]: up to limits [A], and up to the first at which the
-    product of certainties falls below floors [A]."""
-    products = certainties.double().cumprod(dim=1)
-    within = torch.arange(certainties.shape[1], device=limits.device) < limits[:, None]
-    good = (products >= floors[:, None]) | (floors[:, None] <= 0)
-    return (good & within).long().cumprod(dim=1).sum(dim=1)
-
-
-def _draft_by_place(
-    model: "MoEDecoder",
-    states_of: Callable[[Tensor, Places], list[Tensor]],
-    newest: Tensor,
-    positions: Tensor,
-    cache: KVCache,
-    noise: Tensor | None,
-    limits: Tensor,
-    floors: Tensor,
-    temperature: float,
-    key: tuple[Any, ...],
-) -> Drafted:
-    """On a CPU: two recordings, from a token to its states and from those to the next token, repeated in turn."""
-    count, run = positions.shape[1] - 1, _by_rows(states_of, model.config)
-    if not count:
-        inputs = [newest[:, 0], cache.rows, positions[:, 0]]
-        states = [state[:, None] for state in _recorded(model, run, inputs, cache, ("draft", *key))]
-        return Drafted(newest[:, :0], torch.zeros_like(limits), states, floors[:, None].float()[:, :0])
-    first, second = _drafting(model, run, newest, positions, cache, noise, temperature, key)
-    if recordings := _complete(first, second):
-        tokens, certainties, counts, *states = repeat_places(
-            recordings, newest, cache.rows, positions, noise, limits, floors
-        )
-        return Drafted(tokens, counts, states, certainties)
-
-    def states_at(token: Tensor, place: int) -> list[Tensor]:
-        states = run([token[:, 0], cache.rows, positions[:, place].contiguous()])
-        return [state[:, None] for state in states]
-
-    tokens, certainties, *states = draft_places(model, states_at, newest, count, noise, temperature)
-    return Drafted(tokens, kept_drafts(certainties, limits, floors), states, certainties)
-
-
-def _drafting(
-    model: "MoEDecoder",
-    run: Step,
-    newest: Tensor,
-    positions: Tensor,
-    cache: KVCache,
-    noise: Tensor | None,
-    temperature: float,
-    key: tuple[Any, ...],
-) -> tuple[Recording | Graph, Recording | Graph]:
-    """What is recorded of drafting: from a token to its states, and from those to the next token."""
-
-    def choice_of(inputs: list[Tensor]) -> list[Tensor]:
-        hidden, *noise = inputs
-        return list(few_rows.choose(model.unembed(hidden), noise[0] if noise else None, temperature))
-
-    first, _ = _recording(model, run, [newest[:, 0], cache.rows, positions[:, 0]], cache, ("draft", *key))
-    hidden = torch.zeros(len(newest), model.config.d_model, dtype=model.dtype, device=newest.device)
-    drawn = [] if noise is None else [noise[:, 0]]
-    second, _ = _recording(model, choice_of, [hidden, *drawn], cache, ("choice", noise is None, temperature))
-    return first, second
-
-
-def _complete(*recordings: Recording | Graph) -> list[Recording]:
-    """These, if they can all be repeated; else none."""
-    complete = [one for one in recordings if isinstance(one, Recording) and one.complete]
-    return complete if len(complete) == len(recordings) else []
-
-
-@dataclass
-class RecordedRound:
-    """What is recorded of a round: of drafting, of a draft's choice, of verification; nothing, where not all can be."""
-
-    recordings: list[Recording]
-
-    @property
-    def complete(self) -> bool:
-        """Whether it can be repeated."""
-        return bool(self.recordings)
-
-
-def repeat_round(
-    model: "MoEDecoder",
-    exit_layer: int,
-    kept: tuple[list[int], list[int]],
-    choices: bool,
-    newest: Tensor,
-    positions: Tensor,
-    cache: KVCache,
-    *,
-    noise: Tensor | None,
-    limits: Tensor,
-    floors: Tensor | None,
-    temperature: float,
-    most: int,
-) -> list[Tensor] | None:
-    """Drafts, their verification and the full model's choices in one call, see `replay.round_of`; None where that
-    cannot be recorded: on a GPU, and where an operator is not of the few rows'.
-
-    kept: layers of drafting and of verification whose states are wanted; most: places that may be verified
-    """
-    if not few_rows.serves(newest.device):
-        return None
-    check_positions(positions, model.config, cache)
-    rooms = _room(len(newest)), _room(most)
-    drawn = noise is None, temperature
-    key = *_weights(model), "round", exit_layer, tuple(kept[0]), tuple(kept[1]), choices, *drawn, *rooms
-    found = cache.recordings.get(key)
-    if found is None:
-        layers = list(range(exit_layer)), list(range(exit_layer, model.config.n_layers))
-        for some, states in zip(layers, kept, strict=True):
-            check_run(some, model.config, len(positions), cache, collect=states)
-        step, step_key = recordable(model, layers[0], cache, None, kept[0])
-        drafting = _drafting(
-            model, _by_rows(step, model.config), newest, positions, cache, noise, temperature, step_key
-        )
-        step, step_key = recordable(model, layers[1], cache, None, kept[1], choices=choices, heads=True)
-        rows, at = (numbers[:1].expand(most) for numbers in (cache.rows, positions[:, 0]))
-        states_there = torch.zeros(most, model.config.d_model, dtype=model.dtype)
-        # (What is written here is written again, at the first repetition.)
-        verification, _ = _recording(model, _by_rows(step, model.config), [states_there, rows, at], cache, step_key)
-        found = cache.recordings[key] = RecordedRound(_complete(*drafting, verification))
-    assert isinstance(found, RecordedRound)
-    if not found.complete:
-        return None
-    return round_of(found.recordings, newest, cache.rows, positions, noise, limits, floors)
-
-
-def _by_rows(step: Callable[[Tensor, Places], list[Tensor]], config: ModelConfig) -> Step:
+def by_rows(step: Callable[[Tensor, Places], list[Tensor]], config: ModelConfig) -> Step:
     """A step of states [1, N, D] or token ids [1, N] as one of inputs by row: those, rows and positions."""
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
@@ -312,28 +103,26 @@ def _by_rows(step: Callable[[Tensor, Places], list[Tensor]], config: ModelConfig
     return run
 
 
-def _recorded(
+def recorded(
     model: "MoEDecoder", run: Step, inputs: list[Tensor], cache: KVCache, key: tuple[Any, ...]
 ) -> list[Tensor]:
     """The outputs of a run, from a recording where it was made on this cache before."""
-    recording, is_new = _recording(model, run, inputs, cache, key)
+    recording, is_new = recording_of(model, run, inputs, cache, key)
     if is_new:
         return recording.take_first()
     inputs = [tensor.contiguous() for tensor in inputs]
     return recording(inputs) if recording.complete else run(inputs)
 
 
-def _recording(
+def recording_of(
     model: "MoEDecoder", run: Step, inputs: list[Tensor], cache: KVCache, key: tuple[Any, ...]
 ) -> tuple[Recording | Graph, bool]:
     """What is recorded of a run on this cache, and whether it was made now."""
     on_cpu = few_rows.serves(inputs[0].device)
-    room = _room(len(inputs[0])) if on_cpu else 0
-    key = *_weights(model), inputs[0].dtype, room, *key
+    room = room_for(len(inputs[0])) if on_cpu else 0
+    key = *weights_of(model), inputs[0].dtype, room, *key
     if key in cache.recordings:
-        found = cache.recordings[key]
-        assert not isinstance(found, RecordedRound)
-        return found, False
+        return cache.recordings[key], False
     tables = angles(model.config, inputs[0].device)  # made here if they are new, and not while a step is recorded
     inputs = [tensor.contiguous() for tensor in inputs]
     recording: Recording | Graph
@@ -349,12 +138,12 @@ def _recording(
     return recording, True
 
 
-def _room(rows: int) -> int:
+def room_for(rows: int) -> int:
     """Rows that a recording has room for, of so many."""
     return next(room for room in _ROOMS if room >= rows)
 
 
-def _weights(model: "MoEDecoder") -> tuple[int, torch.dtype, int]:
+def weights_of(model: "MoEDecoder") -> tuple[int, torch.dtype, int]:
     """What tells the weights from others. Where the embedding lies tells those that `model.to` moved: nothing else can
     lie there while it is held."""
     weight = model.embedding.weight

@@ -23,7 +23,7 @@ from layerskip_moe.nn import MoEDecoder, few_rows
 _BETTER = 1.02  # by how much another plan must be better before it takes the present one's place
 _RETHINK = 4  # rounds from one choice of a plan to the next
 _LOOK, _LOOK_LATER = 6, 48  # rounds from one look at what other exits would have said to the next: at first, and later
-_REST, _LONGEST_REST = 8, 128  # steps of plain decoding from one look to the next, where drafting does not pay
+_REST, _LONGEST_REST = 16, 128  # steps of plain decoding from one look to the next, where drafting does not pay
 _UNION_MEMORY = 0.8  # of the unions of earlier looks
 
 
@@ -33,7 +33,7 @@ class Adaptive:
     All rows of a batch draft by the same layers, each as many tokens as pay: a draft that is reached with probability p
     adds p tokens, and the time of a place more. The plan is chosen anew every fourth round, and changed for one that
     is 2% better. Every now and then a round asks what other exits would have said. Where drafting does not pay,
-    decoding is plain for 8 steps, then 16, and so on up to 128, from look to look. What was learnt of acceptance is
+    decoding is plain for 16 steps, then 32, and so on up to 128, from look to look. What was learnt of acceptance is
     kept from text to text.
 
     length: the most drafts in a round, K
@@ -106,7 +106,8 @@ class Adaptive:
         if self._exit == 0 or self._rounds % _RETHINK == 0 or rows != self._rows:
             self._choose(rows)
         self._to_look -= 1
-        self.shadow = self.experts = self._exit == 0 or self._to_look <= 0
+        self.shadow = self._exit == 0 or self._to_look <= 0
+        self.experts = self.shadow and self._exit > 0
         if self.shadow:
             self._looks += 1
             self._to_look = min(_LOOK + 2 * self._looks, _LOOK_LATER)
