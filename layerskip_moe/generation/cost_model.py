@@ -215,6 +215,7 @@ def _run(
 def _kinds(config: ModelConfig, batch_size: int, exits: Sequence[int]) -> list[tuple[int, int]]:
     """(exit layer, drafts) of the rounds to time: plain ones, early to late exits, short and long drafts."""
     exits = exits or list(dict.fromkeys(max(config.n_layers // part, 1) for part in (6, 4, 2)))
+    exits = exits if batch_size == 1 else list(dict.fromkeys([exits[0], exits[-1]]))  # their rounds take longer
     longest = max(min(5, few_rows.MOST_ROWS // batch_size - 1, config.max_seq_len - 4), 1)
     pairs = [(exit_layer, length) for exit_layer in exits for length in sorted({1, longest})]
     return [(0, 0), *pairs, *((exits[-1], length) for length in range(3, longest, 2))]
