@@ -12,7 +12,7 @@ import random
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -116,7 +116,7 @@ def fit_cost_model(model: MoEDecoder, batch_size: int = 1, *, exits: Sequence[in
     model; at once where it was done before in this process. The rounds are those of `generate` under `compiling`, which
     is left as it is.
 
-    exits: of a policy whose rounds they are to be, which keep the states there
+    exits: exit layers, rising, that rounds are to be drafted by; by default some between early and late
     """
     key = batch_size, model.device, model.dtype, model.compiled, tuple(exits)
     fitted = _fitted.setdefault(model, {})
@@ -132,7 +132,7 @@ class _Block:
 
     exit_layer, drafted: 0 and 0 of plain decoding; by row
     experts: as `RoundReport` has them, of one of the steps; None of plain decoding
-    seconds: of the others
+    seconds: of the others; of the one, where a text has room for no more
     """
 
     exit_layer: int
@@ -146,8 +146,8 @@ class _Kind:
 
     shadow, should_stop = False, None
 
-    def __init__(self, exits: Sequence[int]) -> None:
-        self.exits, self.pair, self.experts = exits, (0, 0), False
+    def __init__(self) -> None:
+        self.pair, self.experts = (0, 0), False
         self.report: RoundReport | None = None
 
     def plan(self, session: Session) -> list[tuple[int, int]]:
@@ -174,7 +174,7 @@ def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int]) -> CostModel:
         tokens = min(256, config.max_seq_len - 2)
         prompts = [[draw.randrange(config.vocab_size) for _ in range(2)] for _ in range(batch_size)]
         session = Session(model, prompts, Sampling(), max_new_tokens=tokens)
-        _run(session, kinds, exits, blocks, is_over)
+        _run(session, kinds, blocks, is_over)
         session.close()
     empty = CostModel(
         config.n_layers, _moe_layers(config), config.num_experts, config.top_k * bool(config.num_experts), ()
@@ -182,34 +182,27 @@ def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int]) -> CostModel:
     return _fitted_to(empty, blocks[len(kinds) :] or blocks)
 
 
-def _run(
-    session: Session,
-    kinds: list[tuple[int, int]],
-    exits: Sequence[int],
-    blocks: list[_Block],
-    is_over: Callable[[], bool],
-) -> None:
+def _run(session: Session, kinds: list[tuple[int, int]], blocks: list[_Block], is_over: Callable[[], bool]) -> None:
     """Time steps of all kinds, some of each in turn, until a row has no use for the longest drafts, or time is up."""
     from layerskip_moe.generation.self_speculative import SelfSpeculative  # which imports `Adaptive`, and that this
 
-    policy, rows = _Kind(exits), len(session.rows)
+    policy, rows = _Kind(), len(session.rows)
     plain, drafting = Autoregressive(), SelfSpeculative(policy=policy)
     longest = max(drafts for _, drafts in kinds)
     session.prefill()
     while len(session.row_numbers) == rows and min(session.remaining) > longest and not is_over():
         policy.pair = exit_layer, drafts = kinds[len(blocks) % len(kinds)]
-        block = _Block(exit_layer, (drafts,) * rows, None, [])
+        seconds, experts = list[float](), None
         for turn in range(_STEPS + 1):
-            if len(session.row_numbers) < rows or min(session.remaining) <= longest:
+            if turn and (len(session.row_numbers) < rows or min(session.remaining) <= longest):
                 break
-            policy.experts = turn == 0  # the first, behind one of another kind, is slower, and not timed
+            policy.experts = turn == 0  # the first, behind one of another kind, is slower
             began = time.perf_counter()
             (drafting if drafts else plain).step(session)
-            if turn:
-                block.seconds.append(time.perf_counter() - began)  # a GPU was waited for: it was asked for the tokens
-            elif drafts and policy.report is not None:
-                block = _Block(exit_layer, (drafts,) * rows, policy.report.experts, [])
-        blocks.append(block)
+            seconds.append(time.perf_counter() - began)  # a GPU was waited for: it was asked for the tokens
+            if policy.experts and drafts and policy.report is not None:
+                experts = policy.report.experts
+        blocks.append(_Block(exit_layer, (drafts,) * rows, experts, seconds[1:] or seconds))
 
 
 def _kinds(config: ModelConfig, batch_size: int, exits: Sequence[int]) -> list[tuple[int, int]]:
@@ -226,7 +219,10 @@ def _moe_layers(config: ModelConfig) -> tuple[int, ...]:
 
 
 def _fitted_to(empty: CostModel, blocks: Sequence[_Block]) -> CostModel:
-    """Least squares of relative errors, no cost below 0; of steps of one kind the median counts."""
+    """Least squares of relative errors, no cost below 0; of steps of one kind the median counts. Of no steps, as where
+    texts have room for none, nothing costs anything."""
+    if not blocks:
+        return replace(empty, seconds=(0.0,) * len(empty.amounts(0, 0, 1, 1, 0.0)))
     seconds: dict[tuple[int, tuple[int, ...]], list[float]] = {}
     did: dict[tuple[int, tuple[int, ...]], list[list[float]]] = {}
     for block in blocks:
@@ -234,9 +230,8 @@ def _fitted_to(empty: CostModel, blocks: Sequence[_Block]) -> CostModel:
         # (A plain step of several rows: as many experts as independent choices read.)
         seconds.setdefault(kind, []).extend(block.seconds)
         did.setdefault(kind, []).append(empty.features(exit_layers, block.drafted, block.experts))
-    kinds = [kind for kind, some in seconds.items() if some]
-    medians = torch.tensor([sorted(seconds[kind])[len(seconds[kind]) // 2] for kind in kinds], dtype=torch.float64)
-    features = torch.stack([torch.tensor(did[kind], dtype=torch.float64).mean(dim=0) for kind in kinds])
+    medians = torch.tensor([sorted(some)[len(some) // 2] for some in seconds.values()], dtype=torch.float64)
+    features = torch.stack([torch.tensor(some, dtype=torch.float64).mean(dim=0) for some in did.values()])
     costs = _nonnegative_least_squares(features / medians[:, None], torch.ones_like(medians))
     return CostModel(empty.n_layers, empty.moe_layers, empty.num_experts, empty.top_k, tuple(costs.tolist()))
 

@@ -251,6 +251,7 @@ def shadow_tokens(session: Session, round_: Round, watch: Watch, tokens: Tensor)
         states = States.join(states for _, states in watch.seen)
         rows, at = as_index(session, states.rows, states.places)
         scores, seen = session.model.unembed(states.hidden)[:, 0], session.seen(places, round_.drafts)
+        assert seen is None or len(round_.drafts) + 1 == places, "a round with a penalty notes its drafts"
         if seen is not None:
             scores = penalize(scores, seen[rows, at], session.sampling.repetition_penalty)
         noise = None if round_.noise is None else round_.noise[rows, at]

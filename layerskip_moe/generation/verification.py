@@ -41,7 +41,8 @@ class Round:
     confident:  whether `confidence` is wanted
     noise:      [A, most drafts planned + 1, V] for the drafts, and for the full model's choices if shared; None when
                 greedy
-    drafts:     tokens drafted so far, each [A, 1], of no meaning in rows beyond their limit
+    drafts:     tokens drafted so far, each [A, 1], of no meaning in rows beyond their limit; none where a round is one
+                call
     scores:     what they were chosen by, each [A, 1, V]; kept for rejection alone
     confidence: [R], how probable the newest draft of each row that has one was to who drafted it
     """

@@ -10,12 +10,17 @@ Knows nothing of who writes or why. Next: `attention.py`, which writes and reads
 """
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from layerskip_moe.nn.config import ModelConfig
+
+if TYPE_CHECKING:
+    from layerskip_moe.nn.drafts import RecordedRound
+    from layerskip_moe.nn.graphs import Graph
+    from layerskip_moe.nn.replay import Recording
 
 
 class KVCache:
@@ -50,7 +55,7 @@ class KVCache:
             self.router_logits = torch.zeros(sizes, dtype=torch.float32, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.rows = torch.arange(batch_size, device=device)
-        self.recordings: dict[Any, Any] = {}  # steps over these buffers, see `steps.py`
+        self.recordings: dict[Any, Recording | Graph | RecordedRound] = {}  # steps over these buffers, see `steps.py`
 
     @property
     def capacity(self) -> int:

@@ -21,7 +21,16 @@ from layerskip_moe.nn.graphs import Graph
 from layerskip_moe.nn.replay import Recording, round_of
 from layerskip_moe.nn.replay import draft as repeat_places
 from layerskip_moe.nn.run_blocks import recordable
-from layerskip_moe.nn.steps import Step, by_rows, recorded, recording_of, room_for, slots_read, weights_of
+from layerskip_moe.nn.steps import (
+    Step,
+    by_rows,
+    keep_recording,
+    recorded,
+    recording_of,
+    room_for,
+    slots_read,
+    weights_of,
+)
 
 if TYPE_CHECKING:
     from layerskip_moe.nn.decoder import MoEDecoder
@@ -224,7 +233,8 @@ def repeat_round(
         states_there = torch.zeros(most, model.config.d_model, dtype=model.dtype)
         # (What is written here is written again, at the first repetition.)
         verification, _ = recording_of(model, by_rows(step, model.config), [states_there, rows, at], cache, step_key)
-        found = cache.recordings[key] = RecordedRound(_complete(*drafting, verification))
+        found = RecordedRound(_complete(*drafting, verification))
+        keep_recording(cache, key, found)
     assert isinstance(found, RecordedRound)
     if not found.complete:
         return None

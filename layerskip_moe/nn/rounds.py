@@ -78,7 +78,7 @@ def speculate(
     tokens, drafts, counts, certainties, *states = made
     drafted, accepted = zip(*counts.tolist(), strict=True)
     early, late = states[: len(kept[0])], states[len(kept[0]) + 1 :]
-    collected = _in_turn(kept[0], early, drafted) | dict(zip(kept[1], late, strict=False))
+    collected = _present(kept[0], early, drafted) | dict(zip(kept[1], late, strict=False))
     routed = [layer for layer in range(exit_layer, model.config.n_layers) if choices and model.config.is_moe(layer)]
     chosen = dict(zip(routed, late[len(kept[1]) :], strict=True))
     return Speculated(tokens, drafts, list(drafted), list(accepted), certainties, collected, chosen)
@@ -110,7 +110,7 @@ def _in_two_steps(
         temperature=temperature,
         collect=kept[0],
     )
-    counts = drafted.counts.tolist()
+    counts, positions_there = drafted.counts.tolist(), positions.shape[1]
     longest = max(counts)
     rows = torch.tensor([row for row, count in enumerate(counts) for _ in range(count + 1)], device=newest.device)
     places = torch.tensor([place for count in counts for place in range(count + 1)], device=newest.device)
@@ -137,10 +137,11 @@ def _in_two_steps(
             layer: experts.view(len(counts), longest + 1, -1)[rows, places] for layer, experts in output.chosen.items()
         }
     )
+    tokens = torch.nn.functional.pad(tokens, (0, positions_there - longest - 1))
     return Speculated(tokens, drafted.tokens, counts, accepted, drafted.certainties, collected, chosen)
 
 
-def _in_turn(layers: Sequence[int], states: Sequence[Tensor], drafted: Sequence[int]) -> dict[int, Tensor]:
+def _present(layers: Sequence[int], states: Sequence[Tensor], drafted: Sequence[int]) -> dict[int, Tensor]:
     """States [A, T, D] after some layers: those of the newest token and of each row's drafts, row by row."""
     if not layers:
         return {}

@@ -6,8 +6,8 @@ On a CPU the states stand one after the other, and each reads its own row up to 
 serves any number of them up to the room it has. A CUDA graph is of one number of states, and reads a fixed number of
 slots, those up to the next multiple of SLOTS, with a mask that it makes of the positions.
 
-Knows nothing of what a step computes. Next: `decoder.py`, which calls this; `drafts.py`,
-where several steps are one call; `replay.py` and `graphs.py`.
+Knows nothing of what a step computes. Next: `decoder.py`, which calls this; `drafts.py`, where several steps are one
+call; `replay.py` and `graphs.py`.
 """
 
 from collections.abc import Callable
@@ -122,7 +122,9 @@ def recording_of(
     room = room_for(len(inputs[0])) if on_cpu else 0
     key = *weights_of(model), inputs[0].dtype, room, *key
     if key in cache.recordings:
-        return cache.recordings[key], False
+        found = cache.recordings[key]
+        assert isinstance(found, Recording | Graph), "rounds have keys of their own"
+        return found, False
     tables = angles(model.config, inputs[0].device)  # made here if they are new, and not while a step is recorded
     inputs = [tensor.contiguous() for tensor in inputs]
     recording: Recording | Graph
@@ -132,10 +134,15 @@ def recording_of(
         # The memory itself: a parameter that `model.to` moves would let go of it, and what comes next lie there.
         held = [tensor.data for tensor in (*model.parameters(), *model.buffers())], tables
         recording = Graph(run, inputs, pool=_pool(cache), held=held)
-    if len(cache.recordings) >= _MOST_RECORDINGS:
-        del cache.recordings[next(iter(cache.recordings))]  # the oldest
-    cache.recordings[key] = recording
+    keep_recording(cache, key, recording)
     return recording, True
+
+
+def keep_recording(cache: KVCache, key: tuple[Any, ...], recording: Any) -> None:
+    """Keep what was recorded on a cache, and forget the oldest where there is too much."""
+    if len(cache.recordings) >= _MOST_RECORDINGS:
+        del cache.recordings[next(iter(cache.recordings))]
+    cache.recordings[key] = recording
 
 
 def room_for(rows: int) -> int:

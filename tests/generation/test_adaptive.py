@@ -231,3 +231,12 @@ def test_states_of_long_prompts_are_kept_at_their_end_and_nothing_else_is_differ
     assert first == 599 - 64 and output.hidden.shape == output.collected[0].shape == (2, 64, 16)
     long, short = sessions[1].prompt_agreement((1,))
     assert len(long[1]) == 16 and short[1] == []
+
+
+@pytest.mark.parametrize("length", [3, 4, 5, 8])
+def test_models_with_room_for_little_text(length):
+    sizes = dict(n_layers=4, d_model=16, n_heads=2, num_experts=4, top_k=2, d_ff=16)
+    model = MoEDecoder(ModelConfig(23, max_seq_len=length, **sizes))
+    how = dict(max_new_tokens=length - 2)
+    expected = generate(model, [[1]], **how).tokens
+    assert generate(model, [[1]], SelfSpeculative(), **how).tokens == expected

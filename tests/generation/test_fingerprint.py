@@ -50,3 +50,16 @@ def test_what_is_written_between_two_calls_is_seen(tiny_model):
     with torch.no_grad():
         model.blocks[1].attention.output.weight[3, 2] += 1e-3
     assert model_fingerprint(model) != before == model_fingerprint(tiny_model(**SIZES))
+    rounded = tiny_model(**SIZES).to(torch.bfloat16).to(torch.float32)
+    assert model_fingerprint(rounded) != before
+
+
+def test_large_tensors_are_looked_at_from_end_to_end(tiny_model):
+    model = tiny_model(vocab_size=9000)
+    before = model_fingerprint(model)
+    assert model.embedding.weight.numel() > 2**16
+    for rows in (slice(0, 3), slice(4000, 4003), slice(-3, None)):
+        changed = copy.deepcopy(model)
+        with torch.no_grad():
+            changed.embedding.weight[rows] += 1e-3
+        assert model_fingerprint(changed) != before

@@ -431,3 +431,11 @@ def test_what_counts_as_few():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert not few_rows.are_few(x)
     assert not few_rows.are_few(x)
+
+
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_what_is_not_a_number_is_chosen_as_torch_chooses_it(place):
+    logits = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
+    logits[1, place] = logits[1, 6] = float("nan")
+    with torch.no_grad():
+        assert few_rows.choose(logits, None)[0].tolist() == logits.argmax(dim=-1).tolist()

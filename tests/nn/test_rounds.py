@@ -87,15 +87,80 @@ def test_one_call_is_many(model, data, rows, exit_layer, longest, temperature, s
             )
 
 
-@pytest.mark.skipif(not has_kernels(), reason="there is no C++ compiler")
+needs_kernels = pytest.mark.skipif(not has_kernels(), reason="there is no C++ compiler")
+
+
+@pytest.fixture
+def in_two_steps(monkeypatch):
+    """Grows by one with each round that is not one call."""
+    calls, original = [], rounds._in_two_steps
+    monkeypatch.setattr(rounds, "_in_two_steps", lambda *some, **more: calls.append(1) or original(*some, **more))
+    return calls
+
+
+@needs_kernels
 @torch.no_grad()
-def test_drafts_that_are_given_up_are_given_up_in_either_way(tiny_model, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [{}, {"sliding_window": 3}], ids=str)
+def test_a_recording_serves_the_rows_that_stay(tiny_model, in_two_steps, dtype, sizes):
+    """Made with seven rows, repeated with two of them in another order, and with one."""
+    model, ways = tiny_model(dtype, n_layers=4, **sizes), []
+    for compiled in (False, True):
+        cache = KVCache(model.config, 7, 16, dtype=dtype)
+        text = torch.arange(28).view(7, 4) % 23
+        model.run(model.embed(text), range(4), positions=torch.arange(4).expand(7, 4), cache=cache)
+        cache.extend(torch.arange(7) % 3 + 1)
+        found = []
+        with compiling(model, compiled):
+            for stays in (range(7), [5, 2], [1]):
+                cache.select(torch.tensor(list(stays)))
+                newest = cache.rows[:, None] + 3
+                positions = cache.lengths[:, None] + torch.arange(4)
+                limits = [3, 1, 2, 3, 0, 3, 2][: len(newest)]
+                done = speculate(model, newest, 2, positions=positions, cache=cache, noise=None, limits=limits)
+                there = [done.tokens[row, : limit + 1].tolist() for row, limit in enumerate(limits)]
+                found.append((there, done.accepted))
+                cache.extend(torch.tensor(done.accepted) + 1)
+        ways.append(found)
+    assert ways[0] == ways[1] and len(in_two_steps) == 3
+
+
+@needs_kernels
+@torch.no_grad()
+@pytest.mark.parametrize(("rows", "one_call"), [(16, True), (17, False)])
+def test_up_to_64_places_are_one_call(tiny_model, in_two_steps, rows, one_call):
+    model = tiny_model(torch.float32, n_layers=4)
+    cache, newest = begun(model, rows), torch.arange(rows)[:, None] % 23
+    positions = cache.lengths[:, None] + torch.arange(4)
+    with compiling(model):
+        done = speculate(model, newest, 2, positions=positions, cache=cache, noise=None, limits=[3] * rows)
+    assert len(in_two_steps) == (not one_call)
+    tokens, drafts, _ = by_hand(model, begun(model, rows), newest, 2, None, [3] * rows, positions)
+    assert done.drafts.tolist() == drafts
+    assert done.tokens.tolist() == tokens
+
+
+@torch.no_grad()
+def test_what_cannot_be_recorded_is_right_all_the_same(tiny_model, in_two_steps):
+    model = tiny_model(torch.float32, n_layers=4, clip_qkv=0.5)
+    cache, newest = begun(model, 2), torch.tensor([[3], [9]])
+    positions = cache.lengths[:, None] + torch.arange(4)
+    with compiling(model):
+        for count in (1, 2):
+            done = speculate(model, newest, 2, positions=positions, cache=cache, noise=None, limits=[3, 2])
+            assert len(in_two_steps) == count
+    tokens, drafts, _ = by_hand(model, begun(model, 2), newest, 2, None, [3, 2], positions)
+    assert [done.tokens[0].tolist(), done.tokens[1, :3].tolist()] == tokens
+    assert [done.drafts[0].tolist(), done.drafts[1, :2].tolist()] == drafts
+
+
+@needs_kernels
+@torch.no_grad()
+def test_drafts_that_are_given_up_are_given_up_in_either_way(tiny_model, in_two_steps):
     model = tiny_model(torch.float32, n_layers=4)
     noise = torch.randn(3, 6, 23, generator=torch.Generator().manual_seed(1)).double()
     how = dict(noise=noise, limits=[5, 3, 0], floors=[0.2, 0.05, 0.5], temperature=0.7)
-    found, calls = [], []
-    original = rounds._in_two_steps
-    monkeypatch.setattr(rounds, "_in_two_steps", lambda *some, **more: calls.append(1) or original(*some, **more))
+    found = []
     for compiled in (False, True):
         cache = begun(model, 3)
         positions = cache.lengths[:, None] + torch.arange(6)
@@ -107,4 +172,4 @@ def test_drafts_that_are_given_up_are_given_up_in_either_way(tiny_model, monkeyp
             kept = done.certainties[row, : min(done.drafted[row] + 1, limit)].double().cumprod(0)
             assert all(kept[: done.drafted[row]] >= how["floors"][row])
             assert done.drafted[row] == limit or kept[-1] < how["floors"][row]
-    assert found[0] == found[1] and len(calls) == 1, "the second in one call"
+    assert found[0] == found[1] and len(in_two_steps) == 1, "the second in one call"

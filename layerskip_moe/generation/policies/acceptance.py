@@ -12,11 +12,8 @@ import math
 from collections.abc import Sequence
 
 _FIRST_GUESS = 0.8  # b of an exit of which nothing is known: 69%
-_STEP, _SLOWER, _SLOWEST = (
-    2.0,
-    0.15,
-    160.0,
-)  # b and c move by _STEP / (1 + _SLOWER * seen), at least by _STEP / _SLOWEST
+# b and c move by _STEP / (1 + _SLOWER * seen), and at least by _STEP / _SLOWEST.
+_STEP, _SLOWER, _SLOWEST = 2.0, 0.15, 160.0
 _ROW_STEP = 0.25
 
 
@@ -34,7 +31,7 @@ class Acceptance:
 
     @property
     def seen(self) -> int:
-        """How many drafts of the exit that was judged least were judged, up to some hundreds."""
+        """How many drafts of the exit that was judged least were judged, up to a thousand."""
         return round((min(weight for _, weight in self._exits.values()) - 1) / _SLOWER)
 
     def begin(self) -> None:

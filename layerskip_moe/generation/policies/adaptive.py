@@ -65,7 +65,7 @@ class Adaptive:
         self.exits = candidate_exits(model.config.n_layers)
         is_another = self._prepared_for is None or self._prepared_for() is not model
         if is_another:
-            self._acceptances = {}
+            self._acceptances, self._looks, self._to_look = {}, 0, _LOOK
         if is_another or rows != self._n_rows:
             self._union = 1.0
         self._prepared_for, self._n_rows = weakref.ref(model), rows
@@ -155,7 +155,8 @@ class Adaptive:
         return max(cost.seconds_of(cost.amounts(exit_layer, longest, rows, places, later)), 1e-9)
 
     def observe(self, round: RoundReport) -> None:
-        """Learn what was accepted, how long it took, and how many experts it read; then perhaps rest."""
+        """Learn what was accepted, and where it was asked what other exits would have said and how many experts were
+        read; then perhaps rest."""
         assert self._acceptance is not None
         for row, drafted, accepted in zip(round.rows, round.drafted, round.accepted, strict=True):
             if drafted:

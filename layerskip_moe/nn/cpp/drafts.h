@@ -26,6 +26,9 @@ inline std::vector<Tensor> replay_drafts(
   check_sizes(rows.numel() == n_rows && positions.numel() == n_rows * places && limits.numel() == n_rows && (!floors || floors->numel() == n_rows));
   check_sizes(n_rows <= states_program.room && n_rows <= choice_program.room);
   check_sizes(states_program.inputs.size() == 3 && choice_program.inputs.size() == (noise ? 2 : 1));
+  check_sizes(!states_program.outputs.empty() && choice_program.outputs.size() == 2);
+  check_sizes(states_program.outputs[0].numel() / states_program.room == choice_program.inputs[0].numel() / choice_program.room);
+  check_sizes(!noise || noise->size(2) == choice_program.inputs[1].numel() / choice_program.room);
   if (noise) check_dense(*noise, ScalarType::Double), check_sizes(noise->dim() == 3 && noise->size(0) == n_rows && noise->size(1) + 1 >= places);
 
   Tensor drafts = torch::stable::new_zeros(newest, {n_rows, places - 1});

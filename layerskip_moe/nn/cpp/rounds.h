@@ -38,14 +38,14 @@ inline std::vector<Tensor> replay_round(
       position.push_back(static_cast<const int64_t*>(positions.data_ptr())[r * places + place]);
     }
   }
-  const int64_t total = static_cast<int64_t>(row.size());
+  const int64_t total = static_cast<int64_t>(row.size()), vocabulary = program.outputs[0].numel() / program.room;
   check_sizes(total <= program.room && states.scalar_type() == program.inputs[0].scalar_type());
+  check_sizes(states.size(2) == program.inputs[0].numel() / program.room && (!noise || noise->size(2) == vocabulary));
   const WithRows there(total, program.room);
   put(program.inputs[0], start.data()), put(program.inputs[1], row.data()), put(program.inputs[2], position.data());
   for (const auto& step : program.steps) step();
 
   Tensor tokens = torch::stable::new_zeros(newest, {n_rows, places}), counts = torch::stable::new_zeros(newest, {n_rows, 2});
-  const int64_t vocabulary = program.outputs[0].numel() / program.room;
   const std::vector<float> logits = as_floats(program.outputs[0]);
   const float* logit = logits.data();
   for (int64_t r = 0; r < n_rows; ++r) {

@@ -183,8 +183,8 @@ struct Choice {
 inline Choice choose_of(const float* logits, const double* noise, int64_t vocabulary, double temperature) {
   const auto score = [&](int64_t token) { return logits[token] + (noise == nullptr ? 0.0 : noise[token]); };
   int64_t best = 0;
-  for (int64_t token = 1; token < vocabulary; ++token)
-    if (score(token) > score(best)) best = token;
+  for (int64_t token = 1; token < vocabulary && !std::isnan(score(best)); ++token)  // (as torch: the first that is not a number)
+    if (!(score(token) <= score(best))) best = token;
   float total = 0;
   for (int64_t token = 0; temperature > 0 && token < vocabulary; ++token)
     total += std::exp(static_cast<float>((score(token) - score(best)) / temperature));
