@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from layerskip_moe.nn import KVCache, MoEDecoder
@@ -56,7 +57,10 @@ def take_cache(model: MoEDecoder, batch_size: int, capacity: int, *, n_layers: i
     cache, parts = _kept.pop(model, (None, None))  # one user at a time
     if cache is not None and parts == _Parts.of(model):
         found = *cache.keys.shape[:2], cache.keys.dtype, cache.keys.device
-        if found == (n_layers, batch_size, model.dtype, model.device) and cache.capacity >= capacity:
+        # Outside inference mode nothing may be written to what was made within.
+        may_write = torch.is_inference_mode_enabled() or not cache.keys.is_inference()
+        fits = found == (n_layers, batch_size, model.dtype, model.device) and cache.capacity >= capacity
+        if fits and may_write:
             cache.clear()
             return cache
     del cache, parts  # before there is another

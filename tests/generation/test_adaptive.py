@@ -240,3 +240,9 @@ def test_models_with_room_for_little_text(length):
     how = dict(max_new_tokens=length - 2)
     expected = generate(model, [[1]], **how).tokens
     assert generate(model, [[1]], SelfSpeculative(), **how).tokens == expected
+
+
+def test_a_model_of_one_layer_has_nothing_to_draft_with(trained_model):
+    model = trained_model(n_layers=1)
+    expected = generate(model, [[1, 2]], max_new_tokens=6)
+    assert generate(model, [[1, 2]], SelfSpeculative(), max_new_tokens=6).tokens == expected.tokens

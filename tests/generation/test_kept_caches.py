@@ -7,7 +7,16 @@ import weakref
 import pytest
 import torch
 
-from layerskip_moe.generation import Autoregressive, EarlyExit, SelfSpeculative, Speculative, generate, kept_caches
+from layerskip_moe.generation import (
+    Autoregressive,
+    EarlyExit,
+    Sampling,
+    SelfSpeculative,
+    Session,
+    Speculative,
+    generate,
+    kept_caches,
+)
 from layerskip_moe.nn import steps
 from layerskip_moe.nn.kernels import has_kernels
 
@@ -180,3 +189,11 @@ def test_a_failed_text_leaves_nothing(model):
     with pytest.raises(KeyboardInterrupt):
         generate(model, PROMPTS, max_new_tokens=10, on_token=stop)
     assert model not in kept_caches._kept
+
+
+def test_what_was_kept_in_inference_mode_serves_there_alone(model):
+    generate(model, PROMPTS, max_new_tokens=4)
+    with torch.no_grad():
+        session = Session(model, PROMPTS, Sampling(), max_new_tokens=4)
+        session.prefill()
+        assert not session.cache.keys.is_inference()

@@ -32,7 +32,7 @@ class Acceptance:
     @property
     def seen(self) -> int:
         """How many drafts of the exit that was judged least were judged, up to a thousand."""
-        return round((min(weight for _, weight in self._exits.values()) - 1) / _SLOWER)
+        return round((min((weight for _, weight in self._exits.values()), default=1.0) - 1) / _SLOWER)
 
     def begin(self) -> None:
         """Forget the rows: another text begins."""
