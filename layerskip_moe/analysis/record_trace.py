@@ -7,6 +7,7 @@ L layers, M MoE layers, K experts chosen, N states, D width, V vocabulary.
 Knows nothing of files. Next: `trace.py`, what is recorded.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 from layerskip_moe.analysis.held_out import LIVE_LOGITS, run_layers
 from layerskip_moe.analysis.trace import TracedText
 from layerskip_moe.generation import Sampling, Session, check_prompts, generate
-from layerskip_moe.generation.sampling import choose_with_confidence, gumbel_noise, log_probabilities
+from layerskip_moe.generation.sampling import choose, choose_with_confidence, gumbel_noise
 from layerskip_moe.nn import ModelConfig, MoEDecoder, RunOutput
 from layerskip_moe.nn.modes import evaluating
 
@@ -76,9 +77,9 @@ class _Recording:
     """A strategy, plain decoding of one prompt, that keeps what every layer says: each list's parts are of a few
     states, one after the other."""
 
-    said: list[Tensor] = field(default_factory=list)  # [L, N] each, as confidence and certainty
+    said: list[Tensor] = field(default_factory=list)  # [L, N] each, as second and confidence
+    second: list[Tensor] = field(default_factory=list)
     confidence: list[Tensor] = field(default_factory=list)
-    certainty: list[Tensor] = field(default_factory=list)
     experts: list[Tensor] = field(default_factory=list)  # [M, N, K] each
 
     def check(self, config: ModelConfig) -> None:
@@ -114,11 +115,9 @@ class _Recording:
             logits = model.unembed(states[first : first + some])
             here = None if noise is None else noise[0, first : first + some, None]
             said, confidence = choose_with_confidence(logits, sampling, here)
-            certainty = confidence
-            if here is not None:
-                scores = log_probabilities(logits, sampling) + here
-                certainty = scores.softmax(dim=-1).amax(dim=-1).float()
-            for kept, part in ((self.said, said), (self.confidence, confidence), (self.certainty, certainty)):
+            others = logits.scatter(-1, said[..., None], -math.inf)
+            second = choose(others, sampling, here)
+            for kept, part in ((self.said, said), (self.second, second), (self.confidence, confidence)):
                 kept.append(part.T.cpu())
         chosen = [output.chosen[layer].cpu() for layer in sorted(output.chosen)]
         self.experts.append(torch.stack(chosen) if chosen else torch.zeros(0, len(states), 0, dtype=torch.int64))

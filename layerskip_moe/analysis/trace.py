@@ -22,8 +22,8 @@ from layerskip_moe.nn import ModelConfig
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
-_VERSION = 1  # of the file
-_PER_STATE = ("said", "confidence", "certainty", "experts")
+_VERSION = 2  # of the file
+_PER_STATE = ("said", "second", "confidence", "experts")
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,8 @@ class TracedText:
         seed: of the noise, whose row is 0
         said: [L, T - 1] the token that each layer says, with the temperature and noise of its position: just what it
             would draft there
+        second: [L, T - 1] what it would say were that token forbidden
         confidence: [L, T - 1] float32, the probability that the layer gives it
-        certainty: [L, T - 1] float32, the softmax of what it was chosen by (logits over temperature, plus noise) at the
-            choice: confidence itself where greedy
         experts: [M, T - 1, K] the experts chosen, by MoE layer, rising
     """
 
@@ -48,8 +47,8 @@ class TracedText:
     temperature: float
     seed: int
     said: Array
+    second: Array
     confidence: Array
-    certainty: Array
     experts: Array
 
     @property
@@ -106,7 +105,8 @@ def save_trace(trace: Trace, path: str | Path) -> None:
     arrays: dict[str, Any] = {"tokens": np.concatenate([text.tokens for text in trace.texts])}
     for name in _PER_STATE:
         arrays[name] = np.concatenate([getattr(text, name) for text in trace.texts], axis=1)
-    for name, count in (("tokens", config.vocab_size), ("said", config.vocab_size), ("experts", config.num_experts)):
+    counts = {"tokens": config.vocab_size, "said": config.vocab_size, "second": config.vocab_size}
+    for name, count in (counts | {"experts": config.num_experts}).items():
         arrays[name] = arrays[name].astype(np.min_scalar_type(max(count - 1, 0)))
     arrays["header"] = np.frombuffer(json.dumps(plain(header), allow_nan=False).encode(), dtype=np.uint8)
     with replacing(Path(path)) as beside, open(beside, "wb") as file:
@@ -139,7 +139,7 @@ def _check_shapes(path: str | Path, arrays: dict[str, Array], config: ModelConfi
     expected: dict[str, tuple[int, ...]] = {
         "tokens": (sum(lengths),),
         "experts": (moe_layers, states, config.top_k if moe_layers else 0),
-        **{name: (config.n_layers, states) for name in ("said", "confidence", "certainty")},
+        **{name: (config.n_layers, states) for name in ("said", "second", "confidence")},
     }
     for name, shape in expected.items():
         if arrays[name].shape != shape:

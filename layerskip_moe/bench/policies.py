@@ -21,6 +21,7 @@ from layerskip_moe.analysis.trace import Array, TracedText
 from layerskip_moe.bench.oracle import fixed_seconds, oracle
 from layerskip_moe.bench.replay import ReplayedRound, replay
 from layerskip_moe.bench.rounds import RoundCost, TextRounds
+from layerskip_moe.bench.trees import best_tree
 from layerskip_moe.generation.cost_model import CostModel
 from layerskip_moe.generation.policies import DEL, Adaptive, Cascade, DraftVerify, Fixed, Heuristic
 from layerskip_moe.generation.policies.policy import Policy
@@ -53,7 +54,7 @@ class PolicyRun:
 
     Attributes:
         name: what the caller calls it
-        make: a new such policy; None for one that no policy can be, as it knows the future
+        make: a new such policy; None for one that there is none of: a tree, and what knows the future
         setting: what is the fastest of several, in words; None where there was nothing to choose
         rounds: of each prompt
     """
@@ -79,7 +80,7 @@ class PolicyComparison:
         exit_layers: of the fixed pairs
         draft_lengths: likewise, from 0
         fixed_seconds: [exit layers, draft lengths] of all prompts together
-        runs: plain, best fixed, then the policies, then the oracles of one exit layer and of all
+        runs: plain, best fixed, then the policies, the best tree, then the oracles of one exit layer and of all
         resamples: of the prompts, for the intervals
         seed: of these
     """
@@ -196,6 +197,9 @@ def compare_policies(
         ]
         for name, settings in tried.items():
             runs.append(_fastest([run_of(name, make) for make in settings]))
+        if isinstance(cost, CostModel):
+            setting, tree = best_tree(rounds, cost, exits, lengths)
+            runs.append(PolicyRun("best tree", None, setting, tree))
         runs.append(_fastest([oracle_of("oracle of one", [layer], f"exit layer {layer}") for layer in exits]))
         runs.append(oracle_of("oracle", exits))
     return PolicyComparison(

@@ -3,7 +3,7 @@
 The policy is asked and told what `SelfSpeculative` would ask and tell it, one prompt after another, each a batch of its
 own. How many drafts are accepted is exact; a round lasts as long as a cost model says, so every replay is the same.
 Three things that a policy may see are not in a trace: what is drafted after the first refused draft, where the text's
-own places stand in (so `should_stop` and `give_up_below` may end a round's last, refused drafts elsewhere); the model
+own places stand in (so `should_stop` may end a round's last, refused drafts elsewhere); the model
 itself, of which a session here has the config alone; and the clock. What it costs to ask is not in a round's seconds
 either: rounds with `shadow` or `should_stop` take longer than they do here, which `policies_check.py` shows.
 
@@ -101,7 +101,7 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
             )
         limit = min(length, session.remaining[0] - 1)
         exit_layer = exit_layer if limit else 0
-        drafted, confidences, certainties = _draft(text, place, exit_layer, limit, policy)
+        drafted, confidences = _draft(text, place, exit_layer, limit, policy)
         accepted = text.accepted(place, exit_layer, drafted)
         experts, seconds = text.experts(place, exit_layer, drafted), text.seconds(place, exit_layer, drafted)
         places = slice(place, place + drafted + 1)
@@ -113,7 +113,6 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
             drafted=[drafted],
             accepted=[accepted],
             confidences=[confidences],
-            certainties=None if certainties is None else [certainties],
             seconds=seconds,
             tokens=_tokens(text.tokens[places]),
             experts=experts if experts and getattr(policy, "experts", False) else None,
@@ -124,29 +123,18 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
     return rounds
 
 
-def _draft(
-    text: TextRounds, place: int, exit_layer: int, limit: int, policy: Policy
-) -> tuple[int, list[float], list[float] | None]:
-    """How many drafts are verified, of at most `limit`; their confidences and certainties where the policy asks.
-
-    A policy with `give_up_below`, a number for each row, throws the draft away at which the product of the round's
-    certainties falls below it; what that draft cost is what the layers that drafted cost at a round's last place.
-    """
-    should_stop, below = policy.should_stop, getattr(policy, "give_up_below", None)
+def _draft(text: TextRounds, place: int, exit_layer: int, limit: int, policy: Policy) -> tuple[int, list[float]]:
+    """How many drafts are verified, of at most `limit`; their confidences where the policy asks."""
+    should_stop = policy.should_stop
     confidences: list[float] = []
-    if should_stop is None and below is not None and limit:
-        certainties = text.certainty[exit_layer - 1, place : place + limit].astype("float64")
-        given_up = certainties.cumprod() < below[0]
-        drafted = int(given_up.argmax()) if given_up.any() else limit
-        return drafted, confidences, certainties[: drafted + 1].tolist()
     if should_stop is None:
-        return limit, confidences, None
+        return limit, confidences
     for draft in range(limit):
         confidence = torch.from_numpy(text.confidence[exit_layer - 1, place + draft, None].copy())
         confidences.append(float(confidence))
         if draft + 1 < limit and bool(should_stop(confidence, draft)):
-            return draft + 1, confidences, None
-    return limit, confidences, None
+            return draft + 1, confidences
+    return limit, confidences
 
 
 def _shadow(text: TextRounds, places: slice, policy: Policy, config: ModelConfig) -> torch.Tensor:

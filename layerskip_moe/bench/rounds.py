@@ -33,15 +33,15 @@ class TextRounds:
     text:       it and its prompt
     agreeing:   [L, N + 1] from each place on, how many tokens in a row each layer would say right
     confidence: [L, N] of what each layer says at each place, as in `TracedText`, whose prompt is left out here
-    certainty:  [L, N], likewise
+    second:     [L, N], likewise
     """
 
     def __init__(self, text: TracedText, config: ModelConfig, cost: RoundCost) -> None:
         assert text.is_own, "rounds are of what the model wrote"
         self.text, self._config, self._cost = text, config, cost
         first = text.prompt_length - 1
-        self.said, self.confidence, self.certainty = (
-            part[:, first:] for part in (text.said, text.confidence, text.certainty)
+        self.said, self.second, self.confidence = (
+            part[:, first:] for part in (text.said, text.second, text.confidence)
         )
         self.tokens = text.tokens[text.prompt_length :]
         self.length = len(self.tokens)

@@ -233,7 +233,7 @@ def _fitted_to(empty: CostModel, blocks: Sequence[_Block]) -> CostModel:
     medians = torch.tensor([sorted(some)[len(some) // 2] for some in seconds.values()], dtype=torch.float64)
     features = torch.stack([torch.tensor(some, dtype=torch.float64).mean(dim=0) for some in did.values()])
     costs = _nonnegative_least_squares(features / medians[:, None], torch.ones_like(medians))
-    return CostModel(empty.n_layers, empty.moe_layers, empty.num_experts, empty.top_k, tuple(costs.tolist()))
+    return replace(empty, seconds=tuple(costs.tolist()))
 
 
 def _nonnegative_least_squares(matrix: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

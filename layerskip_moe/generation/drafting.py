@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from layerskip_moe.generation.places import as_index, by_row, in_turn, where
 from layerskip_moe.generation.sampling import penalize
 from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.verification import Round
 from layerskip_moe.nn import ModelConfig, MoEDecoder
+from layerskip_moe.nn.ragged import as_index, by_row, in_turn
 from layerskip_moe.nn.rounds import speculate
 
 
@@ -47,12 +47,11 @@ class States:
 class Watch:
     """What else is kept of a round, for a policy that asks.
 
-    exits:       exit layers, below L, after which the states are
-    choices:     whether the choices of verification's routers are
-    shadow:      whether shadow tokens are asked for in this round
-    seen:        (layer index, its states), each place once for each layer
-    chosen:      layer index -> experts chosen there [N, K]
-    certainties: of each row's drafts, and of the one that was given up; where there are floors
+    exits:   exit layers, below L, after which the states are
+    choices: whether the choices of verification's routers are
+    shadow:  whether shadow tokens are asked for in this round
+    seen:    (layer index, its states), each place once for each layer
+    chosen:  layer index -> experts chosen there [N, K]
     """
 
     exits: Sequence[int]
@@ -60,7 +59,6 @@ class Watch:
     shadow: bool
     seen: list[tuple[int, States]] = field(default_factory=list)
     chosen: dict[int, Tensor] = field(default_factory=dict)
-    certainties: list[list[float]] | None = None
 
     def __bool__(self) -> bool:
         return bool(self.exits) or self.choices
@@ -77,11 +75,8 @@ def go_together(session: Session, round_: Round, exit_layers: list[int], drafter
     return plain and round_.length > 0 and len({layer for layer in exit_layers if layer}) == 1
 
 
-def draft_and_verify(
-    session: Session, round_: Round, exit_layer: int, floors: Sequence[float] | None, watch: Watch
-) -> tuple[Tensor, list[int]]:
-    """Draft, verify and choose in one call: tokens and how many drafts were accepted, as `Round.settle` has them;
-    `round_` gets lower limits where floors, by row, end a row's drafting."""
+def draft_and_verify(session: Session, round_: Round, exit_layer: int, watch: Watch) -> tuple[Tensor, list[int]]:
+    """Draft, verify and choose in one call: tokens and how many drafts were accepted, as `Round.settle` has them."""
     done = speculate(
         session.model,
         session.newest,
@@ -90,20 +85,14 @@ def draft_and_verify(
         cache=session.cache,
         noise=None if round_.noise is None else round_.noise * session.sampling.temperature,
         limits=round_.limits,
-        floors=floors,
-        temperature=0.0 if floors is None else session.sampling.temperature or 1.0,
         collect=watch.collect(range(session.model.config.n_layers)),
         choices=watch.choices,
     )
-    if floors is not None:
-        made = zip(done.certainties.tolist(), done.drafted, round_.limits, strict=True)
-        watch.certainties = [certainties[: min(count + 1, limit)] for certainties, count, limit in made]
-        round_.limits = done.drafted
     watch.chosen |= done.chosen
     if watch.shadow:
         rows, places = in_turn([range(limit + 1) for limit in round_.limits])
         watch.seen += [(layer, States(rows, places, states[:, None])) for layer, states in done.collected.items()]
-    return done.tokens[:, : round_.length + 1], done.accepted
+    return done.tokens, done.accepted
 
 
 def draft(
@@ -187,12 +176,12 @@ def verify(session: Session, round_: Round, drafted: dict[int, list[States]], wa
     for exit_layer, parts in drafted.items():
         states = _run(session, states, range(done, exit_layer), watch)
         states, done = States.join([states, *parts]), exit_layer
+    index = as_index(states.rows, states.places, text.device)
     if watch:
         told = model.unembed(_run(session, states, range(done, n_layers), watch).hidden)
     else:
-        index = as_index(session, states.rows, states.places)
-        _, told = model.decode(states.hidden, range(done, n_layers), **where(session, *index))
-    return by_row(told, *as_index(session, states.rows, states.places), shape=(len(limits), places))
+        _, told = model.decode(states.hidden, range(done, n_layers), **session.at(*index))
+    return by_row(told, *index, shape=(len(limits), places))
 
 
 def _decode(session: Session, watch: Watch) -> Tensor:
@@ -221,7 +210,7 @@ def _run(session: Session, states: States, layers: range, watch: Watch) -> State
         layers,
         collect=collect,
         choices=watch.choices,
-        **where(session, *as_index(session, states.rows, states.places)),
+        **session.at(*as_index(states.rows, states.places, states.hidden.device)),
     )
     watch.seen += [(layer, States(states.rows, states.places, output.collected[layer])) for layer in collect]
     watch.chosen |= output.chosen
@@ -249,7 +238,7 @@ def shadow_tokens(session: Session, round_: Round, watch: Watch, tokens: Tensor)
     if watch.seen:
         layers = tokens.new_tensor([layer for layer, states in watch.seen for _ in states.rows])
         states = States.join(states for _, states in watch.seen)
-        rows, at = as_index(session, states.rows, states.places)
+        rows, at = as_index(states.rows, states.places, tokens.device)
         scores, seen = session.model.unembed(states.hidden)[:, 0], session.seen(places, round_.drafts)
         assert seen is None or len(round_.drafts) + 1 == places, "a round with a penalty notes its drafts"
         if seen is not None:

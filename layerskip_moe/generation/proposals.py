@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from layerskip_moe.generation.places import as_index, by_row, in_turn, where
 from layerskip_moe.generation.verification import Round
+from layerskip_moe.nn.ragged import as_index, by_row, in_turn
 
 
 def draft(
@@ -38,9 +38,7 @@ def draft(
     if not session.sampling.filters:
         noise = None if round_.noise is None else round_.noise[:, :count]
         noise = noise if noise is None or rows is None else noise[rows]
-        limits = [count] * len(positions)
-        drafted = session.draft(layers, positions, noise, limits, collect=collect, rows=rows, top_k=top_k)
-        return drafted.tokens, drafted.states
+        return session.draft(layers, positions, noise, rows=rows, top_k=top_k, collect=collect)
     model, token = session.model, session.newest if rows is None else session.newest[rows]
     cache = session.cache if rows is None else session.cache.subset(rows)
     drafts, states = [token[:, :0]], []
@@ -70,8 +68,8 @@ def verify(round_: Round) -> Tensor:
     text, layers = torch.cat([session.newest, *round_.drafts], dim=1), range(session.model.config.n_layers)
     if len(set(limits)) == 1:
         return session.decode(text, layers, session.positions(text.shape[1]))
-    rows, places = as_index(session, *in_turn([range(limit + 1) for limit in limits]))
-    _, told = session.model.decode(text[rows, places][:, None], layers, **where(session, rows, places))
+    rows, places = as_index(*in_turn([range(limit + 1) for limit in limits]), text.device)
+    _, told = session.model.decode(text[rows, places][:, None], layers, **session.at(rows, places))
     return by_row(told, rows, places, shape=(len(limits), text.shape[1]))
 
 
@@ -89,13 +87,13 @@ def verify_rest(round_: Round, exit_layer: int, states: Tensor, known: Sequence[
             new = session.run(new, range(exit_layer), positions[:, known[0] :])
             states = torch.cat([states, new], dim=1)
         return session.decode(states, layers, positions)
-    rows, places = as_index(session, *in_turn([range(count) for count in known]))
+    rows, places = as_index(*in_turn([range(count) for count in known]), text.device)
     states = states[rows, places][:, None]
     if sum(known) < sum(limits) + len(limits):
         unknown = [range(count, limit + 1) for count, limit in zip(known, limits, strict=True)]
-        later, at = as_index(session, *in_turn(unknown))
+        later, at = as_index(*in_turn(unknown), text.device)
         new = model.embed(text[later, at])[:, None]
-        new = model.run(new, range(exit_layer), **where(session, later, at)).hidden
+        new = model.run(new, range(exit_layer), **session.at(later, at)).hidden
         states, rows, places = torch.cat([states, new]), torch.cat([rows, later]), torch.cat([places, at])
-    _, told = model.decode(states, layers, **where(session, rows, places))
+    _, told = model.decode(states, layers, **session.at(rows, places))
     return by_row(told, rows, places, shape=(len(limits), text.shape[1]))

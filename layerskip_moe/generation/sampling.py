@@ -99,7 +99,7 @@ def choose(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
         return logits.argmax(dim=-1)
     if sampling.top_k is None and sampling.top_p is None:  # the same, times the temperature, less a constant
         scaled = (noise * sampling.temperature).expand_as(logits)
-        return few_rows.choose(logits.flatten(0, -2), scaled.flatten(0, -2))[0].view(logits.shape[:-1])
+        return few_rows.choose(logits.flatten(0, -2), scaled.flatten(0, -2)).view(logits.shape[:-1])
     return (log_probabilities(logits, sampling) + noise).argmax(dim=-1)
 
 

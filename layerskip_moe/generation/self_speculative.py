@@ -126,12 +126,12 @@ class SelfSpeculative:
         started = time.perf_counter()
         shadow, experts = policy.shadow, getattr(policy, "experts", False)
         watch = Watch(watched_exits(policy, session.model.config) if shadow else (), experts, shadow)
-        stop, floors = policy.should_stop, getattr(policy, "give_up_below", None)
+        stop = policy.should_stop
         round_ = Round.begin(session, [length for _, length in plan], self.coupling, confident=stop is not None)
         exit_layers = [layer if limit else 0 for (layer, _), limit in zip(plan, round_.limits, strict=True)]
         confidences: list[list[float]] = [[] for _ in plan]
         if go_together(session, round_, exit_layers, drafter):
-            tokens, accepted = draft_and_verify(session, round_, max(exit_layers), floors, watch)
+            tokens, accepted = draft_and_verify(session, round_, max(exit_layers), watch)
         else:
             drafted, confidences = draft(session, round_, exit_layers, stop, drafter, watch)
             tokens, accepted = round_.settle(verify(session, round_, drafted, watch))
@@ -142,7 +142,6 @@ class SelfSpeculative:
             drafted=round_.limits,
             accepted=accepted,
             confidences=confidences,
-            certainties=watch.certainties,
             seconds=seconds,
             tokens=tokens,
             experts=experts_read(watch, session.model.config) if experts else None,

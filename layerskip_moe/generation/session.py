@@ -19,7 +19,7 @@ from layerskip_moe.generation.prompt_agreement import prompt_agreement
 from layerskip_moe.generation.sampling import Sampling, choose, gumbel_noise, penalize
 from layerskip_moe.generation.statistics import GenerationStats
 from layerskip_moe.generation.text import TextStream
-from layerskip_moe.nn import Drafted, KVCache, MoEDecoder, RunOutput
+from layerskip_moe.nn import KVCache, MoEDecoder, RunOutput
 
 _MOST_AHEAD, _MOST_NOISE = 16, 2**20  # places, and numbers, of noise drawn at a time
 _KEPT = 64  # last positions of prompts whose states are kept
@@ -164,28 +164,29 @@ class Session:
         layers: Sequence[int],
         positions: Tensor,
         noise: Tensor | None,
-        limits: Sequence[int],
-        floors: Sequence[float] | None = None,
-        collect: Sequence[int] = (),
         *,
         rows: Tensor | None = None,
         top_k: int | None = None,
-    ) -> Drafted:
+        collect: Sequence[int] = (),
+    ) -> tuple[Tensor, list[Tensor]]:
         """Drafts by some layers and the head, one after another, after the newest token, which is at the first of
-        positions [A, n + 1]; limits[r] of row r, or fewer by its floor, as `MoEDecoder.draft` says. Nothing is filtered
-        out or penalised. rows [R]: the rows that draft, where not all do, of which all else is given and returned."""
+        positions [A, n + 1], and states, as `MoEDecoder.draft` has them. Nothing is filtered out or penalised. rows
+        [R]: the rows that draft, where not all do, of which all else is given and returned."""
         return self.model.draft(
             self.newest if rows is None else self.newest[rows],
             layers,
             positions=positions,
             cache=self.cache if rows is None else self.cache.subset(rows),
             noise=None if noise is None else noise * self.sampling.temperature,
-            limits=torch.tensor(limits, device=self.newest.device),
-            floors=None if floors is None else torch.tensor(floors, dtype=torch.float64, device=self.newest.device),
-            temperature=0.0 if floors is None else self.sampling.temperature or 1.0,
             top_k=top_k,
             collect=collect,
         )
+
+    def at(self, rows: Tensor, places: Tensor) -> dict[str, Any]:
+        """The cache and the positions [N, 1] of places [N] after the text of active rows [N], as `MoEDecoder.run` takes
+        them."""
+        cache = self.cache.subset(rows)
+        return {"cache": cache, "positions": (cache.lengths + places)[:, None]}
 
     def noise(self, count: int, *, stream: int = 0) -> Tensor | None:
         """Noise [A, count, V] for choosing the next `count` tokens of each row; None when greedy. It is drawn for more

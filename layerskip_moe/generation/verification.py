@@ -15,6 +15,7 @@ from torch import Tensor
 from layerskip_moe.generation.sampling import choose_with_confidence, log_probabilities
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn.noise import hash_uniform
+from layerskip_moe.nn.ragged import before_the_first_wrong
 
 # "shared": draft and full model choose with the same noise, and the full model's choice is the output, so the text
 # equals plain decoding's token for token. "rejection": accept a draft x with probability min(1, p(x) / q(x)), else
@@ -98,7 +99,7 @@ class Round:
         tokens = session.choose(scores, None if self.noise is None else self.noise[:, : logits.shape[1]])
         if not self.drafts:
             return tokens, [0] * len(tokens)
-        return tokens, _accepted(torch.cat(self.drafts, dim=1) == tokens[:, :-1], self.limits)
+        return tokens, before_the_first_wrong(torch.cat(self.drafts, dim=1) == tokens[:, :-1], self.limits)
 
     def verify(self, logits: Tensor) -> None:
         """`settle`, and end the round."""
@@ -110,11 +111,6 @@ class Round:
         if rows is None:
             return some
         return some.new_zeros(len(self.limits), *some.shape[1:]).index_copy(0, rows, some)
-
-
-def _accepted(right: Tensor, limits: Sequence[int]) -> list[int]:
-    """How many of each row's drafts, right [A, T-1] bool, come before the first that is not, up to its limit."""
-    return [[*row[:limit], False].index(False) for row, limit in zip(right.tolist(), limits, strict=True)]
 
 
 def _reject(
@@ -133,7 +129,7 @@ def _reject(
     q_of_draft = q.gather(-1, drafts[..., None])[..., 0]
     places = session.cache.lengths[:, None] + torch.arange(1, length + 1, device=drafts.device)
     coin = hash_uniform(sampling.seed, _ACCEPT, session.rows[:, None], places)
-    accepted = _accepted(coin * q_of_draft < p_of_draft, limits)
+    accepted = before_the_first_wrong(coin * q_of_draft < p_of_draft, limits)
 
     residual = (p[:, :length] - q).clamp(min=0)
     total = residual.sum(-1, keepdim=True)

@@ -19,7 +19,7 @@ from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.checks import check_positions, check_run
 from layerskip_moe.nn.compiling import is_compiled
 from layerskip_moe.nn.config import ModelConfig
-from layerskip_moe.nn.drafts import Drafted, draft_places, kept_drafts, repeat_draft
+from layerskip_moe.nn.drafts import draft_places, repeat_draft
 from layerskip_moe.nn.experts import Experts
 from layerskip_moe.nn.linear import Linear, linear
 from layerskip_moe.nn.norm import RMSNorm
@@ -212,39 +212,30 @@ class MoEDecoder(nn.Module):
         positions: Tensor,
         cache: KVCache,
         noise: Tensor | None = None,
-        limits: Tensor | None = None,
-        floors: Tensor | None = None,
-        temperature: float = 0.0,
         top_k: int | None = None,
         collect: Sequence[int] = (),
-    ) -> Drafted:
+    ) -> tuple[Tensor, list[Tensor]]:
         """Draft tokens one after another by some layers and the head; of few rows, compiled, one call.
 
         newest: [A, 1] int64; positions: [A, n + 1] int64, where it stands and where n drafts will; layers, cache,
             top_k, collect: as in `run`
         noise: [A, n, V] float64, added to the logits; a draft is where they are largest
-        limits: [A] int64, drafts of each row; by default n
-        floors: [A] float64: a draft is given up, and a row drafts no more, when the product of its certainties falls
-            below; 0, the default, never. temperature: of certainties, see `few_rows.choose`; 0 where none are wanted
+        -> drafts [A, n]; states [A, n + 1, D] of newest and drafts, after the last of the layers and after each of
+            `collect`
         """
-        layers, count = list(layers), positions.shape[1] - 1
-        limits = torch.full_like(newest[:, 0], count) if limits is None else limits
-        floors = torch.zeros_like(limits, dtype=torch.float64) if floors is None else floors
+        layers = list(layers)
         if self._repeats(self.dtype, positions[:, :1]):
             length = check_positions(positions, self.config, cache)
             check_run(layers, self.config, len(positions), cache, top_k=top_k, collect=collect)
-
-            how: dict[str, Any] = {"noise": noise, "limits": limits, "floors": floors, "temperature": temperature}
             states_of, key = recordable(self, layers, cache, top_k, collect)
-            return repeat_draft(self, states_of, newest, positions, cache, length=length, key=key, **how)
+            return repeat_draft(self, states_of, newest, positions, cache, noise, length=length, key=key)
 
         def states_at(token: Tensor, place: int) -> list[Tensor]:
             at = positions[:, place : place + 1]
             output = self.run(self.embed(token), layers, positions=at, cache=cache, top_k=top_k, collect=collect)
             return [output.hidden, *(output.collected[layer] for layer in collect)]
 
-        tokens, certainties, *states = draft_places(self, states_at, newest, count, noise, temperature)
-        return Drafted(tokens, kept_drafts(certainties, limits, floors), states, certainties)
+        return draft_places(self, states_at, newest, positions.shape[1] - 1, noise)
 
     def _repeats(self, dtype: torch.dtype, positions: Tensor) -> bool:
         """Whether a step of states at positions [B, T] is recorded, and repeated after that."""

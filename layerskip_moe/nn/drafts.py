@@ -6,7 +6,7 @@ plain loop. Knows nothing of what a step computes. Next: `decoder.py` and `round
 `replay.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,7 @@ from layerskip_moe.nn.attention import Places, locate_within
 from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.checks import check_positions, check_run
 from layerskip_moe.nn.graphs import Graph
-from layerskip_moe.nn.replay import Recording, round_of
-from layerskip_moe.nn.replay import draft as repeat_places
+from layerskip_moe.nn.replay import Recording, drafts_of, round_of
 from layerskip_moe.nn.run_blocks import recordable
 from layerskip_moe.nn.steps import (
     Step,
@@ -36,43 +35,23 @@ if TYPE_CHECKING:
     from layerskip_moe.nn.decoder import MoEDecoder
 
 
-@dataclass
-class Drafted:
-    """Tokens drafted one after another, and the states they came from.
-
-    tokens:      [A, n], of no meaning from a row's count on
-    counts:      [A] int64, how many of them are the row's
-    states:      lists of [A, n + 1, D]: after the last of the layers, and after each whose states were asked for; of
-                 the newest token and of the drafts, of no meaning beyond a row's count
-    certainties: [A, n] float32, see `few_rows.choose`; of no meaning beyond the first draft that was given up
-    """
-
-    tokens: Tensor
-    counts: Tensor
-    states: list[Tensor]
-    certainties: Tensor
-
-
 def repeat_draft(
     model: "MoEDecoder",
     states_of: Callable[[Tensor, Places], list[Tensor]],
     newest: Tensor,
     positions: Tensor,
     cache: KVCache,
+    noise: Tensor | None,
     *,
     length: int,
-    noise: Tensor | None,
-    limits: Tensor,
-    floors: Tensor,
-    temperature: float,
     key: tuple[Any, ...],
-) -> Drafted:
+) -> tuple[Tensor, list[Tensor]]:
     """Tokens drafted one after another in one call; see `MoEDecoder.draft`.
 
     states_of: from token ids and their places to states, the first of which the head is for
     """
     if few_rows.serves(newest.device):
-        return _draft_by_place(model, states_of, newest, positions, cache, noise, limits, floors, temperature, key)
+        return _draft_by_place(model, states_of, newest, positions, cache, noise, key)
     count, slots = positions.shape[1] - 1, slots_read(length, cache.capacity)
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
@@ -82,12 +61,13 @@ def repeat_draft(
             at = positions[:, place : place + 1]
             return states_of(token, locate_within(at, rows, model.config, slots))
 
-        return draft_places(model, states_at, newest, count, noise[0] if noise else None, temperature)
+        tokens, states = draft_places(model, states_at, newest, count, noise[0] if noise else None)
+        return [tokens, *states]
 
     inputs = [newest, cache.rows, positions, *([] if noise is None else [noise])]
-    key = "drafts", len(newest), count, slots, noise is None, temperature, *key
-    tokens, certainties, *states = recorded(model, run, inputs, cache, key)
-    return Drafted(tokens, kept_drafts(certainties, limits, floors), states, certainties)
+    key = "drafts", len(newest), count, slots, noise is None, *key
+    tokens, *states = recorded(model, run, inputs, cache, key)
+    return tokens, states
 
 
 def draft_places(
@@ -96,29 +76,15 @@ def draft_places(
     newest: Tensor,
     count: int,
     noise: Tensor | None,
-    temperature: float,
-) -> list[Tensor]:
-    """The plain loop: drafts [A, n] and their certainties, and each of the states [A, n + 1, D]; every row gets all."""
-    token, drafts, certainties, states = newest, [newest[:, :0]], [torch.empty(len(newest), 0).to(newest.device)], []
+) -> tuple[Tensor, list[Tensor]]:
+    """The plain loop: drafts [A, n], and each of the states [A, n + 1, D]."""
+    tokens, states = [newest], []
     for place in range(count + 1):
-        states.append(states_at(token, place))
+        states.append(states_at(tokens[-1], place))
         if place < count:
             logits = model.unembed(states[-1][0])[:, 0]
-            chosen, certainty = few_rows.choose(logits, None if noise is None else noise[:, place], temperature)
-            token = chosen[:, None]
-            drafts.append(token)
-            certainties.append(certainty[:, None])
-    by_kind = [torch.cat(parts, dim=1) for parts in zip(*states, strict=True)]
-    return [torch.cat(drafts, dim=1), torch.cat(certainties, dim=1), *by_kind]
-
-
-def kept_drafts(certainties: Tensor, limits: Tensor, floors: Tensor) -> Tensor:
-    """[A]: how many drafts each row has, of certainties [A, n]: up to limits [A], and up to the first at which the
-    product of certainties falls below floors [A]."""
-    products = certainties.double().cumprod(dim=1)
-    within = torch.arange(certainties.shape[1], device=limits.device) < limits[:, None]
-    good = (products >= floors[:, None]) | (floors[:, None] <= 0)
-    return (good & within).long().cumprod(dim=1).sum(dim=1)
+            tokens.append(few_rows.choose(logits, None if noise is None else noise[:, place])[:, None])
+    return torch.cat(tokens, dim=1)[:, 1:], [torch.cat(parts, dim=1) for parts in zip(*states, strict=True)]
 
 
 def _draft_by_place(
@@ -128,30 +94,22 @@ def _draft_by_place(
     positions: Tensor,
     cache: KVCache,
     noise: Tensor | None,
-    limits: Tensor,
-    floors: Tensor,
-    temperature: float,
     key: tuple[Any, ...],
-) -> Drafted:
+) -> tuple[Tensor, list[Tensor]]:
     """On a CPU: two recordings, from a token to its states and from those to the next token, repeated in turn."""
     count, run = positions.shape[1] - 1, by_rows(states_of, model.config)
     if not count:
         inputs = [newest[:, 0], cache.rows, positions[:, 0]]
-        states = [state[:, None] for state in recorded(model, run, inputs, cache, ("draft", *key))]
-        return Drafted(newest[:, :0], torch.zeros_like(limits), states, floors[:, None].float()[:, :0])
-    first, second = _drafting(model, run, newest, positions, cache, noise, temperature, key)
-    if recordings := _complete(first, second):
-        tokens, certainties, counts, *states = repeat_places(
-            recordings, newest, cache.rows, positions, noise, limits, floors
-        )
-        return Drafted(tokens, counts, states, certainties)
+        return newest[:, :0], [state[:, None] for state in recorded(model, run, inputs, cache, ("draft", *key))]
+    if recordings := _complete(*_drafting(model, run, newest, positions, cache, noise, key)):
+        tokens, *states = drafts_of(recordings, newest, cache.rows, positions, noise)
+        return tokens, states
 
     def states_at(token: Tensor, place: int) -> list[Tensor]:
         states = run([token[:, 0], cache.rows, positions[:, place].contiguous()])
         return [state[:, None] for state in states]
 
-    tokens, certainties, *states = draft_places(model, states_at, newest, count, noise, temperature)
-    return Drafted(tokens, kept_drafts(certainties, limits, floors), states, certainties)
+    return draft_places(model, states_at, newest, count, noise)
 
 
 def _drafting(
@@ -161,19 +119,18 @@ def _drafting(
     positions: Tensor,
     cache: KVCache,
     noise: Tensor | None,
-    temperature: float,
     key: tuple[Any, ...],
 ) -> tuple[Recording | Graph, Recording | Graph]:
     """What is recorded of drafting: from a token to its states, and from those to the next token."""
 
     def choice_of(inputs: list[Tensor]) -> list[Tensor]:
         hidden, *noise = inputs
-        return list(few_rows.choose(model.unembed(hidden), noise[0] if noise else None, temperature))
+        return [few_rows.choose(model.unembed(hidden), noise[0] if noise else None)]
 
     first, _ = recording_of(model, run, [newest[:, 0], cache.rows, positions[:, 0]], cache, ("draft", *key))
     hidden = torch.zeros(len(newest), model.config.d_model, dtype=model.dtype, device=newest.device)
     drawn = [] if noise is None else [noise[:, 0]]
-    second, _ = recording_of(model, choice_of, [hidden, *drawn], cache, ("choice", noise is None, temperature))
+    second, _ = recording_of(model, choice_of, [hidden, *drawn], cache, ("choice", noise is None))
     return first, second
 
 
@@ -205,29 +162,26 @@ def repeat_round(
     cache: KVCache,
     *,
     noise: Tensor | None,
-    limits: Tensor,
-    floors: Tensor | None,
-    temperature: float,
-    most: int,
+    limits: Sequence[int],
 ) -> list[Tensor] | None:
     """Drafts, their verification and the full model's choices in one call, see `replay.round_of`; None where that
     cannot be recorded: on a GPU, and where an operator is not of the few rows'.
 
-    kept: layers of drafting and of verification whose states are wanted; most: places that may be verified
+    kept: layers of drafting and of verification whose states are wanted
     """
     if not few_rows.serves(newest.device):
         return None
     check_positions(positions, model.config, cache)
+    most = sum(limits) + len(limits)
     rooms = room_for(len(newest)), room_for(most)
-    drawn = noise is None, temperature
-    key = *weights_of(model), "round", exit_layer, tuple(kept[0]), tuple(kept[1]), choices, *drawn, *rooms
+    key = *weights_of(model), "round", exit_layer, tuple(kept[0]), tuple(kept[1]), choices, noise is None, *rooms
     found = cache.recordings.get(key)
     if found is None:
         layers = list(range(exit_layer)), list(range(exit_layer, model.config.n_layers))
         for some, states in zip(layers, kept, strict=True):
             check_run(some, model.config, len(positions), cache, collect=states)
         step, step_key = recordable(model, layers[0], cache, None, kept[0])
-        drafting = _drafting(model, by_rows(step, model.config), newest, positions, cache, noise, temperature, step_key)
+        drafting = _drafting(model, by_rows(step, model.config), newest, positions, cache, noise, step_key)
         step, step_key = recordable(model, layers[1], cache, None, kept[1], choices=choices, heads=True)
         rows, at = (numbers[:1].expand(most) for numbers in (cache.rows, positions[:, 0]))
         states_there = torch.zeros(most, model.config.d_model, dtype=model.dtype)
@@ -238,4 +192,4 @@ def repeat_round(
     assert isinstance(found, RecordedRound)
     if not found.complete:
         return None
-    return round_of(found.recordings, newest, cache.rows, positions, noise, limits, floors)
+    return round_of(found.recordings, newest, cache.rows, positions, noise, torch.tensor(limits))

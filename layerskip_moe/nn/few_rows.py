@@ -145,19 +145,11 @@ def remember(
     return total / share
 
 
-def choose(logits: Tensor, noise: Tensor | None, temperature: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Tokens [N] where logits [N, V], plus noise [N, V] in float64 if there is any, are largest; and how certain that
-    is, [N] float32: the softmax of (logits + noise) / temperature there, of no meaning at temperature 0."""
+def choose(logits: Tensor, noise: Tensor | None) -> Tensor:
+    """Tokens [N] where logits [N, V], plus noise [N, V] in float64 if there is any, are largest."""
     if are_few(logits) and has_kernels():
-        noise = None if noise is None else noise.contiguous()
-        return torch.ops.layerskip_moe_few_rows.choose.default(logits, noise, temperature)
-    scores = logits if noise is None else logits + noise
-    tokens = scores.argmax(dim=-1)
-    if not temperature:
-        return tokens, torch.ones_like(tokens, dtype=torch.float32)
-    scores = scores.double() if noise is None else scores
-    gaps = (scores - scores.gather(-1, tokens[..., None])) / temperature
-    return tokens, (1 / gaps.float().exp().sum(dim=-1)).float()
+        return torch.ops.layerskip_moe_few_rows.choose.default(logits, None if noise is None else noise.contiguous())
+    return (logits if noise is None else logits + noise).argmax(dim=-1)
 
 
 def attend(

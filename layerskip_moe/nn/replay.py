@@ -57,25 +57,13 @@ class Recording:
         return torch.ops.layerskip_moe_few_rows.replay.default(self.number, inputs, len(inputs[0]))
 
 
-def draft(
-    recordings: Sequence[Recording],
-    newest: Tensor,
-    rows: Tensor,
-    positions: Tensor,
-    noise: Tensor | None,
-    limits: Tensor,
-    floors: Tensor,
+def drafts_of(
+    recordings: Sequence[Recording], newest: Tensor, rows: Tensor, positions: Tensor, noise: Tensor | None
 ) -> list[Tensor]:
-    """Draft tokens one after another by two recordings, see `cpp/drafts.h`: drafts [A, n], certainties [A, n], how many
-    each row has [A], and each of the states [A, n + 1, .]."""
+    """Draft tokens one after another by two recordings, see `cpp/drafts.h`: drafts [A, n], and each of the states
+    [A, n + 1, .]."""
     return torch.ops.layerskip_moe_few_rows.replay_drafts.default(
-        *(recording.number for recording in recordings),
-        newest.contiguous(),
-        rows.contiguous(),
-        positions.contiguous(),
-        None if noise is None else noise.contiguous(),
-        limits,
-        floors,
+        *(recording.number for recording in recordings), *_dense(newest, rows, positions, noise)
     )
 
 
@@ -86,20 +74,17 @@ def round_of(
     positions: Tensor,
     noise: Tensor | None,
     limits: Tensor,
-    floors: Tensor | None,
 ) -> list[Tensor]:
     """Draft by two recordings and verify by a third, see `cpp/rounds.h`: the full model's tokens [A, n + 1], drafts
-    [A, n], how many there are and how many of them were right [A, 2], certainties [A, n], then states of drafting
-    [A, n + 1, .] and of verification [N, .]."""
+    [A, n], how many of each row's first limits [A] were right [A], then states of drafting [A, n + 1, .] and of
+    verification [N, .]."""
     return torch.ops.layerskip_moe_few_rows.replay_round.default(
-        *(recording.number for recording in recordings),
-        newest.contiguous(),
-        rows.contiguous(),
-        positions.contiguous(),
-        None if noise is None else noise.contiguous(),
-        limits,
-        floors,
+        *(recording.number for recording in recordings), *_dense(newest, rows, positions, noise), limits
     )
+
+
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 class _OnlyOurs(TorchDispatchMode):

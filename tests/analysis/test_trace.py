@@ -50,7 +50,7 @@ def test_every_layer_is_asked_at_every_position(model, temperature):
     chosen = scores.argmax(-1, keepdim=True)
     assert text.said.tolist() == chosen[..., 0].tolist()
     assert text.confidence == pytest.approx(logs.exp().gather(-1, chosen)[..., 0].numpy(), abs=1e-4)
-    assert text.certainty == pytest.approx(scores.softmax(-1).gather(-1, chosen)[..., 0].numpy(), abs=1e-4)
+    assert text.second.tolist() == scores.topk(2).indices[..., 1].tolist()
     assert text.agreement.tolist() == (chosen[..., 0] == chosen[-1, :, 0]).tolist()
     assert text.experts.shape == (2, length, 2)
     for index, layer in enumerate((0, 2)):
@@ -62,9 +62,9 @@ def test_held_out_text_is_read_as_it_stands(model, tokens):
     text = record_texts(model, PROMPTS, [given], max_new_tokens=1, progress=False)[-1]
     assert text.tokens.tolist() == given and not text.is_own and text.temperature == 0
     with torch.no_grad():
-        said = model.eval()(torch.tensor([given[:-1]]))[0].argmax(-1)
-    assert text.said[-1].tolist() == said.tolist()
-    assert (text.confidence == text.certainty).all()
+        said = model.eval()(torch.tensor([given[:-1]]))[0].topk(2).indices
+    assert text.said[-1].tolist() == said[:, 0].tolist()
+    assert text.second[-1].tolist() == said[:, 1].tolist()
 
 
 def test_a_dense_model_has_no_experts(decoder):
@@ -107,7 +107,7 @@ def test_a_file_gives_back_the_trace(trace, tmp_path):
     assert len(again.texts) == 5 and [len(texts) for texts in again.continuations().values()] == [2, 2]
     for one, other in zip(again.texts, trace.texts, strict=True):
         assert (one.prompt_length, one.temperature, one.seed) == (other.prompt_length, other.temperature, other.seed)
-        for name in ("tokens", "said", "confidence", "certainty", "experts"):
+        for name in ("tokens", "said", "second", "confidence", "experts"):
             assert np.array_equal(getattr(one, name), getattr(other, name)), name
     assert again.texts[0].said.dtype == again.texts[0].experts.dtype == np.uint8
     assert [file.name for file in path.parent.iterdir()] == ["trace.npz"]
@@ -138,5 +138,5 @@ def test_files_that_are_no_trace(trace, tmp_path):
     header = json.loads(arrays["header"].tobytes())
     words = json.dumps({**header, "version": 7}).encode()
     np.savez(path, **{**arrays, "header": np.frombuffer(words, dtype=np.uint8)})
-    with pytest.raises(ValueError, match="of version 7, and this library reads version 1; record it anew"):
+    with pytest.raises(ValueError, match="of version 7, and this library reads version 2; record it anew"):
         load_trace(path)

@@ -35,8 +35,9 @@ def invented_text():
         said[:, 1:] = np.where(right, said[:, 1:], (said[:, 1:] + 1) % config.vocab_size)
         moe_layers = sum(map(config.is_moe, range(config.n_layers)))
         experts = draws.random((moe_layers, states, config.num_experts)).argsort(axis=-1)[..., : config.top_k]
+        second = (said + draws.integers(1, config.vocab_size, size=said.shape)) % config.vocab_size
         confidence = draws.random(said.shape).astype(np.float32)
-        return TracedText(tokens, 2, 0.0, seed, said, confidence, confidence, experts)
+        return TracedText(tokens, 2, 0.0, seed, said, second, confidence, experts)
 
     return build
 

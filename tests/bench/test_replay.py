@@ -126,38 +126,10 @@ def test_reports_are_those_of_decoding(small_model, cost_of, moe_layers, exits):
         assert copy.shadow[..., :count].tolist() == real.shadow[..., :count].tolist()
         assert copy.confidences[0][:count] == real.confidences[0][:count]
         assert len(copy.confidences[0]) == len(real.confidences[0])
-        assert copy.certainties is real.certainties is None
         if count == len(copy.tokens[0]):
             assert copy.experts == real.experts
             compared += count > 1
     assert compared >= 3
-
-
-class Doubtful(Fixed):
-    """Gives drafts up, and looks at two layers."""
-
-    shadow, exits, give_up_below = True, (1, 3), [0.5]
-
-
-@pytest.mark.parametrize("exit_layer", [1, 2, 3])
-def test_drafts_are_given_up_where_decoding_gives_them_up(small_model, texts, cost_of, exit_layer):
-    """Up to the first draft that is refused, after which the drafts themselves are not the trace's."""
-    model, policy = small_model(), Doubtful(exit_layer, 6)
-    told, (again, _) = really(model, texts, policy), replayed(model, texts, policy, cost_of(4))
-    given_up = 0
-    for real, copy in zip(itertools.chain(*told), itertools.chain(*again), strict=True):
-        [accepted], [drafted] = real.accepted, real.drafted
-        assert (copy.accepted, copy.exit_layers) == (real.accepted, real.exit_layers)
-        assert copy.drafted == real.drafted or min(*copy.drafted, drafted) > accepted
-        places = accepted + 1
-        assert copy.shadow[..., :places].tolist() == real.shadow[..., :places].tolist()
-        if real.certainties is None:
-            assert copy.certainties is None and real.exit_layers == [0], "a round of one token more"
-        else:
-            assert copy.certainties[0][:places] == pytest.approx(real.certainties[0][:places], abs=1e-6)
-            assert len(copy.certainties[0]) == min(copy.drafted[0] + 1, 6) or copy.certainties[0][-1] >= 0.5
-            given_up += accepted == drafted < len(real.certainties[0])
-    assert given_up > 0
 
 
 def test_should_stop_is_asked_as_drafting_asks(small_model, invented_text, cost_of):
@@ -177,22 +149,6 @@ def test_should_stop_is_asked_as_drafting_asks(small_model, invented_text, cost_
     first = text.prompt_length - 1
     places = [(0, 0), (1, 1), (3, 0), (4, 1)]
     assert asked == [(float(text.confidence[1, first + place]), position) for place, position in places]
-
-
-def test_a_draft_is_given_up_with_the_certainty_of_all_so_far(small_model, invented_text, cost_of):
-    config = small_model().config
-    text = invented_text(config, [[True] * 10] * 3)
-    text.certainty[:] = 0.9
-    text.certainty[1, text.prompt_length - 1] = 0.3
-    policy = WatchedPolicy(Fixed(2, 5))
-    policy.give_up_below = [0.75]
-    [rounds] = replay([TextRounds(text, config, cost_of(4))], policy, config)
-    # 0.3 at once; 0.81 after two, 0.73 after three; the last round has room for none.
-    assert [round.drafted for round in rounds] == [0, 2, 2, 2]
-    assert rounds[0].exit_layer == 2, "which ran for the draft that was thrown away"
-    policy.give_up_below = None
-    [rounds] = replay([TextRounds(text, config, cost_of(4))], policy, config)
-    assert [round.drafted for round in rounds] == [5, 3]
 
 
 def test_what_a_plan_may_read(small_model, texts, cost_of):

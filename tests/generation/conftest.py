@@ -139,8 +139,8 @@ def table_model():
 class _RandomPolicy:
     """Plans any legal thing for each row, stops at random, and looks at random at what costs: lossless all the same."""
 
-    def __init__(self, seed=0, longest=4, gives_up=True):
-        self._draw, self._longest, self._gives_up, self.rounds = random.Random(seed), longest, gives_up, []
+    def __init__(self, seed=0, longest=4):
+        self._draw, self._longest, self.rounds = random.Random(seed), longest, []
 
     def plan(self, session):
         layers = session.model.config.n_layers
@@ -148,8 +148,6 @@ class _RandomPolicy:
         self.should_stop = self._stop if self._draw.random() < 0.5 else None
         pairs = [(self._draw.randint(1, layers), self._draw.randint(0, self._longest)) for _ in session.row_numbers]
         pairs = pairs if self._draw.random() < 0.5 else [(pairs[0][0], length) for _, length in pairs]
-        gives_up = self._gives_up and self._draw.random() < 0.5
-        self.give_up_below = [self._draw.random() for _ in pairs] if gives_up else None
         return pairs if self._draw.random() < 0.7 else pairs[:1] * len(pairs)
 
     def _stop(self, confidence, position):

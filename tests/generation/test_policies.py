@@ -37,7 +37,6 @@ def report(drafted, accepted, *, rows=None, seconds=1.0, confidences=None, shado
         drafted=drafted,
         accepted=accepted,
         confidences=[[] for _ in drafted] if confidences is None else confidences,
-        certainties=None,
         seconds=seconds,
         tokens=torch.zeros(len(drafted), places, dtype=torch.int64) if tokens is None else torch.tensor(tokens),
         shadow=None if shadow is None else torch.tensor(shadow),

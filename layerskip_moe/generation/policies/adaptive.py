@@ -162,14 +162,14 @@ class Adaptive:
             if drafted:
                 self._acceptance.see_draft(row, self._exit, drafted, accepted)
         if round.shadow is not None:
-            self._see_shadow(round.shadow, round)
+            self._see_shadow(round, round.shadow)
             self._see_experts(round)
         if self._exit:
             self._next_rest = _REST
         else:
             self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)
 
-    def _see_shadow(self, shadow: Tensor, round: RoundReport) -> None:
+    def _see_shadow(self, round: RoundReport, shadow: Tensor) -> None:
         """What the other exits would have said, of the tokens that became text."""
         assert self._acceptance is not None
         right = (shadow == round.tokens[:, None]).tolist()

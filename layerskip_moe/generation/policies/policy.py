@@ -25,9 +25,6 @@ class RoundReport:
         accepted: how many of them the full model agreed with, before the first that it did not
         confidences: for each row and draft the probability the drafter gave it; no numbers where the policy has no
             `should_stop`
-        certainties: for each row and draft, where the policy has `give_up_below`: how certain the drafter was of its
-            choice, the softmax of (logits / temperature + noise) there, greedy of the logits; the draft given up is
-            among them
         seconds: wall time of drafting and verifying all rows, without `plan` and the head on shadow states. Rounds with
             `shadow`, `experts` or `should_stop` are made of more calls than others, and take longer. A GPU is waited
             for, as every round ends by reading how many drafts were accepted.
@@ -45,7 +42,6 @@ class RoundReport:
     drafted: list[int]
     accepted: list[int]
     confidences: list[list[float]]
-    certainties: list[list[float]] | None
     seconds: float
     tokens: Tensor
     experts: list[int] | None = None
@@ -65,9 +61,6 @@ class Policy(Protocol):
     rests: a method of the session, asked first: where it returns True, this step is one of plain decoding, without
         `plan` and `observe`
     prepare: a method of (model, rows), called before a batch of so many rows and before anything is timed
-    give_up_below: read after `plan`; None, or for each row a number: a draft is given up, and the row drafts no
-        more in this round, where the product of the round's certainties so far is below. (Where `should_stop` is None,
-        and all rows draft by the same layers; elsewhere all that is planned is drafted.)
     """
 
     @property

@@ -173,40 +173,28 @@ inline Tensor remember(
   return y;
 }
 
-struct Choice {
-  int64_t token;
-  float certainty;
-};
-
-// Where a row's logits, plus noise if there is any, are largest; and how certain that is: the softmax of (logits + noise)
-// / temperature there, nothing at temperature 0.
-inline Choice choose_of(const float* logits, const double* noise, int64_t vocabulary, double temperature) {
+// Where a row's logits, plus noise if there is any, are largest.
+inline int64_t choose_of(const float* logits, const double* noise, int64_t vocabulary) {
   const auto score = [&](int64_t token) { return logits[token] + (noise == nullptr ? 0.0 : noise[token]); };
   int64_t best = 0;
   for (int64_t token = 1; token < vocabulary && !std::isnan(score(best)); ++token)  // (as torch: the first that is not a number)
     if (!(score(token) <= score(best))) best = token;
-  float total = 0;
-  for (int64_t token = 0; temperature > 0 && token < vocabulary; ++token)
-    total += std::exp(static_cast<float>((score(token) - score(best)) / temperature));
-  return {best, 1.0f / total};
+  return best;
 }
 
-inline std::tuple<Tensor, Tensor> choose(const Tensor& logits, const std::optional<Tensor>& noise, double temperature) {
+inline Tensor choose(const Tensor& logits, const std::optional<Tensor>& noise) {
   if (noise) check_dense(*noise, ScalarType::Double);
   check_sizes(logits.dim() == 2 && (!noise || noise->numel() == logits.numel()));
   Tensor tokens = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Long);
-  Tensor certainty = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Float);
   perform([=] {
     const int64_t rows = present_rows(logits), vocabulary = logits.size(1);
     const std::vector<float> floats = as_floats(logits);
     const double* drawn = noise ? static_cast<const double*>(noise->data_ptr()) : nullptr;
-    for (int64_t n = 0; n < rows; ++n) {
-      const Choice choice = choose_of(floats.data() + n * vocabulary, drawn == nullptr ? drawn : drawn + n * vocabulary, vocabulary, temperature);
-      static_cast<int64_t*>(tokens.data_ptr())[n] = choice.token;
-      static_cast<float*>(certainty.data_ptr())[n] = choice.certainty;
-    }
+    for (int64_t n = 0; n < rows; ++n)
+      static_cast<int64_t*>(tokens.data_ptr())[n] =
+          choose_of(floats.data() + n * vocabulary, drawn == nullptr ? drawn : drawn + n * vocabulary, vocabulary);
   });
-  return {tokens, certainty};
+  return tokens;
 }
 
 }  // namespace few_rows
