@@ -1,10 +1,10 @@
-"""Whether a tree of drafts would pay: what several candidates for a place would come to, at best, were they drafted.
+"""Whether a tree of drafts would pay: what several candidates for a place would come to, were they drafted.
 
 A tree here is a chain of n drafts and, at its first m places, the second best token beside the best, as leaves. They
-cost no drafting, for their logits are there, but a row each in verification. Where the first draft that is wrong has a
-leaf beside it that is right, the round gives one token more: the full model's, after that leaf. Which experts a wrong
-leaf would read is not known, and it is taken to read none that others do not. So this is what a tree could gain at
-most, in hindsight; the library drafts none, as long as that is little.
+cost no drafting, for their logits are there, but a row each in verification, and in the last pass of the layers that
+draft. Where the first draft that is wrong has a leaf beside it that is right, the round gives one token more: the full
+model's, after that leaf. Which experts a leaf would read is not known; it is taken to read as many further ones as a
+further place of this text. The library drafts no trees, as long as the best in hindsight gains little.
 
 Knows nothing of policies. Next: `policies.py`, which shows the best tree beside the best fixed pair.
 """
@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from layerskip_moe.bench.replay import ReplayedRound
 from layerskip_moe.bench.rounds import TextRounds
 from layerskip_moe.generation.cost_model import CostModel
+
+_ROWS_OF_LATE_LAYERS = 6  # among `CostModel.amounts`
 
 
 def best_tree(
@@ -37,11 +39,29 @@ def tree_rounds(text: TextRounds, cost: CostModel, exit_layer: int, length: int,
         accepted, experts = text.accepted(place, layer, n), text.experts(place, layer, n)
         by_a_leaf = accepted < m and int(text.second[layer - 1, place + accepted]) == int(text.tokens[place + accepted])
         pairs = zip(cost.moe_layers, experts, strict=True)
-        later = sum(read - cost.top_k for moe_layer, read in pairs if moe_layer >= layer)
-        seconds = cost.seconds_of(cost.amounts(layer, n, 1, n + m + 1, later))
+        later = float(sum(read - cost.top_k for moe_layer, read in pairs if moe_layer >= layer))
+        later += _of_leaves(cost, layer, n, m, later)
+        seconds = cost.seconds_of(cost.amounts(layer, n, 1, n + m + 1, later)) + cost.seconds_of(_early(cost, layer, m))
         rounds.append(ReplayedRound(layer, n + m, accepted + by_a_leaf, experts, seconds))
         place += accepted + by_a_leaf + 1
     return rounds
+
+
+def _of_leaves(cost: CostModel, exit_layer: int, n: int, m: int, later: float) -> float:
+    """Further experts that m leaves read beside n drafts that read `later`: those of independent choices, by as much
+    fewer as the drafts' are."""
+    if not m or not cost.more_experts(exit_layer, n + 1):
+        return 0.0
+    verifying = cost.more_experts(exit_layer, n + m + 1) - cost.more_experts(exit_layer, n + 1)
+    drafting = cost.more_experts(0, m + 1) - cost.more_experts(exit_layer, m + 1)
+    return (verifying + drafting) * later / cost.more_experts(exit_layer, n + 1)
+
+
+def _early(cost: CostModel, exit_layer: int, m: int) -> list[float]:
+    """`CostModel.amounts` of m rows more in the layers that draft; a row costs there what it costs in the others."""
+    amounts = [0.0] * len(cost.seconds)
+    amounts[_ROWS_OF_LATE_LAYERS] = float(exit_layer * m)
+    return amounts
 
 
 def _seconds(rounds: Sequence[ReplayedRound]) -> list[float]:

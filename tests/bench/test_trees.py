@@ -48,11 +48,15 @@ def test_a_leaf_that_is_right_gives_a_token_more(small_model, invented_text, see
         assert sum(round.seconds for round in rounds) == pytest.approx(fixed_seconds(text, exit_layer, length))
 
 
-def test_a_leaf_costs_a_row(small_model, invented_text):
+def test_a_leaf_costs_a_row_and_its_experts(small_model, invented_text):
     text = half_right(invented_text, small_model().config, 0)
     bare, first = (tree_rounds(text, COST, 2, 3, leaves)[0] for leaves in (0, 2))
-    assert first.seconds - bare.seconds == pytest.approx(2 * (2 * 0.05 + 0.01))  # of two layers, and of the head
     assert first.drafted == bare.drafted + 2
+    rows = 2 * (4 * 0.05 + 0.01)  # of all layers, and of the head
+    union = [6 * (1 - (4 / 6) ** places) for places in (4, 6, 3)]
+    share = sum(read - 2 for read in bare.experts[2:]) / (2 * (union[0] - 2))  # of two layers that verify 4 places
+    experts = share * (2 * (union[1] - union[0]) + 2 * (union[2] - 2))  # 6 places instead; and 3, drafting, of one
+    assert first.seconds - bare.seconds == pytest.approx(rows + 0.02 * experts)
 
 
 def test_the_best_is_shown_beside_policies(small_model, invented_text):

@@ -28,9 +28,9 @@ def test_a_step_along_the_gradient():
     missing = 1 - sigmoid(0.8)
     acceptance.see_draft(5, 2, 1, 1)
     known = 0.8 + 2 / 1.15 * missing
-    assert acceptance.rates(5, 2) == pytest.approx((sigmoid(known + 0.25 * missing),) * 2)
+    assert acceptance.rates(5, 2) == pytest.approx((sigmoid(known + 0.15 * missing),) * 2)
     assert acceptance.rates(6, 2) == pytest.approx((sigmoid(known),) * 2), "another row"
-    assert acceptance.rates(5, 4) == pytest.approx((sigmoid(0.8 + 0.25 * missing),) * 2), "the row's other exits"
+    assert acceptance.rates(5, 4) == pytest.approx((sigmoid(0.8 + 0.15 * missing),) * 2), "the row's other exits"
     assert acceptance.seen == 0, "of the others nothing"
 
 

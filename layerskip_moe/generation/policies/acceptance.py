@@ -14,7 +14,7 @@ from collections.abc import Sequence
 _FIRST_GUESS = 0.8  # b of an exit of which nothing is known: 69%
 # b and c move by _STEP / (1 + _SLOWER * seen), and at least by _STEP / _SLOWEST.
 _STEP, _SLOWER, _SLOWEST = 2.0, 0.15, 160.0
-_ROW_STEP = 0.25
+_ROW_STEP = 0.15
 
 
 class Acceptance:

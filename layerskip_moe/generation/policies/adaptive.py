@@ -20,8 +20,10 @@ from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import MoEDecoder, few_rows
 
-_BETTER = 1.02  # by how much another plan must be better before it takes the present one's place
-_PAYS = 1.1  # by how much drafting must promise to be faster than plain decoding: the cost model is not that exact
+_BETTER = 1.05  # by how much another plan must be better before it takes the present one's place
+# By how much drafting must promise to be faster than plain decoding, of one row and of several: the cost model is no
+# more exact than that.
+_PAYS, _PAYS_IN_BATCHES = 1.03, 1.1
 _RETHINK = 4  # rounds from one choice of a plan to the next
 _LOOK, _LOOK_LATER = 6, 48  # rounds from one look at what other exits would have said to the next: at first, and later
 _REST, _LONGEST_REST = 16, 128  # steps of plain decoding from one look to the next, where drafting does not pay
@@ -33,9 +35,9 @@ class Adaptive:
 
     All rows of a batch draft by the same layers, each as many tokens as pay: a draft that is reached with probability p
     adds p tokens, and the time of a place more. The plan is chosen anew every fourth round, and changed for one that
-    is 2% better; drafting must promise 10% more than plain decoding. Every now and then a round asks what other exits
-    would have said. Where drafting does not pay, decoding is plain for 16 steps, then 32, and so on up to 128, from
-    look to look. What was learnt of acceptance is kept from text to text.
+    is 5% better; drafting must promise 3% more than plain decoding, 10% in batches. Every now and then a round asks
+    what other exits would have said. Where drafting does not pay, decoding is plain for 16 steps, then 32, and so on up
+    to 128, from look to look. What was learnt of acceptance is kept from text to text.
 
     length: the most drafts in a round, K
     cost_model: seconds of a round; None: fitted to the model when first needed, see `fit_cost_model`
@@ -116,7 +118,8 @@ class Adaptive:
 
     def _choose(self, rows: list[int]) -> None:
         """The best plan, unless the present one is nearly as good."""
-        plans = [(_PAYS * len(rows) / self._seconds(0, 0, len(rows), len(rows)), 0, [0] * len(rows))]
+        pays = _PAYS if len(rows) == 1 else _PAYS_IN_BATCHES
+        plans = [(pays * len(rows) / self._seconds(0, 0, len(rows), len(rows)), 0, [0] * len(rows))]
         plans += [self._best_lengths(exit_layer, rows) for exit_layer in self.exits]
         best = max(plans, key=lambda plan: plan[0])
         present = next(plan for plan in plans if plan[1] == self._exit)
