@@ -20,7 +20,7 @@ from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import MoEDecoder, few_rows
 
-_BETTER = 1.05  # by how much another plan must be better before it takes the present one's place
+_BETTER = 1.02  # by how much another plan must be better before it takes the present one's place
 # By how much drafting must promise to be faster than plain decoding, of one row and of several: the cost model is no
 # more exact than that.
 _PAYS, _PAYS_IN_BATCHES = 1.03, 1.1
@@ -35,7 +35,7 @@ class Adaptive:
 
     All rows of a batch draft by the same layers, each as many tokens as pay: a draft that is reached with probability p
     adds p tokens, and the time of a place more. The plan is chosen anew every fourth round, and changed for one that
-    is 5% better; drafting must promise 3% more than plain decoding, 10% in batches. Every now and then a round asks
+    is 2% better; drafting must promise 3% more than plain decoding, 10% in batches. Every now and then a round asks
     what other exits would have said. Where drafting does not pay, decoding is plain for 16 steps, then 32, and so on up
     to 128, from look to look. What was learnt of acceptance is kept from text to text.
 
