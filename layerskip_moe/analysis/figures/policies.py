@@ -26,7 +26,8 @@ _STYLES = (
     ("#cc79a7", "P"),
     ("#6b6b6b", "v"),
 )
-_STARS = (("white", "*"), ("#f0e442", "*"))  # of the oracle that is held to one exit layer, and of the other
+# What no policy does: the tree, the oracle that is held to one exit layer, and the other.
+_OTHERS = {"best tree": ("white", "v"), "oracle of one": ("white", "*"), "oracle": ("#f0e442", "*")}
 
 
 def policy_map(comparisons: Sequence[Mapping[str, Any]]) -> "Figure":
@@ -34,8 +35,8 @@ def policy_map(comparisons: Sequence[Mapping[str, Any]]) -> "Figure":
     point for each row that drafted anything.
 
     comparisons: {temperature, prompts, exit_layers, draft_lengths, speed_up [exit layers][draft lengths], rows: [{name,
-    mean_exit_layer, mean_draft_length, speed_up: {value}, draftable}]}. Rows that are not draftable, which know the
-    future, are stars. Raises ValueError without comparisons, and for fewer than two exit layers.
+    mean_exit_layer, mean_draft_length, speed_up: {value}, draftable}]}. Rows that are not draftable are the best tree
+    and, as stars, the oracles. Raises ValueError without comparisons, and for fewer than two exit layers.
     """
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
@@ -60,7 +61,7 @@ def policy_map(comparisons: Sequence[Mapping[str, Any]]) -> "Figure":
             handles.append(Line2D([], [], color="black", linestyle="--", label="plain decoding, 1.00 x"))
         shown = [row for row in comparison["rows"] if row["mean_exit_layer"] is not None]
         for place, row in enumerate(shown):
-            colour, marker = _STYLES[place % len(_STYLES)] if row["draftable"] else _STARS[row["name"] == "oracle"]
+            colour, marker = _STYLES[place % len(_STYLES)] if row["draftable"] else _OTHERS[row["name"]]
             handles += axes.plot(
                 row["mean_exit_layer"],
                 row["mean_draft_length"],
