@@ -202,8 +202,7 @@ def test_shards():
     for name in ("weights", "optimizer", "best", "all_gradients"):
         assert getattr(shared, name) == -(-getattr(alone, name) // 4)
     of_its_samples = memory_plan(config, dataclasses.replace(recipe, batch_size=4), gpus=1).training
-    copies = 2 * sum(count_parameters(config).products)  # which are gathered anew for the backward pass
-    assert shared.activations == of_its_samples.activations - copies
+    assert shared.activations == of_its_samples.activations  # copies of weights in 16 bits are nobody's to divide
     with pytest.raises(ValueError, match="batch_size=16 cannot be shared out evenly to 3 GPUs"):
         memory_plan(config, recipe, gpus=3)
 

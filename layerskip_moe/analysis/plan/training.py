@@ -4,9 +4,10 @@
         exit loss:  activations of all layers + logits, and the head's gradient before and after its scaling
         backward:   at layer l, activations of layers 0..l + gradients of layers l+1..L-1 + what l computes with
         optimizer:  all gradients
-    over N processors (FSDP, arXiv 2304.11277, as ZeRO's third stage, 1910.02054), each with its share of the batch:
-        weights, gradients, optimizer and best weights are divided by N; the block that runs and the one that is
-        fetched meanwhile are whole, as are a block's gradients until they are scattered, and embedding and head
+    over N processors (FSDP, arXiv 2304.11277, which is ZeRO's third stage, 1910.02054), each with its share of a batch:
+        weights, gradients, optimizer and best weights are divided by N; whole are the block that runs and the one that
+        is fetched meanwhile, a block's gradients until they are scattered, embedding, norm and head; and, in 16 bits,
+        the copies that autocast makes of all matrices, unless layers are run again
 
 D width, L layers, V vocabulary.
 Knows nothing of what a processor has. Next: `activations.py`; `plan.py`, which decides what fits.
@@ -73,17 +74,18 @@ def training_memory(
     # With checkpointing what a layer keeps is there while it is run again, and only then.
     between = [part.input + part.outside if checkpointing else part.kept for part in of_layer]
     again = [part.kept - part.input - part.outside if checkpointing else 0 for part in of_layer]
+    elsewhere = [_experts_elsewhere(config, layer, train) for layer in layers]
     copies = [0] * config.n_layers
-    if how.mixed and gpus == 1:
-        copies = [count * how.narrow for count in counted.products]
+    if how.mixed:
+        copies = [(counted.products[layer] - elsewhere[layer]) * how.narrow for layer in layers]
     copied_between = [0] * config.n_layers if checkpointing else copies
 
     exits = most_exits(config, train)
     stream = tokens * config.d_model * WIDE
     head = _HeadLoss(config, train, how, tokens, exits)
     angles = 2 * config.head_width * WIDE * (config.max_seq_len + tokens)
-    block = max(counted.blocks) * (how.narrow if gpus > 1 else 0)
-    root = (counted.total - sum(counted.blocks)) * (how.narrow if gpus > 1 else 0)
+    block = max(counted.blocks[layer] - elsewhere[layer] for layer in layers) * WIDE if gpus > 1 else 0
+    root = (counted.total - sum(counted.blocks)) * WIDE if gpus > 1 else 0
     whole = angles + 2 * block + root  # there whenever something is computed
 
     kept = sum(between) + sum(copied_between) + head.kept
@@ -112,6 +114,13 @@ def training_memory(
         working=working,
         moment=moment,
     )
+
+
+def _experts_elsewhere(config: ModelConfig, layer: int, train: TrainConfig) -> int:
+    """Of a layer's parameters, those of experts that other processors hold, with expert parallelism."""
+    ranks = getattr(train, "expert_parallel", 1)
+    experts = 3 * config.num_experts * config.d_model * config.expert_d_ff if config.is_moe(layer) else 0
+    return experts - experts // ranks
 
 
 def _share(whole: float, gpus: int) -> int:
