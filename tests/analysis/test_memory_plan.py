@@ -140,7 +140,7 @@ def test_attention_that_stores_its_probabilities():
     with sdpa_kernel(SDPBackend.MATH):
         measured = training_peak(config, recipe, CPU)
     within(training_memory(config, few_steps(recipe), Numbers(flash=False)).peak, measured)
-    assert training_memory(config, few_steps(recipe), Numbers()).peak < 0.7 * measured
+    assert training_memory(config, few_steps(recipe), Numbers()).peak < 0.85 * measured
 
 
 @pytest.mark.parametrize("fields", [MAIN, FINE])
@@ -162,7 +162,7 @@ def test_training_with_checkpointing(fields, monkeypatch):
     ("fields", "changes"),
     [
         (MAIN, {}),
-        (MAIN, dict(draft_length=4, prompt_tokens=8)),
+        (MAIN, dict(draft_length=4, prompt_tokens=8)),  # recorded steps outweigh the prompt
         (MAIN, dict(rows=3, new_tokens=300, quantize="int8")),
         (DENSE, dict(rows=5, sampled=True)),
         (FINE, dict(prompt_tokens=300)),
@@ -171,7 +171,7 @@ def test_training_with_checkpointing(fields, monkeypatch):
 )
 def test_decoding_takes_what_is_planned(fields, changes):
     config = ModelConfig(**{**fields, "max_seq_len": 512})
-    decoding = Decoding(**{**dict(prompt_tokens=64, new_tokens=20, dtype="float32"), **changes})
+    decoding = Decoding(**{**dict(prompt_tokens=100, new_tokens=20, dtype="float32"), **changes})
     within(decoding_memory(config, decoding, gpu=False).peak, decoding_peak(config, decoding, CPU))
 
 

@@ -19,7 +19,7 @@ from layerskip_moe.generation import (
     Speculative,
     generate,
 )
-from layerskip_moe.generation.policies import DEL, Adaptive, Cascade, DraftVerify, Heuristic
+from layerskip_moe.generation.policies import DEL, Cascade, DraftVerify, Heuristic
 from layerskip_moe.generation.sampling import Sampling
 from layerskip_moe.nn.modes import evaluating, in_mode
 
@@ -254,18 +254,3 @@ def test_modes_within_modes(tiny_model):
             raise Stopped
         assert all(module.training for module in model.modules())
     assert model.training
-
-
-def test_a_policy_hears_of_rounds_that_another_text_came_between(trained_model):
-    """One thread's plan may be of other layers, and of other rows, than the round that the other then tells of."""
-    model, policy = trained_model(max_seq_len=256), Adaptive()
-    strategy = SelfSpeculative(policy=policy)
-    inner = []
-
-    def decode(row, token):
-        if len(inner) < 40:
-            inner.append(generate(model, [[token], [2], [3]], strategy, max_new_tokens=4, seed=len(inner)).tokens)
-
-    text = generate(model, [[3, 4, 5]], strategy, max_new_tokens=100, on_token=decode).tokens
-    assert text == generate(model, [[3, 4, 5]], max_new_tokens=100).tokens
-    assert len(inner) == 40
