@@ -7,6 +7,7 @@ import docstring_parser  # what tyro reads docstrings with
 import pytest
 
 from layerskip_moe.ablation import DecodingConfig, MeasureConfig, Variant
+from layerskip_moe.analysis.plan import Decoding
 from layerskip_moe.bench.networks import Network
 from layerskip_moe.cli import (
     ablate,
@@ -17,6 +18,7 @@ from layerskip_moe.cli import (
     evaluate,
     generate,
     options,
+    plan,
     report,
     trace,
     train,
@@ -45,6 +47,7 @@ COMMANDS = [
     train.Options,
     generate.Options,
     evaluate.Options,
+    plan.Options,
     report.Options,
     bench.Options,
     bench_policies.Options,
@@ -59,6 +62,7 @@ CONFIGS = [
     MeasureConfig,
     DecodingConfig,
     Network,
+    Decoding,
     *bench.SETTINGS.values(),
     *COMMANDS,
 ]

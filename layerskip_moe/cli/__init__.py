@@ -1,4 +1,4 @@
-"""The shell command: `layerskip-moe train | generate | evaluate | report | export | calibrate | bench`.
+"""The shell command: `layerskip-moe train | generate | evaluate | report | export | calibrate | plan | bench`.
 Start at `dispatch.py`.
 
 Every command is one file: its options, as dataclasses, and what is done with them. `flags.py` turns options into

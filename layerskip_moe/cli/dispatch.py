@@ -8,6 +8,7 @@
     layerskip-moe calibrate  early exit whose loss is bounded, with a guarantee
     layerskip-moe trace      what every exit says of texts, to compare drafting policies on
     layerskip-moe ablate     what changes of network and recipe cost and buy, over several seeds
+    layerskip-moe plan       memory and operations that a network needs, before it is built
     layerskip-moe bench      decoding, prompts, training and memory, timed beside transformers and llama.cpp
 
 `layerskip-moe COMMAND --help` lists a command's options. A mistake is one sentence and exit code 1.
@@ -24,7 +25,7 @@ from collections.abc import Sequence
 
 from layerskip_moe.constants import user_error
 
-COMMANDS = ("train", "generate", "evaluate", "report", "export", "calibrate", "trace", "ablate", "bench")
+COMMANDS = ("train", "generate", "evaluate", "report", "export", "calibrate", "trace", "ablate", "plan", "bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ model's, so then every layer verifies: that is `speculative.py`'s way, and is le
 Knows nothing of how a session stores its rows. Next: `drafting.py`, `verification.py`; `policies/policy.py`.
 """
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -32,6 +33,10 @@ from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.speculative import Speculative
 from layerskip_moe.generation.verification import Coupling, Round, check_drafting
 from layerskip_moe.nn import ModelConfig, MoEDecoder
+
+# What a policy is asked and told it does whole: threads that share a strategy may come in between, and a callback in
+# the same thread. (One for all policies: it is held for microseconds, but where one times a model.)
+_asking = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,8 @@ class SelfSpeculative:
         """Before a batch of so many rows, and before anything is timed: a policy may time the model, once."""
         prepare = getattr(self._policy, "prepare", None)
         if prepare is not None:
-            prepare(model, rows)
+            with _asking:
+                prepare(model, rows)
 
     def start(self, session: Session) -> None:
         """Run the prompts, through both models where they differ; then raises ValueError as `Speculative.start`."""
@@ -115,16 +121,20 @@ class SelfSpeculative:
         followed."""
         drafter, policy = self.draft_model or session.model, self._policy
         rests = getattr(policy, "rests", None)
-        if rests is not None and rests(session):
-            Autoregressive().step(session)
-            return
+        if rests is not None:
+            with _asking:
+                resting = rests(session)
+            if resting:
+                Autoregressive().step(session)
+                return
         if session.state is not None:  # the cache of a draft model that differs, which `start` made
             self._speculative(drafter).step(session)
             return
-        plan = policy.plan(session)
+        with _asking:
+            plan = policy.plan(session)
+            shadow, experts = policy.shadow, getattr(policy, "experts", False)
         _check_plan(plan, session)
         started = time.perf_counter()
-        shadow, experts = policy.shadow, getattr(policy, "experts", False)
         watch = Watch(watched_exits(policy, session.model.config) if shadow else (), experts, shadow)
         stop = policy.should_stop
         round_ = Round.begin(session, [length for _, length in plan], self.coupling, confident=stop is not None)
@@ -148,7 +158,8 @@ class SelfSpeculative:
             shadow=shadow_tokens(session, round_, watch, tokens) if watch.shadow else None,
         )
         session.append(tokens, accepted, drafted=round_.limits)
-        policy.observe(report)
+        with _asking:
+            policy.observe(report)
 
     @property
     def _policy(self) -> Policy:

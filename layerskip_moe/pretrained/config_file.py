@@ -46,17 +46,25 @@ def read_network(folder: Path) -> tuple[str | None, ModelConfig]:
     Raises ValueError, naming the file, where it is not there, or cannot be read or computed exactly.
     """
     _check_is_checkpoint(folder)
-    path = folder / CONFIG
-    contents, record = read_json(path), read_record(folder)
+    family, config = read_config_file(folder / CONFIG)
+    record = read_record(folder)
+    if family is not None and record is not None and record["config"]:
+        config = _network(dataclasses.asdict(config) | record["config"], folder / RECORD)
+    return family, config
+
+
+def read_config_file(path: Path) -> tuple[str | None, ModelConfig]:
+    """The family (None: our own type) and the network that a file such as config.json describes by itself.
+
+    Raises ValueError, naming the file, where it cannot be read or computed exactly; OSError where it is not there.
+    """
+    contents = read_json(path)
     if contents.get("model_type") == OUR_TYPE:
         return None, _network(contents.get("config"), path)
     try:
-        family, config = read_config(contents)
+        return read_config(contents)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if record is not None and record["config"]:
-        config = _network(dataclasses.asdict(config) | record["config"], folder / RECORD)
-    return family, config
 
 
 def read_quantization(folder: Path) -> Any:

@@ -19,7 +19,7 @@ ALONE = "import sys; from layerskip_moe.cli import main; print(main(['--help']),
 def test_help_lists_the_commands_and_imports_only_the_library():
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=True)
     told, _, modules = done.stdout.rpartition("\n0 ")
-    for command in ("train", "generate", "evaluate", "report", "ablate", "bench"):
+    for command in ("train", "generate", "evaluate", "report", "ablate", "plan", "bench"):
         assert f"layerskip-moe {command} " in told
     heavy = {"tyro", "torchtune", "torchao", "datasets", "transformers", "matplotlib", "tokenizers"}
     assert "layerskip_moe.cli.dispatch" in modules.split()

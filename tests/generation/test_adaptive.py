@@ -93,6 +93,21 @@ def test_a_change_in_the_text_is_noticed(counting):
     assert max(first) > 0 and sum(round.drafted[0] for round in policy.rounds[-2:]) == 0
 
 
+def test_a_round_is_learnt_from_as_it_was_though_another_text_came_between(counting):
+    """By a callback, or another thread, with the same strategy, before the round is told of: its plan is another."""
+    model, policy, inner = counting(lambda positions: positions < 30), Noted(cost_model=cost_model(row=0.3)), []
+    strategy = SelfSpeculative(policy=policy)
+
+    def decode_where_no_draft_is_right(row, token):
+        if len(inner) < 20:
+            inner.append(generate(model, [[0] * 32], strategy, max_new_tokens=20).tokens)
+
+    out = generate(model, [[0, 1, 2]], strategy, max_new_tokens=25, on_token=decode_where_no_draft_is_right)
+    assert out.tokens == generate(model, [[0, 1, 2]], max_new_tokens=25).tokens
+    assert inner == [generate(model, [[0] * 32], max_new_tokens=20).tokens] * 20
+    assert any(sum(round.drafted) for round in policy.rounds if round.tokens[0, 0] < 20)
+
+
 @given(
     st.integers(0, 10**6),
     st.lists(st.floats(0.0, 3.0), min_size=4, max_size=4),

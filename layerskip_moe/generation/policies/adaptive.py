@@ -161,9 +161,10 @@ class Adaptive:
         """Learn what was accepted, and where it was asked what other exits would have said and how many experts were
         read; then perhaps rest."""
         assert self._acceptance is not None
-        for row, drafted, accepted in zip(round.rows, round.drafted, round.accepted, strict=True):
+        told = zip(round.rows, round.exit_layers, round.drafted, round.accepted, strict=True)
+        for row, exit_layer, drafted, accepted in told:  # (another thread may have had another plan made meanwhile)
             if drafted:
-                self._acceptance.see_draft(row, self._exit, drafted, accepted)
+                self._acceptance.see_draft(row, exit_layer, drafted, accepted)
         if round.shadow is not None:
             self._see_shadow(round, round.shadow)
             self._see_experts(round)
@@ -183,12 +184,12 @@ class Adaptive:
 
     def _see_experts(self, round: RoundReport) -> None:
         """How many experts verification read, of those that independent choices would have."""
-        cost, places = self.cost_model, sum(round.drafted) + len(round.drafted)
-        if round.experts is None or places < 2 or cost is None or not cost.more_experts(self._exit, places):
+        cost, places, exit_layer = self.cost_model, sum(round.drafted) + len(round.drafted), max(round.exit_layers)
+        if round.experts is None or places < 2 or cost is None or not cost.more_experts(exit_layer, places):
             return
         pairs = zip(cost.moe_layers, round.experts, strict=True)
-        read = sum(count - cost.top_k for layer, count in pairs if layer >= self._exit)
-        self._union += (1 - _UNION_MEMORY) * (read / cost.more_experts(self._exit, places) - self._union)
+        read = sum(count - cost.top_k for layer, count in pairs if layer >= exit_layer)
+        self._union += (1 - _UNION_MEMORY) * (read / cost.more_experts(exit_layer, places) - self._union)
 
 
 def candidate_exits(n_layers: int) -> tuple[int, ...]:
