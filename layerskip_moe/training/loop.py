@@ -22,15 +22,25 @@ from tqdm.auto import tqdm
 from layerskip_moe.data import ahead, batches, steps_per_epoch
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.block import MoEMLP
-from layerskip_moe.nn.compiling import compiling
 from layerskip_moe.nn.modes import in_mode
 from layerskip_moe.nn.noise import hash_uniform
 from layerskip_moe.training.balance import bias_update
+from layerskip_moe.training.block_calls import calling_blocks
 from layerskip_moe.training.checkpoint import check_same_run, fingerprint, load_checkpoint, save_checkpoint
 from layerskip_moe.training.config import TrainConfig
-from layerskip_moe.training.losses import Losses, step_exit_weights, step_losses, training_losses, validation_losses
+from layerskip_moe.training.losses import (
+    Losses,
+    mean_over_ranks,
+    step_exit_weights,
+    step_losses,
+    training_losses,
+    validation_losses,
+)
 from layerskip_moe.training.metrics import MetricsWriter, train_record, write_recipe
 from layerskip_moe.training.optimizer import autocast_dtype, compiles, make_optimizer, set_learning_rate
+from layerskip_moe.training.parallel import Ranks, check_batch, join
+from layerskip_moe.training.optimizer_state import optimizer_tensors, restore_optimizer
+from layerskip_moe.training.sharding import clip_gradients, give_back, make_network, take_up, whole
 from layerskip_moe.training.step_timer import StepTimer
 
 _FINAL_LOSSES = ("loss", "exit_losses", "balance_loss", "router_z_loss")
@@ -87,6 +97,11 @@ def train(
     tensorboard is installed. resume: go on from out_dir's checkpoint; the run ends with the weights it would
     have had without the stop, bit for bit on a CPU.
 
+    In processes that torchrun started (`parallel.py`) all of them call this, with the same arguments, and train one
+    model together: each on a part of every batch, with a part of the weights. Losses, metrics and weights are those of
+    one process but for rounding; rank 0 alone writes and talks; in the end every rank's model has all the weights. A
+    model that lies on the CPU of a process with a GPU of its own stays there meanwhile.
+
     The model's mode is put back at the end. Raises ValueError for a text shorter than one sample, a model
     shorter than seq_len, and a checkpoint that is missing, damaged, or of a run with other settings;
     FloatingPointError when a loss or gradient stops being finite. Warns of a validation split too short to use.
@@ -97,13 +112,16 @@ def train(
             "shorten seq_len, or build the model with a larger max_seq_len."
         )
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    ranks = join(model.device)
+    check_batch(config.batch_size, ranks)
+    if ranks.is_first:
+        out_dir.mkdir(parents=True, exist_ok=True)
     per_step = config.batch_size * config.accumulation
     max_steps = config.max_steps or math.ceil(config.epochs * steps_per_epoch(corpus.train, config.seq_len, per_step))
-    run = _Run(model, config, max_steps, corpus)
+    run = _Run(model, config, max_steps, corpus, ranks)
     first = run.restore(load_checkpoint(out_dir)) if resume else 0
     validates = len(corpus.validation) > config.seq_len
-    if len(corpus.validation) and not validates:
+    if len(corpus.validation) and not validates and ranks.is_first:
         warnings.warn(
             f"the validation split has {len(corpus.validation)} tokens but one sample needs seq_len + 1 = "
             f"{config.seq_len + 1}, so nothing is validated; use a longer text or a smaller seq_len.",
@@ -119,13 +137,16 @@ def train(
         batch_size=config.batch_size,
         seed=config.seed,
         start=first * config.accumulation,
+        part=(ranks.rank, ranks.size),
     )
-    recipe = write_recipe(out_dir, max_steps, model.config.n_layers, config)
-    with in_mode(model, training=True):
+    recipe = write_recipe(out_dir, max_steps, model.config.n_layers, config, writes=ranks.is_first)
+    with in_mode(run.model, training=True):
         with (
             contextlib.closing(ahead(text)) as text_ahead,
-            MetricsWriter(out_dir, before_step=first) as metrics,
-            tqdm(total=max_steps, initial=first, desc="training", unit="step", disable=not progress) as bar,
+            MetricsWriter(out_dir, before_step=first, writes=ranks.is_first) as metrics,
+            tqdm(
+                total=max_steps, initial=first, desc="training", unit="step", disable=not (progress and ranks.is_first)
+            ) as bar,
         ):
             logged_at, logged_step = time.perf_counter(), first
             for step in range(first, max_steps):
@@ -146,8 +167,11 @@ def train(
                         metrics.write("validation", step, run.validate(corpus.validation, done))
                     logged_at += time.perf_counter() - paused
                 if checkpoint_every != 0 and (last or (checkpoint_every and done % checkpoint_every == 0)):
-                    save_checkpoint(out_dir, run.state(done))
+                    state = run.state(done)  # which all ranks put together
+                    if ranks.is_first:
+                        save_checkpoint(out_dir, state)
         best_step = run.take_best()
+    give_back(run.network, model, ranks)
     trained = [r for r in metrics.records if r["split"] == "train"]
     kept = [r for r in metrics.records if r["split"] == "validation" and r["step"] + 1 == best_step]
     tokens = max_steps * per_step * config.seq_len
@@ -166,10 +190,15 @@ def train(
 class _Run:
     """Model, optimizer and best weights so far: what changes from step to step, and what a checkpoint holds."""
 
-    def __init__(self, model: MoEDecoder, config: TrainConfig, max_steps: int, corpus: _Text) -> None:
+    def __init__(
+        self, model: MoEDecoder, config: TrainConfig, max_steps: int, corpus: _Text, ranks: Ranks
+    ) -> None:
         step_exit_weights(config, model.config.n_layers, 0, max_steps)  # exits that it lacks are refused now
-        self.model, self.config, self.max_steps = model, config, max_steps
+        self.config, self.max_steps, self.ranks = config, max_steps, ranks
         self.text = fingerprint(corpus.train, corpus.validation)
+        ranks.check_agree((self.text, max_steps, config, model.config))
+        self.network = make_network(model, ranks, expert_parallel=config.expert_parallel)
+        self.model = model = self.network.model
         self.timer = StepTimer(model.device)
         self.started = time.perf_counter()  # moved back by `restore`, so that a resumed run counts what it had
         model.zero_grad(set_to_none=True)  # a run stopped in mid-step leaves gradients behind
@@ -200,26 +229,35 @@ class _Run:
         """
         model, config, timer = self.model, self.config, self.timer
         parts: list[Losses] = []
-        with _residual_dropout_seed(model, config.seed, step), compiling(model, self.compiles):
-            for _ in range(config.accumulation):
+        compile, checkpointing = self.compiles, config.activation_checkpointing
+        with (
+            _residual_dropout_seed(model, config.seed, step, self.ranks.rank),
+            calling_blocks(model, compile=compile, checkpointing=checkpointing),
+        ):
+            for left in reversed(range(config.accumulation)):
+                self.network.synchronize(left == 0)
                 with timer.part("batches"):
                     inputs, labels, sample_ids = next(text)
                     batch = _sent(inputs, model.device), _sent(labels, model.device), sample_ids
                 with self.autocast():
-                    losses = training_losses(model, *batch, config, step=step, max_steps=self.max_steps, timer=timer)
+                    losses = self._losses(batch, step)
                 with timer.part("backward"):
                     self.scaler.scale(losses.total / config.accumulation).backward()
                     parts.append(losses._replace(total=losses.total.detach()))
         with timer.part("optimizer"):
-            losses = step_losses(parts)
+            losses = mean_over_ranks(step_losses(parts), self.ranks)
             return losses, self._move_weights(losses, step)
+
+    def _losses(self, batch: tuple[Tensor, Tensor, Tensor], step: int) -> Losses:
+        how: dict[str, Any] = {"max_steps": self.max_steps, "timer": self.timer, "ranks": self.ranks}
+        return self.network(lambda model: training_losses(model, *batch, self.config, step=step, **how))
 
     def _move_weights(self, losses: Losses, step: int) -> float:
         """Take the optimizer's step along the gradients that are there, and clear them; their norm."""
         self.learning_rate = set_learning_rate(self.optimizer, step, self.max_steps, self.config)
         self.scaler.unscale_(self.optimizer)
         limit = self.config.max_gradient_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        norm = clip_gradients(self.model.parameters(), limit)
         self._check_finite("loss", float(losses.total), step)
         if not self.scaler.is_enabled():
             self._check_finite("gradient norm", norm, step)
@@ -247,7 +285,8 @@ class _Run:
 
     def validate(self, tokens: Tensor, done: int) -> dict[str, Any]:
         """Perplexity at every exit after `done` steps; remembers the weights when the last layer's is best."""
-        entropy = validation_losses(self.model, tokens, self.config)
+        entropy = self.network(lambda model: validation_losses(model, tokens, self.config, self.ranks))
+        self.network.release()
         if self.config.keep_best and (self.best is None or entropy[-1] < self.best["loss"]):
             weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
             self.best = {"loss": entropy[-1], "step": done, "weights": weights}
@@ -257,20 +296,20 @@ class _Run:
         """Give the model its best weights, if any were kept; the number of steps they had."""
         if self.best is None:
             return self.max_steps
-        self.model.load_state_dict(self.best["weights"])
+        take_up(self.model.state_dict(), self.best["weights"])
         return self.best["step"]
 
     def state(self, done: int) -> dict[str, Any]:
-        """All that `restore` needs after `done` steps."""
+        """All that `restore` needs after `done` steps, on any number of ranks: tensors are whole."""
         return {
             "step": done,
             "max_steps": self.max_steps,
             "train_config": dataclasses.asdict(self.config),
             "model_config": dataclasses.asdict(self.model.config),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": whole(self.model.state_dict()),
+            "optimizer": whole(optimizer_tensors(self.model, self.optimizer)),
             "scaler": self.scaler.state_dict(),
-            "best": self.best,
+            "best": self.best and {**self.best, "weights": whole(self.best["weights"])},
             "text": self.text,
             "seconds": self.seconds,
         }
@@ -278,8 +317,8 @@ class _Run:
     def restore(self, state: dict[str, Any]) -> int:
         """Take up a checkpoint; the number of steps it had done."""
         check_same_run(state, self.state(0))
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        take_up(self.model.state_dict(), state["model"])
+        restore_optimizer(self.model, self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.best = state["best"]
         self.started = time.perf_counter() - state["seconds"]
@@ -292,13 +331,13 @@ def _sent(ids: Tensor, device: torch.device) -> Tensor:
 
 
 @contextlib.contextmanager
-def _residual_dropout_seed(model: MoEDecoder, seed: int, step: int) -> Any:
+def _residual_dropout_seed(model: MoEDecoder, seed: int, step: int, rank: int) -> Any:
     """Seed torch's own generator for this step, and give it back as it was. Only plain residual dropout
-    draws from it; layer and expert dropout have keys of their own."""
+    draws from it, and is another on another number of ranks; layer and expert dropout have keys of their own."""
     if model.config.dropout == 0:
         yield
         return
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(int(hash_uniform(seed, _DROPOUT_STREAM, step) * 2**53))
+        torch.manual_seed(int(hash_uniform(seed, _DROPOUT_STREAM, step, rank) * 2**53))
         yield

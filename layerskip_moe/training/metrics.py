@@ -19,12 +19,15 @@ from layerskip_moe.training.config import TrainConfig
 from layerskip_moe.training.losses import Losses
 
 
-def write_recipe(out_dir: Path, steps: int, n_layers: int, config: TrainConfig) -> dict[str, Any]:
-    """Write recipe.json, and give it: {"steps", "n_layers": L, "train_config": {field: value}}. From these the
+def write_recipe(
+    out_dir: Path, steps: int, n_layers: int, config: TrainConfig, *, writes: bool = True
+) -> dict[str, Any]:
+    """Write recipe.json, unless another process does, and give it: {"steps", "n_layers": L, "train_config": {field: value}}. From these the
     schedules over the run can be drawn; `steps` is what max_steps and epochs came to."""
     recipe = {"steps": steps, "n_layers": n_layers, "train_config": dataclasses.asdict(config)}
-    with replacing(out_dir / "recipe.json") as beside:
-        beside.write_text(json.dumps(recipe, indent=2, allow_nan=False) + "\n")
+    if writes:
+        with replacing(out_dir / "recipe.json") as beside:
+            beside.write_text(json.dumps(recipe, indent=2, allow_nan=False) + "\n")
     return recipe
 
 
@@ -35,8 +38,9 @@ def train_record(
     `StepTimer.mean_seconds`. The gradient norm is None where gradients overflowed float16 and the step was
     skipped."""
     exits = {str(layer): float(loss) for layer, loss in losses.exits.items()}
-    load = {str(layer): counts.tolist() for layer, counts in losses.load.items()}
-    violations = [balance_metrics(counts)["max_violation"] for counts in losses.load.values() if counts.sum()]
+    loads = {layer: counts for layer, counts in losses.load.items() if counts.sum()}  # a dropped layer has none
+    load = {str(layer): counts.tolist() for layer, counts in loads.items()}
+    violations = [balance_metrics(counts)["max_violation"] for counts in loads.values()]
     record: dict[str, Any] = {
         "loss": float(losses.total.detach()),
         "perplexity": math.exp(min(list(exits.values())[-1], 700.0)),
@@ -59,15 +63,18 @@ def train_record(
 
 
 class MetricsWriter:
-    """metrics.jsonl, and TensorBoard where it is installed."""
+    """metrics.jsonl, and TensorBoard where it is installed; or, where another process writes them, the records alone."""
 
-    def __init__(self, out_dir: Path, *, before_step: int) -> None:
+    def __init__(self, out_dir: Path, *, before_step: int, writes: bool = True) -> None:
         path = out_dir / "metrics.jsonl"
         self.records: list[dict[str, Any]] = []
         if before_step and path.exists():  # a resumed run takes up before what it had written after its checkpoint
             whole = (line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
             kept = (json.loads(line) for line in whole)
             self.records = [record for record in kept if record["step"] < before_step]
+        self._file = self._board = None
+        if not writes:
+            return
         with replacing(path) as beside:
             beside.write_text("".join(json.dumps(record) + "\n" for record in self.records))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
@@ -77,14 +84,16 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
     def write(self, split: str, step: int, record: dict[str, Any]) -> None:
         """Add one record; numbers, and numbers by exit or by part of a step, go to TensorBoard too."""
         self.records.append({"split": split, "step": step, **record})
-        self._file.write(json.dumps(self.records[-1]) + "\n")
+        if self._file is not None:
+            self._file.write(json.dumps(self.records[-1]) + "\n")
         if self._board is None:
             return
         for name, value in record.items():

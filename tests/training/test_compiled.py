@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from layerskip_moe.nn import run_blocks
-from layerskip_moe.training import loop, losses, train
+from layerskip_moe.training import block_calls, loop, losses, train
 from layerskip_moe.training.optimizer import compiles
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -31,7 +30,7 @@ def nothing_compiled_before():
 def traced(monkeypatch):
     """Blocks are traced and guarded as ever, but what was traced runs as it is: a compiler would take a minute."""
     compiled = functools.cache(functools.partial(torch.compile, dynamic=True, fullgraph=True, backend="eager"))
-    monkeypatch.setattr(run_blocks, "compiled", compiled)
+    monkeypatch.setattr(block_calls, "compiled", compiled)
 
 
 def dropping(recipe, **fields):

@@ -1,0 +1,146 @@
+"""A model divided over ranks by PyTorch's FSDP2 (`fully_shard`), and put together again.
+
+Every rank keeps 1/R of each parameter, of its gradient and of the optimizer's moments. A block's parameters are gathered
+when it runs, forward and backward, and let go of; its gradients are summed over the ranks when it is through, each rank
+getting the part that it keeps. Embedding, norm and head belong to no block, and stay gathered from the beginning of a
+pass to its end. With `expert_parallel` a layer's experts are divided twice: so many to each rank of a row of the mesh,
+and the numbers of these over the ranks of a column.
+
+Knows nothing of losses. Next: `parallel.py` (the ranks), `expert_parallel.py` (how tokens find their experts), `loop.py`.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.nn.block import Block, MoEMLP
+from layerskip_moe.nn.experts import Experts
+from layerskip_moe.training.expert_parallel import run_experts_across
+from layerskip_moe.training.parallel import Ranks
+
+Result = TypeVar("Result")
+
+
+class Network(nn.Module):
+    """A model, and all that is computed with it as calls of this one module: what FSDP gathers for a pass is there from
+    its beginning to its end."""
+
+    def __init__(self, model: MoEDecoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Callable[..., Result], *arguments: Any, **others: Any) -> Result:
+        """compute(model, *arguments, **others)."""
+        return compute(self.model, *arguments, **others)
+
+    def synchronize(self, wanted: bool) -> None:
+        """Whether the next backward pass sums gradients over the ranks; without, they add up where they are."""
+        if isinstance(self, FSDPModule):
+            self.set_requires_gradient_sync(wanted)
+
+    def release(self) -> None:
+        """Let go of what a pass without a backward one leaves gathered."""
+        if isinstance(self, FSDPModule):
+            self.reshard()
+
+
+def make_network(model: MoEDecoder, ranks: Ranks, *, expert_parallel: int) -> Network:
+    """The model itself where there is one rank; else a copy on this rank's device, divided over all of them.
+
+    Every rank is to have the same weights. Raises ValueError for an expert_parallel that does not divide the ranks, the
+    experts, or leaves more ranks than an expert's matrices can be divided over.
+    """
+    _check_experts(model, ranks, expert_parallel)
+    if ranks.size == 1:
+        return Network(model)
+    model = copy.deepcopy(model)
+    world, mesh = ranks.meshes(expert_parallel)
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        if expert_parallel > 1 and isinstance(block.mlp, MoEMLP):
+            experts = block.mlp.experts
+            for name, weight in list(experts.named_parameters()):
+                whole = distribute_tensor(weight.detach(), mesh["expert"], [Shard(0)], src_data_rank=None)
+                experts.register_parameter(name, nn.Parameter(whole))
+            experts.forward = partial(run_experts_across, experts, mesh["expert"].get_group())  # type: ignore[method-assign]
+            fully_shard(experts, mesh=mesh["data"], shard_placement_fn=lambda _: Shard(1))
+            experts.set_gradient_divide_factor(ranks.size)  # as the others' are: tokens come from all of them
+        fully_shard(block, mesh=world)
+    network = Network(model)
+    fully_shard(network, mesh=world)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(ranks.device)
+    return network
+
+
+def give_back(network: Network, model: MoEDecoder, ranks: Ranks) -> None:
+    """Give the model, where the network is a divided copy of it, the copy's weights."""
+    if ranks.size > 1:
+        take_up(model.state_dict(), whole(network.model.state_dict()))
+
+
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors, of which some may be divided, as whole ones on the CPU. All ranks must ask for the same."""
+    return {name: _whole(tensor).cpu() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def take_up(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Give tensors, of which some may be divided, the values of whole ones of the same names."""
+    for name, tensor in tensors.items():
+        value = values[name]
+        if isinstance(tensor, DTensor) and not isinstance(value, DTensor):
+            value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor.copy_(value)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
+    """`torch.nn.utils.clip_grad_norm_` over parameters that may be divided, in several ways; the norm is that of all."""
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            groups.setdefault(mesh_of(parameter), []).append(parameter)
+    norms = [
+        _whole(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups.values()
+    ]
+    norm = torch.stack(norms).norm() if len(norms) > 1 else norms[0]
+    for group in groups.values():
+        torch.nn.utils.clip_grads_with_norm_(group, limit, norm)
+    return float(norm)
+
+
+def mesh_of(parameter: Tensor) -> Any:
+    """What a parameter is divided over; None for one that is whole. Operations on several at once want the same."""
+    return parameter.device_mesh if isinstance(parameter, DTensor) else None
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _check_experts(model: MoEDecoder, ranks: Ranks, expert_parallel: int) -> None:
+    if expert_parallel == 1:
+        return
+    if expert_parallel > ranks.size or ranks.size % expert_parallel:
+        raise ValueError(
+            f"expert_parallel={expert_parallel} must divide the number of processes, which is {ranks.size}; start "
+            "another number by torchrun, or lower it."
+        )
+    count = model.config.num_experts
+    if count == 0 or count % expert_parallel:
+        raise ValueError(f"expert_parallel={expert_parallel} must divide num_experts={count}.")
+    columns = ranks.size // expert_parallel
+    for experts in (module for module in model.modules() if isinstance(module, Experts)):
+        if any(weight.shape[1] % columns for weight in experts.parameters()):
+            raise ValueError(
+                f"an expert's matrices, of {experts.gate_up.shape[1]} and {experts.down.shape[1]} rows, cannot be "
+                f"divided over {columns} processes; raise expert_parallel, or start another number of processes."
+            )
