@@ -122,7 +122,15 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "batch_size", "accumulation", "exit_rotation", "validation_windows", "log_every", "expert_parallel"):
+        for name in (
+            "seq_len",
+            "batch_size",
+            "accumulation",
+            "exit_rotation",
+            "validation_windows",
+            "log_every",
+            "expert_parallel",
+        ):
             _at_least(name, getattr(self, name), 1)
         for name in ("max_steps", "drafting_exit", "warmup_steps", "validate_every", "checkpoint_every"):
             if getattr(self, name) is not None:
@@ -142,6 +150,8 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
         if not isinstance(self.compile, bool | None):
             raise ValueError(f"compile={self.compile!r} must be True, False or None.")
+        if self.compile and self.expert_parallel > 1:
+            raise ValueError("compile=True is not for expert_parallel above 1, whose exchanges cannot be compiled.")
         for name in ("epochs", "learning_rate"):
             if not (_is_number(getattr(self, name)) and 0 < getattr(self, name) < math.inf):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a finite number above 0.")

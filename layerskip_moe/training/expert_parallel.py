@@ -11,7 +11,7 @@ Knows nothing of routers, nor of how the other weights are divided. Next: `nn/ex
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_to_all_single
+from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
 from torch.distributed.tensor import DTensor
 
 from layerskip_moe.nn.experts import Experts, expert_by_expert, run_experts_sorted
@@ -38,7 +38,9 @@ def run_experts_across(experts: Experts, group: dist.ProcessGroup, x: Tensor, ro
 def _run_by_owners(rows: Tensor, load: Tensor, gate_up: Tensor, down: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Rows [P, D] that stand expert after expert, load [E] for each, run by the ranks that hold them -> [P, D]."""
     ranks = group.size()
-    come = _sent(load, None, None, group).view(ranks, -1)  # [R, E / R]: rows from each rank for each expert here
+    come = all_to_all_single(load, None, None, group).view(
+        ranks, -1
+    )  # [R, E / R]: rows from each rank for each expert here
     there, here = load.view(ranks, -1).sum(1).tolist(), come.sum(1).tolist()
     rows = _sent(rows, here, there, group)  # rank after rank, and of each rank expert after expert
     expert = torch.arange(come.shape[1], device=come.device).repeat(ranks).repeat_interleave(come.flatten())
@@ -48,8 +50,7 @@ def _run_by_owners(rows: Tensor, load: Tensor, gate_up: Tensor, down: Tensor, gr
     return _sent(outputs[back], there, here, group)
 
 
-def _sent(rows: Tensor, come: list[int] | None, go: list[int] | None, group: dist.ProcessGroup) -> Tensor:
-    """Rows [P, ...] sent to the group's ranks, so many to each, and those that come from each; None: equally many.
-    Gradients go back the way that the rows came."""
-    count = len(rows) if come is None else sum(come)
-    return all_to_all_single(rows.new_empty(count, *rows.shape[1:]), rows.contiguous(), come, go, group)
+def _sent(rows: Tensor, come: list[int], go: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Rows [P, D] sent to the group's ranks, `go` to each, and those that come from each. Gradients go back the way that
+    the rows came."""
+    return all_to_all_single_autograd(rows.contiguous(), come, go, group)

@@ -38,8 +38,8 @@ from layerskip_moe.training.losses import (
 )
 from layerskip_moe.training.metrics import MetricsWriter, train_record, write_recipe
 from layerskip_moe.training.optimizer import autocast_dtype, compiles, make_optimizer, set_learning_rate
-from layerskip_moe.training.parallel import Ranks, check_batch, join
 from layerskip_moe.training.optimizer_state import optimizer_tensors, restore_optimizer
+from layerskip_moe.training.parallel import Ranks, check_batch, join
 from layerskip_moe.training.sharding import clip_gradients, give_back, make_network, take_up, whole
 from layerskip_moe.training.step_timer import StepTimer
 
@@ -190,9 +190,7 @@ def train(
 class _Run:
     """Model, optimizer and best weights so far: what changes from step to step, and what a checkpoint holds."""
 
-    def __init__(
-        self, model: MoEDecoder, config: TrainConfig, max_steps: int, corpus: _Text, ranks: Ranks
-    ) -> None:
+    def __init__(self, model: MoEDecoder, config: TrainConfig, max_steps: int, corpus: _Text, ranks: Ranks) -> None:
         step_exit_weights(config, model.config.n_layers, 0, max_steps)  # exits that it lacks are refused now
         self.config, self.max_steps, self.ranks = config, max_steps, ranks
         self.text = fingerprint(corpus.train, corpus.validation)
@@ -203,7 +201,7 @@ class _Run:
         self.started = time.perf_counter()  # moved back by `restore`, so that a resumed run counts what it had
         model.zero_grad(set_to_none=True)  # a run stopped in mid-step leaves gradients behind
         self.optimizer = make_optimizer(model, config)
-        self.compiles = compiles(config.compile, model.device)
+        self.compiles = config.expert_parallel == 1 and compiles(config.compile, model.device)
         self.dtype = autocast_dtype(config.precision, model.device)
         # float16 gradients underflow without a scale (the T4's case); disabled, the scaler passes through.
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=self.dtype == torch.float16)
@@ -257,7 +255,7 @@ class _Run:
         self.learning_rate = set_learning_rate(self.optimizer, step, self.max_steps, self.config)
         self.scaler.unscale_(self.optimizer)
         limit = self.config.max_gradient_norm or math.inf
-        norm = clip_gradients(self.model.parameters(), limit)
+        norm = clip_gradients(self.model.parameters(), limit, self.ranks)
         self._check_finite("loss", float(losses.total), step)
         if not self.scaler.is_enabled():
             self._check_finite("gradient norm", norm, step)

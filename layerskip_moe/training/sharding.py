@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.nn.block import Block, MoEMLP
-from layerskip_moe.nn.experts import Experts
 from layerskip_moe.training.expert_parallel import run_experts_across
 from layerskip_moe.training.parallel import Ranks
 
@@ -54,10 +53,9 @@ class Network(nn.Module):
 def make_network(model: MoEDecoder, ranks: Ranks, *, expert_parallel: int) -> Network:
     """The model itself where there is one rank; else a copy on this rank's device, divided over all of them.
 
-    Every rank is to have the same weights. Raises ValueError for an expert_parallel that does not divide the ranks, the
-    experts, or leaves more ranks than an expert's matrices can be divided over.
+    Every rank is to have the same weights. Raises ValueError as `check_experts` does.
     """
-    _check_experts(model, ranks, expert_parallel)
+    check_experts(model.config, ranks, expert_parallel)
     if ranks.size == 1:
         return Network(model)
     model = copy.deepcopy(model)
@@ -72,12 +70,35 @@ def make_network(model: MoEDecoder, ranks: Ranks, *, expert_parallel: int) -> Ne
             experts.forward = partial(run_experts_across, experts, mesh["expert"].get_group())  # type: ignore[method-assign]
             fully_shard(experts, mesh=mesh["data"], shard_placement_fn=lambda _: Shard(1))
             experts.set_gradient_divide_factor(ranks.size)  # as the others' are: tokens come from all of them
+            # Summed, and divided then: gloo has no sum that divides. (Alone in its column, a rank would divide twice.)
+            experts.set_force_sum_reduction_for_comms(mesh["data"].size() > 1)
         fully_shard(block, mesh=world)
     network = Network(model)
     fully_shard(network, mesh=world)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(ranks.device)
     return network
+
+
+def check_experts(config: ModelConfig, ranks: Ranks, expert_parallel: int) -> None:
+    """Raise ValueError for an expert_parallel that does not divide the ranks or the experts, and for experts whose
+    matrices the other ranks cannot share evenly."""
+    if expert_parallel == 1:
+        return
+    if ranks.size % expert_parallel:
+        raise ValueError(
+            f"expert_parallel={expert_parallel} must divide the number of processes, which is {ranks.size}; start "
+            "another number by torchrun, or lower it."
+        )
+    if config.num_experts == 0 or config.num_experts % expert_parallel:
+        raise ValueError(f"expert_parallel={expert_parallel} must divide num_experts={config.num_experts}.")
+    columns = ranks.size // expert_parallel
+    for rows in (2 * config.expert_d_ff, config.d_model):
+        if rows % columns:
+            raise ValueError(
+                f"an expert's matrix of {rows} rows cannot be shared evenly by {columns} processes; raise "
+                "expert_parallel, or start another number of processes."
+            )
 
 
 def give_back(network: Network, model: MoEDecoder, ranks: Ranks) -> None:
@@ -97,23 +118,22 @@ def take_up(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None
     for name, tensor in tensors.items():
         value = values[name]
         if isinstance(tensor, DTensor) and not isinstance(value, DTensor):
-            value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+            value = distribute_tensor(
+                value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
+            )
         tensor.copy_(value)
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
-    """`torch.nn.utils.clip_grad_norm_` over parameters that may be divided, in several ways; the norm is that of all."""
-    groups: dict[Any, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            groups.setdefault(mesh_of(parameter), []).append(parameter)
-    norms = [
-        _whole(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups.values()
-    ]
-    norm = torch.stack(norms).norm() if len(norms) > 1 else norms[0]
-    for group in groups.values():
-        torch.nn.utils.clip_grads_with_norm_(group, limit, norm)
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, ranks: Ranks) -> float:
+    """`torch.nn.utils.clip_grad_norm_` of parameters that are divided over the ranks; the norm is that of all."""
+    parameters = list(parameters)
+    parts = [_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(parts)
+    if ranks.size > 1:
+        norm = ranks.total(norm.double().square()).sqrt().to(norm.dtype)
+    for part in parts:
+        part.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
     return float(norm)
 
 
@@ -122,25 +142,9 @@ def mesh_of(parameter: Tensor) -> Any:
     return parameter.device_mesh if isinstance(parameter, DTensor) else None
 
 
+def _part(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _check_experts(model: MoEDecoder, ranks: Ranks, expert_parallel: int) -> None:
-    if expert_parallel == 1:
-        return
-    if expert_parallel > ranks.size or ranks.size % expert_parallel:
-        raise ValueError(
-            f"expert_parallel={expert_parallel} must divide the number of processes, which is {ranks.size}; start "
-            "another number by torchrun, or lower it."
-        )
-    count = model.config.num_experts
-    if count == 0 or count % expert_parallel:
-        raise ValueError(f"expert_parallel={expert_parallel} must divide num_experts={count}.")
-    columns = ranks.size // expert_parallel
-    for experts in (module for module in model.modules() if isinstance(module, Experts)):
-        if any(weight.shape[1] % columns for weight in experts.parameters()):
-            raise ValueError(
-                f"an expert's matrices, of {experts.gate_up.shape[1]} and {experts.down.shape[1]} rows, cannot be "
-                f"divided over {columns} processes; raise expert_parallel, or start another number of processes."
-            )

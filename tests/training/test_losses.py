@@ -215,7 +215,9 @@ def test_a_layer_without_samples_runs_on_none_and_its_gradient_is_0(decoder, bat
     assert experts == [[0]] * L
     assert losses.balance == 0 and losses.router_z == 0
     assert [int(load.sum()) for load in losses.load.values()] == [0] * L
-    assert all(not p.grad.any() for block in model.blocks for p in (block if part == "block" else block.mlp).parameters())
+    assert all(
+        not p.grad.any() for block in model.blocks for p in (block if part == "block" else block.mlp).parameters()
+    )
     assert model.embedding.weight.grad.norm() > 0
 
 
