@@ -21,8 +21,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from layerskip_moe.bench.processes import in_processes
 from layerskip_moe.bench.tables import aligned
@@ -185,5 +186,4 @@ def _bytes(kind: str, namespace: str, args: Any, result: Any) -> int:
         tensor = result if functional else args[0]
     else:
         tensor = args[0] if functional or kind == KINDS[3] else args[1]
-    tensors = [tensor] if isinstance(tensor, Tensor) else tensor
-    return sum(part.numel() * part.element_size() for part in tensors)
+    return sum(part.numel() * part.element_size() for part in tree_leaves(tensor))

@@ -1,11 +1,11 @@
 """Expert parallelism: a layer's experts held by several ranks, each token's states sent to those that hold its own.
 
-R ranks of a row of the mesh, each with E / R experts, and the tokens of its own samples. P (token, choice) pairs, D width,
-F expert hidden size. A layer sends four times in a step, P D numbers each: states to the experts and outputs back, and
-their gradients the other way; and E counts before, so that each rank knows how much will come (Switch Transformer, arXiv
-2101.03961; GShard, arXiv 2006.16668, without their capacity: no token is dropped).
+R ranks of a row of the mesh, each with E / R experts, and the tokens of its own samples. P (token, choice) pairs, D
+width, F expert hidden size. A layer sends four times in a step, P D numbers each: states to the experts and outputs
+back, and their gradients the other way; and E counts before, so that each rank knows how much will come (GShard, arXiv
+2006.16668; Switch Transformer, arXiv 2101.03961; but without a capacity: no token is dropped).
 
-Knows nothing of routers, nor of how the other weights are divided. Next: `nn/experts.py` (the arithmetic), `sharding.py`.
+Knows nothing of routers, nor of how other weights are divided. Next: `nn/experts.py` (the arithmetic), `sharding.py`.
 """
 
 import torch
@@ -51,6 +51,6 @@ def _run_by_owners(rows: Tensor, load: Tensor, gate_up: Tensor, down: Tensor, gr
 
 
 def _sent(rows: Tensor, come: list[int], go: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Rows [P, D] sent to the group's ranks, `go` to each, and those that come from each. Gradients go back the way that
-    the rows came."""
+    """Rows [P, D] sent to the group's ranks, `go` to each, and those that come from each. Gradients go back the way
+    that the rows came."""
     return all_to_all_single_autograd(rows.contiguous(), come, go, group)

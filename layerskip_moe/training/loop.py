@@ -190,9 +190,12 @@ def train(
 class _Run:
     """Model, optimizer and best weights so far: what changes from step to step, and what a checkpoint holds."""
 
-    def __init__(self, model: MoEDecoder, config: TrainConfig, max_steps: int, corpus: _Text, ranks: Ranks) -> None:
+    def __init__(
+        self, model: MoEDecoder, config: TrainConfig, max_steps: int, corpus: _Text, ranks: Ranks | None = None
+    ) -> None:
         step_exit_weights(config, model.config.n_layers, 0, max_steps)  # exits that it lacks are refused now
-        self.config, self.max_steps, self.ranks = config, max_steps, ranks
+        self.config, self.max_steps = config, max_steps
+        self.ranks = ranks = ranks or Ranks(0, 1, model.device)
         self.text = fingerprint(corpus.train, corpus.validation)
         ranks.check_agree((self.text, max_steps, config, model.config))
         self.network = make_network(model, ranks, expert_parallel=config.expert_parallel)

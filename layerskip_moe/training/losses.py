@@ -124,8 +124,8 @@ def _router_losses(
     """Balance, z and coherence loss (where it has a weight), means over the MoE layers that saw a token, and every MoE
     layer's load. keep [L, B]: the samples that each layer saw; None: all of them.
 
-    One exchange tells the ranks what all of them saw. Each layer balances by itself: pooled, one layer's imbalance could
-    cancel another's.
+    One exchange tells the ranks what all of them saw. Each layer balances by itself: pooled, one layer's imbalance
+    could cancel another's.
     """
     coheres = config.router_coherence_weight > 0
     counted = {

@@ -22,8 +22,8 @@ from layerskip_moe.training.losses import Losses
 def write_recipe(
     out_dir: Path, steps: int, n_layers: int, config: TrainConfig, *, writes: bool = True
 ) -> dict[str, Any]:
-    """Write recipe.json, unless another process does, and give it: {"steps", "n_layers": L, "train_config": {field: value}}. From these the
-    schedules over the run can be drawn; `steps` is what max_steps and epochs came to."""
+    """Write recipe.json, unless another process does, and give it: {"steps", "n_layers": L, "train_config": {field:
+    value}}. From these the schedules over the run can be drawn; `steps` is what max_steps and epochs came to."""
     recipe = {"steps": steps, "n_layers": n_layers, "train_config": dataclasses.asdict(config)}
     if writes:
         with replacing(out_dir / "recipe.json") as beside:
@@ -63,7 +63,7 @@ def train_record(
 
 
 class MetricsWriter:
-    """metrics.jsonl, and TensorBoard where it is installed; or, where another process writes them, the records alone."""
+    """metrics.jsonl, and TensorBoard where it is installed; the records alone where another process writes them."""
 
     def __init__(self, out_dir: Path, *, before_step: int, writes: bool = True) -> None:
         path = out_dir / "metrics.jsonl"

@@ -1,8 +1,8 @@
 """Which processes train together, and what they tell each other: numbers of a batch that each saw a part of.
 
-`torchrun` starts the processes, ranks 0 to R - 1, and tells them of each other; in a process that it did not start there
-is one rank, and everything here gives back what it was given. The ranks stand in a mesh of R / e by e: all of them have
-samples of their own, and the e of a row (`expert_parallel`) hold a layer's experts between them.
+`torchrun` starts the processes, ranks 0 to R - 1, and tells them of each other; in a process that it did not start
+there is one rank, and everything here gives back what it was given. The ranks stand in a mesh of R / e by e: all of
+them have samples of their own, and the e of a row (`expert_parallel`) hold a layer's experts between them.
 
 Knows nothing of networks. Next: `sharding.py` (a model divided over the mesh), `expert_parallel.py`, `loop.py`.
 """
@@ -43,7 +43,7 @@ class Ranks:
         return self.rank == 0
 
     def meshes(self, experts: int) -> tuple[DeviceMesh, DeviceMesh]:
-        """All ranks in a row, named "world", and as R / experts by experts, which divides R, named "data" and "expert"."""
+        """All ranks in a row, "world", and as R / experts rows of `experts`, which divides R, "data" and "expert"."""
         kind = self.device.type
         world = init_device_mesh(kind, (self.size,), mesh_dim_names=("world",))
         return world, init_device_mesh(kind, (self.size // experts, experts), mesh_dim_names=("data", "expert"))

@@ -1,12 +1,12 @@
 """A model divided over ranks by PyTorch's FSDP2 (`fully_shard`), and put together again.
 
-Every rank keeps 1/R of each parameter, of its gradient and of the optimizer's moments. A block's parameters are gathered
-when it runs, forward and backward, and let go of; its gradients are summed over the ranks when it is through, each rank
-getting the part that it keeps. Embedding, norm and head belong to no block, and stay gathered from the beginning of a
-pass to its end. With `expert_parallel` a layer's experts are divided twice: so many to each rank of a row of the mesh,
-and the numbers of these over the ranks of a column.
+Every rank keeps 1/R of each parameter, of its gradient and of the optimizer's moments. A block's parameters are
+gathered when it runs, forward and backward, and let go of; its gradients are averaged over the ranks when it is done,
+each rank getting the part that it keeps. Embedding, norm and head belong to no block, and stay gathered from the
+beginning of a pass to its end. With `expert_parallel` a layer's experts are divided twice: so many to each rank of a
+row of the mesh, and the numbers of these over the ranks of a column.
 
-Knows nothing of losses. Next: `parallel.py` (the ranks), `expert_parallel.py` (how tokens find their experts), `loop.py`.
+Knows nothing of losses. Next: `parallel.py` (the ranks), `expert_parallel.py` (how tokens find experts), `loop.py`.
 """
 
 import copy
@@ -68,10 +68,10 @@ def make_network(model: MoEDecoder, ranks: Ranks, *, expert_parallel: int) -> Ne
                 whole = distribute_tensor(weight.detach(), mesh["expert"], [Shard(0)], src_data_rank=None)
                 experts.register_parameter(name, nn.Parameter(whole))
             experts.forward = partial(run_experts_across, experts, mesh["expert"].get_group())  # type: ignore[method-assign]
-            fully_shard(experts, mesh=mesh["data"], shard_placement_fn=lambda _: Shard(1))
-            experts.set_gradient_divide_factor(ranks.size)  # as the others' are: tokens come from all of them
+            divided: FSDPModule = fully_shard(experts, mesh=mesh["data"], shard_placement_fn=lambda _: Shard(1))
+            divided.set_gradient_divide_factor(ranks.size)  # as the others' are: tokens come from all of them
             # Summed, and divided then: gloo has no sum that divides. (Alone in its column, a rank would divide twice.)
-            experts.set_force_sum_reduction_for_comms(mesh["data"].size() > 1)
+            divided.set_force_sum_reduction_for_comms(mesh["data"].size() > 1)
         fully_shard(block, mesh=world)
     network = Network(model)
     fully_shard(network, mesh=world)
@@ -128,12 +128,12 @@ def take_up(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, ranks: Ranks) -> float:
     """`torch.nn.utils.clip_grad_norm_` of parameters that are divided over the ranks; the norm is that of all."""
     parameters = list(parameters)
+    if ranks.size == 1:
+        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
     parts = [_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(parts)
-    if ranks.size > 1:
-        norm = ranks.total(norm.double().square()).sqrt().to(norm.dtype)
+    norm = ranks.total(torch.nn.utils.get_total_norm(parts).double().square()).sqrt()
     for part in parts:
-        part.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+        part.mul_((limit / (norm + 1e-6)).clamp(max=1.0).to(part.dtype))
     return float(norm)
 
 

@@ -37,6 +37,8 @@ REFUSED = {
     "bias_update_rate": (-0.01,),
     "precision": ("fp16", "int8"),
     "compile": (1, "yes"),
+    "activation_checkpointing": (1, "yes", None),
+    "expert_parallel": (0, -1, 1.5),
     "seed": (0.5, "1"),
     "validate_every": (-1, 2.5),
     "validation_windows": (0,),
