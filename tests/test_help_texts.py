@@ -7,10 +7,12 @@ import docstring_parser  # what tyro reads docstrings with
 import pytest
 
 from layerskip_moe.ablation import DecodingConfig, MeasureConfig, Variant
+from layerskip_moe.bench.communication import CommunicationSettings
 from layerskip_moe.bench.networks import Network
 from layerskip_moe.cli import (
     ablate,
     bench,
+    bench_communication,
     bench_policies,
     bench_speculation,
     calibrate,
@@ -48,6 +50,8 @@ COMMANDS = [
     report.Options,
     bench.Options,
     bench_policies.Options,
+    bench_communication.Options,
+    CommunicationSettings,
     bench_speculation.Options,
     trace.Options,
 ]

@@ -51,7 +51,7 @@ class CommunicationSettings:
     """The processes, and a step of theirs.
 
     Attributes:
-        processes: R, started on this machine's CPU
+        processes: R, 2 or more, started on this machine's CPU
         expert_parallel: e of them hold a layer's experts between them
         batch_size: B, samples per pass of all processes together
         seq_len: T, tokens of each
@@ -86,7 +86,10 @@ class Count(TorchDispatchMode):
 
 def communication(config: ModelConfig, settings: CommunicationSettings) -> dict[str, Any]:
     """Count a training step's communication in new processes: {"measured", "paper"}, each {kind: {"calls", "bytes"}},
-    of all processes together. Raises ValueError as training does for numbers that do not divide."""
+    of all processes together. Raises ValueError for fewer than two processes, and as training does for numbers that do
+    not divide."""
+    if settings.processes < 2:
+        raise ValueError(f"processes={settings.processes} must be 2 or more: one has nobody to send to.")
     ranks = Ranks(0, settings.processes, torch.device("cpu"))
     check_batch(settings.batch_size, ranks)
     check_experts(config, ranks, settings.expert_parallel)

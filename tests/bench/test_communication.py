@@ -16,7 +16,8 @@ SMALL = ModelConfig(
     "settings",
     [
         CommunicationSettings(processes=2, accumulation=2, seq_len=8),
-        CommunicationSettings(processes=4, expert_parallel=2, seq_len=8),
+        CommunicationSettings(processes=2, expert_parallel=2, seq_len=8),
+        pytest.param(CommunicationSettings(processes=4, expert_parallel=2, seq_len=8), marks=pytest.mark.slow),
     ],
 )
 def test_a_step_sends_what_is_needed_on_paper(settings):

@@ -1,7 +1,7 @@
 """One of the processes that the parallel tests start, which find each other by what torchrun would tell them; or the
 only one. `python one_of_many.py runs.json out_dir` trains each run of the file, and keeps what came of it in out_dir.
 
-A run: {"network": ModelConfig's fields, "recipe": TrainConfig's, "stop_at": a step at which all processes stop, "resume"}.
+A run: {"network": ModelConfig's fields, "recipe": TrainConfig's, "stop_at": a step at which all stop, "resume"}.
 """
 
 import json

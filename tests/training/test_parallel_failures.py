@@ -11,7 +11,7 @@ import pytest
 start = runpy.run_path(str(Path(__file__).with_name("test_parallel.py")))["start"]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_when_one_process_is_lost_the_others_end(tmp_path, how):
     endless = dict(recipe=dict(max_steps=10**6, validate_every=0, checkpoint_every=0))
     processes = start(2, {"endless": endless}, tmp_path, TEST_TIMEOUT="5")
