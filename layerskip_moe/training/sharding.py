@@ -10,6 +10,7 @@ Knows nothing of losses. Next: `parallel.py` (the ranks), `expert_parallel.py` (
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -58,6 +59,8 @@ def make_network(model: MoEDecoder, ranks: Ranks, *, expert_parallel: int) -> Ne
     check_experts(model.config, ranks, expert_parallel)
     if ranks.size == 1:
         return Network(model)
+    # Routers that look back give views of their logits; nobody writes into those.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     model = copy.deepcopy(model)
     world, mesh = ranks.meshes(expert_parallel)
     for block in model.blocks:
