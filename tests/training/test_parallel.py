@@ -83,55 +83,84 @@ def assert_same(one, other):
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """{processes: folder of what came of RUNS}, and of runs that were begun on one number and go on on another."""
-    folder = tmp_path_factory.mktemp("runs")
-    stopped = {f"begun on {count}": dict(stop_at=3) for count in (1, 2, 4)}
+def one(tmp_path_factory):
+    """What came of RUNS in one process, and of others that the tests compare with."""
+    folder = tmp_path_factory.mktemp("one")
     for name, run in RUNS.items():
-        alone(run, folder / "1" / name)
-    alone(stopped["begun on 1"], folder / "begun on 1")
+        alone(run, folder / name)
+    alone(dict(recipe=dict(accumulation=2)), folder / "experts")
     alone({}, folder / "unbroken")
-    for count in (2, 4):
-        runs = dict(RUNS)
-        for experts in {2, count}:
-            runs[f"experts by {experts}"] = dict(recipe=dict(expert_parallel=experts, accumulation=2))
-        runs[f"../begun on {count}"] = stopped[f"begun on {count}"]
-        runs["../begun on 1" if count == 2 else "../begun on 2"] = dict(resume=True)
-        finish(start(count, runs, folder / str(count)))
-    alone(dict(resume=True), folder / "begun on 4")
-    alone(dict(recipe=dict(accumulation=2)), folder / "1" / "experts")
     return folder
 
 
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What came of RUNS in two processes, and of a run that one process began and two ended."""
+    folder = tmp_path_factory.mktemp("two")
+    alone(dict(stop_at=3), folder / "resumed")
+    finish(start(2, RUNS | {"experts by 2": by(2), "resumed": dict(resume=True)}, folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """The same of four; two processes began what they ended. And of a run that four began and one ended."""
+    folder = tmp_path_factory.mktemp("four")
+    finish(start(2, {"resumed": dict(stop_at=3)}, folder))
+    others = {"experts by 2": by(2), "experts by 4": by(4), "resumed": dict(resume=True), "back": dict(stop_at=3)}
+    finish(start(4, RUNS | others, folder))
+    alone(dict(resume=True), folder / "back")
+    return folder
+
+
+def by(count):
+    return dict(recipe=dict(expert_parallel=count, accumulation=2))
+
+
 @pytest.mark.parametrize("name", RUNS)
+def test_two_processes_have_the_losses_of_one_step_for_step_and_its_model(one, two, name):
+    assert_same(outcome(two / name), outcome(one / name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_so_have_four(one, four, name):
+    assert_same(outcome(four / name), outcome(one / name))
+
+
+def test_experts_held_by_two_processes_compute_what_one_does(one, two):
+    assert_same(outcome(two / "experts by 2"), outcome(one / "experts"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
-def test_the_same_losses_step_for_step_and_the_same_model(outcomes, name, count):
-    assert_same(outcome(outcomes / str(count) / name), outcome(outcomes / "1" / name))
+def test_so_do_experts_held_by_two_and_four_of_four(one, four, count):
+    assert_same(outcome(four / f"experts by {count}"), outcome(one / "experts"))
 
 
-@pytest.mark.parametrize("count, experts", [(2, 2), (4, 2), (4, 4)])
-def test_experts_held_by_several_processes_compute_what_one_does(outcomes, count, experts):
-    assert_same(outcome(outcomes / str(count) / f"experts by {experts}"), outcome(outcomes / "1" / "experts"))
+def test_two_processes_go_on_where_one_stopped(one, two):
+    assert_same(outcome(two / "resumed"), outcome(one / "unbroken"))
 
 
-@pytest.mark.parametrize("begun, resumed", [(1, 2), (2, 4), (4, 1)])
-def test_a_run_goes_on_on_another_number_of_processes(outcomes, begun, resumed):
-    assert_same(outcome(outcomes / f"begun on {begun}"), outcome(outcomes / "unbroken"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resumed", "back"])
+def test_four_go_on_where_two_stopped_and_one_where_four_did(one, four, name):
+    assert_same(outcome(four / name), outcome(one / "unbroken"))
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_every_process_ends_with_the_same_weights(outcomes, count):
+def test_every_process_ends_with_the_same_weights(two):
     for name in RUNS:
-        first, *others = (torch.load(outcomes / str(count) / name / f"weights-{rank}.pt") for rank in range(count))
-        assert all(torch.equal(other[key], first[key]) for other in others for key in first)
+        first, other = (torch.load(two / name / f"weights-{rank}.pt") for rank in range(2))
+        assert all(torch.equal(other[key], first[key]) for key in first)
 
 
-def test_only_the_first_process_writes(outcomes):
-    files = {path.name for path in (outcomes / "4" / "dropping blocks").iterdir()} - {"tensorboard"}
-    weights = {f"weights-{rank}.pt" for rank in range(4)}
-    assert files == {"metrics.jsonl", "recipe.json", "checkpoint.pt", "model", "result.json", *weights}
-    lines = (outcomes / "4" / "dropping blocks" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 6 + 2  # of steps, and of validations
+def test_only_the_first_process_writes(two):
+    folder = two / "dropping blocks"
+    files = {path.name for path in folder.iterdir()} - {"tensorboard"}
+    assert files == {
+        "metrics.jsonl", "recipe.json", "checkpoint.pt", "model", "result.json", "weights-0.pt", "weights-1.pt"
+    }  # fmt: skip
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 6 + 2  # of steps, and of validations
 
 
 CPU = torch.device("cpu")
