@@ -20,6 +20,7 @@ from layerskip_moe.analysis import write_report
 from layerskip_moe.constants import command_line, default_device, given_constants, override_constants
 from layerskip_moe.pretrained import has_other_card, write_model_card
 from layerskip_moe.study import StudyConfig, describe, side_by_side, study
+from layerskip_moe.training import check_new_run, has_checkpoint
 
 device: str = default_device(globals())  # "cuda" where there is one, else "cpu"
 gpu = device.startswith("cuda")  # on a GPU the defaults grow
@@ -51,7 +52,7 @@ batch_size: int = 32 if gpu else 8
 learning_rate: float = 1e-3 if gpu else 3e-3
 moe_loss_weight: float = 0.01  # of the load-balance loss
 router_coherence_weight: float = 0.0  # of a loss that pulls neighbouring tokens to the same experts
-resume: bool = False  # go on from <out_dir>/checkpoint.pt
+resume: bool = False  # go on from the newest of <out_dir>/checkpoints, with the constants it was begun with
 
 # The LayerSkip recipe
 layer_dropout_max: float = 0.1  # how often the last layer is dropped at the end of training
@@ -129,6 +130,8 @@ measured = StudyConfig(
     seed=seed,
 )
 measured.check(config, corpus)  # what decoding will need is checked now, not after minutes of training
+if compare and not resume:
+    check_new_run(Path(out_dir) / "without_layerskip")
 model = MoEDecoder(config, seed=seed).to(device)
 parameters, active_parameters = model.parameter_counts()
 print(f"{parameters / 1e6:.1f}M parameters, {active_parameters / 1e6:.1f}M of them used per token, on {device}")
@@ -167,7 +170,7 @@ if compare:
     plainly = replace(recipe, layer_dropout_max=0.0, expert_dropout=0.0)
     plainly = replace(plainly, exit_curriculum="none", exit_weights="equal", drafting_exit=None)
     other, beside = MoEDecoder(config, seed=seed).to(device), Path(out_dir) / "without_layerskip"
-    other_result = train(other, corpus, plainly, beside, resume=resume and (beside / "checkpoint.pt").exists())
+    other_result = train(other, corpus, plainly, beside, resume=resume and has_checkpoint(beside))
     other_found = study(other, corpus, measured, whole=False)
     found["comparison"] = side_by_side(result, found, other_result, other_found, seed=seed)
     stage_ends("comparison")

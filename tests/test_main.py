@@ -136,7 +136,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_1(arguments):
 
 def test_a_stopped_run_is_resumed(text, tmp_path, monkeypatch):
     """Stopped by hand in mid-training, as in a tab that is closed; --resume goes on to the same weights."""
-    from layerskip_moe.training import loop
+    from layerskip_moe.training import run as run_module
 
     def run(*more):
         line = command(dataset=text, layer_dropout_max=0.0, **more[0]) + list(more[1:])
@@ -148,10 +148,10 @@ def test_a_stopped_run_is_resumed(text, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return losses(model, inputs, labels, sample_ids, config, step=step, **others)
 
-    losses = loop.training_losses
+    losses = run_module.training_losses
     unbroken = run({"out_dir": tmp_path / "unbroken"})["model"].state_dict()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "training_losses", stop_at_the_third)
+        patch.setattr(run_module, "training_losses", stop_at_the_third)
         run({"out_dir": tmp_path / "broken"})
     resumed = run({"out_dir": tmp_path / "broken"}, "--resume")
     assert resumed["result"].steps == 4

@@ -10,6 +10,7 @@ from layerskip_moe import TrainConfig
 from layerskip_moe.ablation import DecodingConfig, MeasureConfig, Variant, ablate, grid, runs
 from layerskip_moe.bench import describe_machine
 from layerskip_moe.training import loop
+from layerskip_moe.training import run as run_module
 
 VARIANTS = {"base": Variant(), "paper": Variant(recipe={"exit_weights": "paper"})}
 SMALL = dict(
@@ -100,7 +101,7 @@ def test_a_finished_run_is_not_made_again(corpus, network, recipe, tmp_path, mea
 def test_a_stopped_run_goes_on_to_the_same_weights(corpus, network, recipe, tmp_path, measured, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     ablate(corpus, network, recipe, VARIANTS, whole, seeds=(0,), **SMALL)
-    steps, real = [], loop._Run.step
+    steps, real = [], run_module.Run.step
 
     def step(run, number, text):
         steps.append((run.config.exit_weights, number))
@@ -108,7 +109,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(corpus, network, recipe, tmp_
             raise KeyboardInterrupt
         return real(run, number, text)
 
-    monkeypatch.setattr(loop._Run, "step", step)
+    monkeypatch.setattr(run_module.Run, "step", step)
     with pytest.raises(KeyboardInterrupt):
         ablate(corpus, network, recipe, VARIANTS, stopped, seeds=(0,), **SMALL)
     assert [name for name in results_in(stopped)] == ["base seed0"]
@@ -130,7 +131,7 @@ def test_a_run_stopped_while_it_was_measured_is_only_measured_again(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runs, "measure", interrupted)
         ablate(corpus, network, recipe, only, tmp_path, seeds=(0,), **SMALL)
-    monkeypatch.setattr(loop._Run, "step", interrupted)
+    monkeypatch.setattr(run_module.Run, "step", interrupted)
     ablate(corpus, network, recipe, only, tmp_path, seeds=(0,), **SMALL)
     assert [what for what, _ in measured] == ["measured", "timed"] and list(results_in(tmp_path)) == ["base seed0"]
 

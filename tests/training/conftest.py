@@ -8,6 +8,7 @@ import torch
 
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.training import TrainConfig
+from layerskip_moe.training.checkpoint import load_tensors, newest_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +54,16 @@ def recipe():
         return TrainConfig(**{**short, **fields})
 
     return build
+
+
+@pytest.fixture
+def saved():
+    """saved(out_dir) -> what its newest whole checkpoint holds: (facts, tensors by name)."""
+
+    def read(folder):
+        checkpoint = newest_checkpoint(folder)
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in checkpoint.tensors.items()}
+        load_tensors(checkpoint, tensors)
+        return checkpoint.facts, tensors
+
+    return read
