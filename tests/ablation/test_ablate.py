@@ -82,7 +82,7 @@ def test_every_variant_is_trained_with_every_seed_and_differs_in_nothing_else(
     told = json.loads((tmp_path / "ablation.json").read_text())
     assert [row["variant"] for row in told["summary"]] == list(variants)
     assert len(told["runs"]) == 6 and told["seeds"] == [3, 7]
-    assert not list(tmp_path.rglob("checkpoint.pt"))
+    assert not list(tmp_path.rglob("checkpoints"))
     assert len({result["exits"]["perplexity"][-1] for result in found.values()}) == 6  # each its own weights
 
 
@@ -142,7 +142,7 @@ def test_a_run_that_diverges_is_told_and_the_next_begins(corpus, network, recipe
     found = results_in(tmp_path)
     assert "lower learning_rate" in found["wild seed0"]["failed"] and found["paper seed0"]["failed"] is None
     assert f"- wild, seed 0: {found['wild seed0']['failed']}" in path.read_text()
-    assert not list(tmp_path.rglob("checkpoint.pt"))
+    assert not list(tmp_path.rglob("checkpoints"))
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_a_stopped_run_is_resumed_from_the_shell(shell, text, monkeypatch):
         code, _, err = shell(*command, "--out-dir", "again")
     assert (code, err.rstrip().splitlines()[-1]) == (130, "interrupted")
     code, _, err = shell(*command, "--out-dir", "again")
-    said = "error: again holds checkpoint.pt of another run; give --resume to go on, or another --out-dir.\n"
+    said = "error: again holds checkpoints of another run; give --resume to go on, or another --out-dir.\n"
     assert (code, err) == (1, said)  # before any text is read
     code, out, err = shell(*command, "--out-dir", "again", "--resume")
     assert code == 0 and "again/model" in out
