@@ -19,12 +19,13 @@ _NOTE = b"\nstopping as soon as what is at hand is done; once more stops at once
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM came, and what was at hand is done: the text says what was saved, and how to go on.
 
-    A KeyboardInterrupt, as notebooks and callers expect. exit_status: what a shell would call the end by that signal,
-    130 or 143.
+    A KeyboardInterrupt, as notebooks and callers expect. received: the signal's number; exit_status: what a shell would
+    call the end by it, 130 or 143.
     """
 
     def __init__(self, sentence: str, received: int) -> None:
         super().__init__(sentence)
+        self.received = received
         self.exit_status = 128 + received
 
 

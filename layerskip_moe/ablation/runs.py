@@ -23,6 +23,7 @@ from layerskip_moe.ablation.variants import Variant
 from layerskip_moe.bench import describe_machine
 from layerskip_moe.data import Corpus
 from layerskip_moe.files import plain, replacing
+from layerskip_moe.interrupts import Interrupted
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.training import TrainConfig, train
 from layerskip_moe.training.checkpoint import has_checkpoint, remove_checkpoints
@@ -62,7 +63,8 @@ def train_run(
     """Train, save the model, measure it, and write result.json, upon which the checkpoints are removed; what was
     written. setting: all that it depends on, which `read_result` compares.
 
-    A run that was stopped goes on from its newest one. Where the loss stops being finite, `failed` says so.
+    A run that was stopped goes on from its newest one, and Ctrl-C says so. Where the loss stops being finite, `failed`
+    does.
     """
     (run.folder / DECODING).unlink(missing_ok=True)  # which would be of another training
     model = MoEDecoder(run.network, seed=run.recipe.seed).to(device)
@@ -78,6 +80,11 @@ def train_run(
     }
     try:
         trained = train(model, corpus, run.recipe, run.folder, resume=has_checkpoint(run.folder), progress=progress)
+    except Interrupted as stop:
+        sentence = (
+            f"{run.variant}, seed {run.recipe.seed}, is saved as far as it is; the same again goes on from there."
+        )
+        raise Interrupted(sentence, stop.received) from None
     except FloatingPointError as error:
         result["failed"] = str(error)
     else:
