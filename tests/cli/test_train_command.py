@@ -87,19 +87,8 @@ def test_a_stopped_run_is_resumed_from_the_shell(shell, text, monkeypatch):
 
 def test_sigterm_saves_and_says_how_to_go_on(text):
     """The command as a scheduler ends it: a process of its own, in the middle of a run."""
-    command = [
-        "train",
-        "--dataset",
-        text,
-        "--out-dir",
-        "run",
-        *TINY.split(),
-        "--max-steps",
-        "100000",
-        "--log-every",
-        "1",
-    ]
-    line = [sys.executable, "-m", "layerskip_moe", *map(str, command)]
+    command = ["train", "--dataset", str(text), "--out-dir", "run", *TINY.split(), "--max-steps", "100000"]
+    line = [sys.executable, "-m", "layerskip_moe", *command, "--log-every", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
         metrics = Path("run/metrics.jsonl")

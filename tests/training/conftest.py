@@ -1,5 +1,6 @@
 """What the training tests share: a tiny decoder, a text that repeats itself, a short recipe, no TensorBoard."""
 
+import logging
 import sys
 from types import SimpleNamespace
 
@@ -15,6 +16,12 @@ from layerskip_moe.training.checkpoint import load_tensors, newest_checkpoint
 def without_tensorboard(monkeypatch):
     """Training goes on without it; a test that wants it takes this entry out again."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quiet_checkpoints():
+    """torch.distributed.checkpoint logs every tensor, and pytest would keep all that."""
+    logging.getLogger("c10d-NullHandler-dcp_logger").propagate = False
 
 
 @pytest.fixture

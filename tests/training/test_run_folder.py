@@ -73,7 +73,13 @@ def test_a_finished_runs_checkpoints_are_gone_when_a_new_one_begins(decoder, tex
         train(decoder(), text(), recipe(), tmp_path, progress=False)
 
 
-HOLD = "import sys, filelock; filelock.FileLock(sys.argv[1]).acquire(timeout=0); print('held', flush=True); input()"
+HOLD = """
+import sys, filelock
+lock = filelock.FileLock(sys.argv[1])
+lock.acquire(timeout=0)
+print("held", flush=True)
+input()
+"""
 
 
 def test_a_folder_is_one_processs_until_that_is_dead(decoder, text, recipe, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 SURVIVOR = str(Path(__file__).parent / "survivor.py")
-PATIENCE = 300  # seconds; a machine may be busy, or asleep
+PATIENCE = 1200  # seconds; a machine may be busy, or asleep
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +106,7 @@ def check_survival(start, tmp_path, moments, max_steps, checkpoint_every, seed):
         resumed_at = newest_step(broken)
         kill(process, broken, draw, moment)
         taken = steps_of(broken)[before:]
-        if process.exitcode == 0:  # it was faster
-            break
-        assert process.exitcode == -9
+        assert process.exitcode == -9, "it was not killed in the middle of the run"
         if taken:
             [steps] = taken
             assert steps == list(range(resumed_at, steps[-1] + 1))
@@ -135,6 +133,6 @@ def test_a_killed_run_ends_as_if_it_had_not_been(start, tmp_path):
 @pytest.mark.slow
 def test_a_run_killed_fifty_times_ends_as_if_it_had_not_been(start, tmp_path):
     moments = ["training", "writing", "training", "writing", "starting"] * 10
-    torn, repeated = check_survival(start, tmp_path, moments, max_steps=1500, checkpoint_every=5, seed=1)
-    print(f"{len(moments)} kills, {torn} of them in the middle of a checkpoint; {repeated} of 1500 steps taken again")
+    torn, repeated = check_survival(start, tmp_path, moments, max_steps=1200, checkpoint_every=5, seed=1)
+    print(f"{len(moments)} kills, {torn} of them in the middle of a checkpoint; {repeated} of 1200 steps taken again")
     assert torn >= 10  # kills in mid-write are what this is about
