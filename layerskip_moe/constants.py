@@ -168,7 +168,7 @@ def _describe(kind: Any) -> str:
 
 def _one_sentence(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
     if isinstance(error, KeyboardInterrupt):
-        print(f"\n{error or 'interrupted'}", file=sys.stderr)
+        print(f"\n{str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit(error.exit_status if isinstance(error, Interrupted) else 130)
     told = user_error(error)
     if told is None:

@@ -1,9 +1,8 @@
 """Checkpoints on disk: all that a stopped run needs to go on, whole or not at all, and found out when damaged.
 
     <out_dir>/checkpoints/step-00000200/    after 200 steps; the newest two are kept
-        *.safetensors                       tensors, as torch.distributed.checkpoint lays them out: of any number of
-                                            processes, for any number
-        state.json                          everything else, and the size and sha256 of the other files
+        tensors-00000.safetensors           see `tensor_files.py`
+        state.json                          everything else, and the size and sha256 of the other file
 
 A folder is written beside, read back, and renamed; only then are older ones removed. Nothing in a file is executed.
 Random state is in none: batches and dropout are functions of the step. (The model other people load is
@@ -17,33 +16,30 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from layerskip_moe.files import explaining_failure, replacing_folder, sha256
+from layerskip_moe.training.tensor_files import Shapes, list_tensors, write_tensors
 
-CHECKPOINTS, STATE = "checkpoints", "state.json"
+CHECKPOINTS, STATE, TENSORS = "checkpoints", "state.json", "tensors-00000.safetensors"
 _FORMAT = 1
 _KEPT = 2
 _LARGEST_STATE = 2**26  # bytes; a state.json has some thousands
-_FILE_BYTES = 2**30  # of tensors in a file, of which a copy is in memory while it is written
 _NAME = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: its folder, what its state.json says ("step" among it), and every tensor's name, whole shape
-    and type."""
+    """A whole checkpoint: its folder, what its state.json says ("step" among it), and what tensors it holds."""
 
     path: Path
     facts: dict[str, Any]
-    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    tensors: Shapes
 
 
 class _DamageError(Exception):
@@ -53,16 +49,15 @@ class _DamageError(Exception):
 def save_checkpoint(out_dir: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
     """Write a checkpoint, read it back, and remove all but the newest two; its folder.
 
-    facts: what JSON can hold; "step" is how many are done, and names the folder. tensors: by name, any device; they may
-    share no memory. Raises OSError, all older checkpoints as they were, where it cannot be written or is read back
-    otherwise.
+    facts: what JSON can hold; "step" is how many are done, and names the folder. tensors: by name, on any device.
+    Raises OSError, all older checkpoints as they were, where it cannot be written or is read back otherwise.
     """
     root, step = out_dir / CHECKPOINTS, facts["step"]
     path = root / f"step-{step:08}"
     with explaining_failure(f"the checkpoint of step {step}", root), replacing_folder(path) as beside:
-        _write_tensors(beside, tensors)
-        files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(beside.iterdir())}
-        values = {"format": _FORMAT, **facts, "files": files}
+        digest = write_tensors(beside / TENSORS, tensors)
+        size = (beside / TENSORS).stat().st_size
+        values = {"format": _FORMAT, **facts, "files": {TENSORS: {"bytes": size, "sha256": digest}}}
         values["sha256"] = _digest(values)
         (beside / STATE).write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         try:
@@ -128,43 +123,6 @@ def remove_leftovers(out_dir: Path) -> None:
         shutil.rmtree(path)
 
 
-def load_tensors(checkpoint: Checkpoint, into: dict[str, Tensor]) -> None:
-    """Copy the stored tensors of these names into the given ones, which are of the stored shapes."""
-    import torch.distributed.checkpoint as dcp
-
-    with _alone():
-        reader = dcp.HuggingFaceStorageReader(str(checkpoint.path))
-        dcp.load(into, storage_reader=reader, no_dist=True)
-
-
-def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    import torch.distributed.checkpoint as dcp
-
-    file, room, files = 1, _FILE_BYTES, {}
-    for name, tensor in tensors.items():
-        if tensor.nbytes > room and room < _FILE_BYTES:
-            file, room = file + 1, _FILE_BYTES
-        files[name], room = file, room - tensor.nbytes
-    with _alone():
-        # save_distributed: each file says where in the whole tensor its part lies, which is what resharding needs.
-        writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """torch.distributed.checkpoint in one process: without its warning that it is one, and with the error that
-    happened, where it raises one of its own that says at which processes."""
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-            yield
-    except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
-
-
 def _folders(root: Path) -> list[tuple[int, Path]]:
     """(steps done, folder) of every checkpoint, the newest first."""
     if not root.is_dir():
@@ -186,21 +144,10 @@ def _read(path: Path, step: int) -> Checkpoint:
                 raise _DamageError(f"{name} is not as long as it was")
             if sha256(path / name) != told["sha256"]:
                 raise _DamageError(f"{name} is not what it was")
-        return Checkpoint(path, values, _list_tensors(path))
+        return Checkpoint(path, values, list_tensors(path))
     except OSError as error:
         raise _DamageError(f"{error.strerror or error}") from None
-
-
-def _list_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """By the files' headers alone."""
-    from safetensors import SafetensorError
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, TensorStorageMetadata
-
-    try:
-        table = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items()
-        tensors = {name: about for name, about in table if isinstance(about, TensorStorageMetadata)}
-        return {name: (tuple(about.size), about.properties.dtype) for name, about in tensors.items()}
-    except (SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except ValueError as error:
         raise _DamageError(f"its tensors cannot be listed: {error}") from None
 
 

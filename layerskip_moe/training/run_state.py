@@ -18,7 +18,8 @@ from torch import Tensor
 from layerskip_moe.files import plain
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.quiet_import import quiet_import
-from layerskip_moe.training.checkpoint import Checkpoint, load_tensors
+from layerskip_moe.training.checkpoint import Checkpoint
+from layerskip_moe.training.tensor_files import read_tensors
 
 # These may change on resume: nothing computed depends on them.
 _FREE = ("log_every", "checkpoint_every", "max_skipped_steps")
@@ -65,7 +66,7 @@ def restore_tensors(
             raise ValueError(f"{checkpoint.path} has a tensor {name} that no run has; start without resume.")
         room[name] = _room(shape, dtype, parameters[owner])
         slots[owner].setdefault(slot, {})[part] = room[name]
-    load_tensors(checkpoint, room)
+    read_tensors(checkpoint.path, room)
 
     def of(group: str) -> dict[str, Tensor]:
         return {name.partition(".")[2]: tensor for name, tensor in room.items() if name.startswith(f"{group}.")}

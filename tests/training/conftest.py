@@ -9,7 +9,8 @@ import torch
 
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.training import TrainConfig
-from layerskip_moe.training.checkpoint import load_tensors, newest_checkpoint
+from layerskip_moe.training.checkpoint import newest_checkpoint
+from layerskip_moe.training.tensor_files import read_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +71,7 @@ def saved():
     def read(folder):
         checkpoint = newest_checkpoint(folder)
         tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in checkpoint.tensors.items()}
-        load_tensors(checkpoint, tensors)
+        read_tensors(checkpoint.path, tensors)
         return checkpoint.facts, tensors
 
     return read

@@ -12,12 +12,16 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from layerskip_moe.training import checkpoint as files
-from layerskip_moe.training import has_checkpoint, train
+from layerskip_moe.training import has_checkpoint, tensor_files, train
 from layerskip_moe.training.checkpoint import newest_checkpoint, remove_checkpoints, save_checkpoint
+from layerskip_moe.training.tensor_files import list_tensors, read_tensors, write_tensors
 
 
 def tensors_of(step):
@@ -77,13 +81,33 @@ def test_what_is_saved_is_loaded(tmp_path, saved):
         assert file.name == "state.json" or file.suffix == ".safetensors"  # and no pickle
 
 
-def test_large_ones_are_several_files(tmp_path, saved, monkeypatch):
-    monkeypatch.setattr(files, "_FILE_BYTES", 1000)
-    tensors = {f"t{i}": torch.randn(100 * (1 + i % 3)) for i in range(9)}
-    path = save_checkpoint(tmp_path, {"step": 1}, tensors)
-    sizes = [file.stat().st_size for file in path.glob("*.safetensors")]
-    assert len(sizes) >= 7 and max(sizes) < 1200 + 500  # the largest tensor, and a header
-    assert_equal(saved(tmp_path)[1], tensors)
+def test_a_file_is_what_torch_and_safetensors_write(tmp_path):
+    """Safetensors reads it as it was, and torch's own writer tells its reader the same."""
+    path = tmp_path / "tensors-00000.safetensors"
+    digest = write_tensors(path, tensors_of(3))
+    assert digest == files.sha256(path)
+    assert_equal(load_file(path), tensors_of(3))
+    theirs = dcp.HuggingFaceStorageWriter(str(tmp_path / "theirs"), save_distributed=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(tensors_of(3), storage_writer=theirs, no_dist=True)
+    [other] = (tmp_path / "theirs").iterdir()
+    with safe_open(path, "pt") as one, safe_open(other, "pt") as two:
+        told, wanted = one.metadata(), two.metadata()
+        assert json.loads(told.pop("DCP_SHARDING_INFO")) == json.loads(wanted.pop("DCP_SHARDING_INFO"))
+        assert told == wanted
+    assert list_tensors(tmp_path) == list_tensors(tmp_path / "theirs")
+
+
+def test_parts_of_several_processes_are_one_tensor(tmp_path):
+    whole = torch.arange(24.0).view(6, 4)
+    for rank, rows in enumerate((slice(0, 4), slice(4, 6))):
+        about = {"DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": [rows.start, 0]}})}
+        save_file({"w": whole[rows].clone()}, tmp_path / f"tensors-{rank:05}.safetensors", metadata=about)
+    assert list_tensors(tmp_path) == {"w": ((6, 4), torch.float32)}
+    into = {"w": torch.empty(6, 4)}
+    read_tensors(tmp_path, into)
+    assert torch.equal(into["w"], whole)
 
 
 def test_the_newest_two_are_kept(tmp_path):
@@ -208,34 +232,26 @@ def test_what_is_no_checkpoint_is_passed_over_and_not_executed(copied, monkeypat
     assert not (copied / "harm").exists()
 
 
-def full_disk(monkeypatch, at):
-    """Every open file takes `at` more bytes, and then says that the disk is full."""
-    from torch.distributed.checkpoint import filesystem
+def full_disk(patch, after):
+    """The disk takes so many bytes of tensors, and then says that it is full."""
 
-    def full(self, path, mode):
-        stream = create_stream(self, path, mode)
-        return stream if "w" not in mode else Full(stream)
-
-    class Full:
-        def __init__(self, inner):
-            self.inner = inner
+    class Limited:
+        def __init__(self, path, mode):
+            self.file, self.room = open(path, mode), after  # noqa: SIM115
 
         def __enter__(self):
-            self.stream = self.inner.__enter__()
             return self
 
         def __exit__(self, *error):
-            return self.inner.__exit__(*error)
+            self.file.close()
 
         def write(self, content):
-            self.stream.write(content[:at])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.file.write(content[: self.room])
+            self.room -= len(content)
+            if self.room < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        def __getattr__(self, name):
-            return getattr(self.stream, name)
-
-    create_stream = filesystem.FileSystem.create_stream
-    monkeypatch.setattr(filesystem.FileSystem, "create_stream", full)
+    patch.setattr(tensor_files, "open", Limited, raising=False)
 
 
 @pytest.mark.parametrize(
@@ -245,14 +261,21 @@ def test_a_save_that_fails_leaves_the_older_ones_alone(copied, saved, monkeypatc
     def refuse(*_):
         raise PermissionError(errno.EROFS, os.strerror(errno.EROFS))
 
+    def write_to_a_full_disk(*_, **__):
+        with open("/dev/full", "w") as file:
+            file.write("x")
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
     facts, kind, sentence = {"step": 12}, OSError, None
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with monkeypatch.context() as patch:
         if fault == "full":
-            full_disk(patch, at=500)
+            full_disk(patch, after=500)
             sentence = r"no room for the checkpoint of step 12 in .*checkpoints, where .* MB are free; make room"
         elif fault == "full state":
-            patch.setattr(files.Path, "write_text", lambda *_, **__: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+            patch.setattr(files.Path, "write_text", write_to_a_full_disk)
             sentence = "no room for the checkpoint of step 12"
         elif fault == "limit":
             resource.setrlimit(resource.RLIMIT_FSIZE, (700, limits[1]))
@@ -264,13 +287,12 @@ def test_a_save_that_fails_leaves_the_older_ones_alone(copied, saved, monkeypatc
             patch.setattr(os, "replace", refuse)
             sentence = "the checkpoint of step 12 cannot be written"
         elif fault == "bad disk":
-            digests = iter(["one", "other"])
-            patch.setattr(files, "sha256", lambda path: next(digests))
+            patch.setattr(files, "sha256", lambda path: "another")
             sentence = "step-00000012 was not read back as it was written"
         elif fault == "not JSON":
             facts, kind = {"step": 12, "loss": float("nan")}, ValueError
         else:
-            patch.setattr(files, "_list_tensors", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(files, "list_tensors", interrupted)
             kind = KeyboardInterrupt
         try:
             with pytest.raises(kind, match=sentence):
@@ -285,16 +307,14 @@ def test_a_disk_that_fills_up_ends_a_run_with_a_sentence_and_it_resumes(decoder,
     config = recipe(max_steps=4, checkpoint_every=1)
     unbroken, model = decoder(), decoder()
     train(unbroken, text(), config, tmp_path / "unbroken", progress=False)
-    real = files._write_tensors
 
-    def third(folder, tensors):
-        if next(times) == 2:
-            full_disk(monkeypatch, at=100)
-        real(folder, tensors)
+    def third(path, tensors):
+        if "step-00000003" in str(path):
+            full_disk(patch, after=100)
+        return write_tensors(path, tensors)
 
-    times = iter(range(9))
-    with monkeypatch.context() as monkeypatch, pytest.raises(OSError, match="no room for the checkpoint of step 3"):
-        monkeypatch.setattr(files, "_write_tensors", third)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no room for the checkpoint of step 3"):
+        patch.setattr(files, "write_tensors", third)
         train(model, text(), config, tmp_path / "run", progress=False)
     assert names_in(tmp_path / "run") == ["step-00000001", "step-00000002"]
     train(model, text(), config, tmp_path / "run", resume=True, progress=False)
