@@ -22,6 +22,7 @@ from layerskip_moe.analysis import write_report
 from layerskip_moe.constants import command_line, default_device, given_constants, override_constants
 from layerskip_moe.pretrained import has_other_card, write_model_card
 from layerskip_moe.study import StudyConfig, describe, side_by_side, study
+from layerskip_moe.training import check_new_run, has_checkpoint
 from layerskip_moe.training.parallel import join
 
 device: str = default_device(globals())  # "cuda" where there is one, else "cpu"
@@ -56,7 +57,7 @@ moe_loss_weight: float = 0.01  # of the load-balance loss
 router_coherence_weight: float = 0.0  # of a loss that pulls neighbouring tokens to the same experts
 activation_checkpointing: bool = False  # less memory for a third more arithmetic
 expert_parallel: int = 1  # processes that hold a layer's experts between them, under torchrun
-resume: bool = False  # go on from <out_dir>/checkpoint.pt
+resume: bool = False  # go on from the newest of <out_dir>/checkpoints, with the constants it was begun with
 
 # The LayerSkip recipe
 layer_dropout_max: float = 0.1  # how often the last layer is dropped at the end of training
@@ -138,6 +139,8 @@ measured = StudyConfig(
     seed=seed,
 )
 measured.check(config, corpus)  # what decoding will need is checked now, not after minutes of training
+if compare and not resume:
+    check_new_run(Path(out_dir) / "without_layerskip")
 home = device if ranks.size == 1 else "cpu"  # several processes divide it: whole, it need not fit their GPUs
 model = MoEDecoder(config, seed=seed).to(home)
 parameters, active_parameters = model.parameter_counts()
@@ -172,7 +175,7 @@ if compare:
     plainly = replace(recipe, layer_dropout_max=0.0, expert_dropout=0.0)
     plainly = replace(plainly, exit_curriculum="none", exit_weights="equal", drafting_exit=None)
     other, beside = MoEDecoder(config, seed=seed).to(home), Path(out_dir) / "without_layerskip"
-    other_result = train(other, corpus, plainly, beside, resume=resume and (beside / "checkpoint.pt").exists())
+    other_result = train(other, corpus, plainly, beside, resume=resume and has_checkpoint(beside))
     stage_ends("comparison")
 if not ranks.is_first:
     sys.exit()  # the first process alone measures and reports

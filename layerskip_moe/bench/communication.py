@@ -8,7 +8,8 @@ all-reduce. On paper, of parameters in float32, dimensions that R does not divid
     all-gather      every block twice per pass, for forward and backward; embedding, norm and head once
     reduce-scatter  each of these once per step, after the last pass
     all-to-all      of every MoE layer and pass: the counts, and K states of every token four times
-    all-reduce      per pass what each router's experts and the losses counted, per step the losses and gradient's norm
+    all-reduce      per pass what each router's experts and the losses counted, per step the losses, the gradient's norm
+                    and whether a process was asked to stop
 
 Next: `training/sharding.py` and `training/expert_parallel.py`, which send; `processes.py`.
 """
@@ -130,8 +131,8 @@ def on_paper(config: ModelConfig, settings: CommunicationSettings) -> dict[str, 
         KINDS[1]: {name: ranks * count for name, count in scattered.items()},
         KINDS[2]: {"calls": 5 * ranks * exchanges, "bytes": exchanges * (4 * states + ranks * 8 * config.num_experts)},
         KINDS[3]: {
-            "calls": ranks * (passes + 2),
-            "bytes": ranks * (passes * 8 * layers * (config.num_experts + 1) + 4 * (3 + config.n_layers) + 8),
+            "calls": ranks * (passes + 3),
+            "bytes": ranks * (passes * 8 * layers * (config.num_experts + 1) + 4 * (3 + config.n_layers) + 8 + 8),
         },
     }
 

@@ -5,7 +5,7 @@
     layerskip-moe train --out-dir runs/notes --resume
     torchrun --standalone --nproc_per_node=8 -m layerskip_moe train --batch-size 64      # on eight GPUs
 
-A run that is resumed must be given the settings it was begun with.
+Ctrl-C finishes the step at hand and saves. A run that is resumed must be given the settings it was begun with.
 """
 
 # The fields of ModelConfig and TrainConfig are flags side by side, by their own names: no name is in both.
@@ -23,7 +23,7 @@ from layerskip_moe.cli.options import Text, load_text
 from layerskip_moe.constants import pick_device
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.training import TrainConfig, train
-from layerskip_moe.training.checkpoint import NAME as CHECKPOINT
+from layerskip_moe.training.checkpoint import has_checkpoint
 from layerskip_moe.training.parallel import join
 
 _VOCAB_SIZE = "ids of the tokenizer, at most; the model has as many as there are"
@@ -35,9 +35,9 @@ class Options:
     """Where a run is kept.
 
     Attributes:
-        out_dir: folder of the run: metrics.jsonl, checkpoint.pt and, at the end, model/; one that holds a
-            checkpoint.pt is taken only to resume
-        resume: go on from <out-dir>/checkpoint.pt
+        out_dir: folder of the run: metrics.jsonl, checkpoints/ and, at the end, model/; one that holds checkpoints is
+            taken only to resume
+        resume: go on from the newest whole one of <out-dir>/checkpoints
         tokenizer: bpe or unigram, trained on the text; or the path of a tokenizer.json
         device: cpu, cuda, cuda:1, ...; None: a GPU where there is one
     """
@@ -80,5 +80,5 @@ def run(arguments: list[str]) -> None:
 
 def _check_out_dir(out_dir: Path, resume: bool) -> None:
     """Raise ValueError where a new run would overwrite another's."""
-    if not resume and (out_dir / CHECKPOINT).exists():
-        raise ValueError(f"{out_dir} holds {CHECKPOINT} of another run; give --resume to go on, or another --out-dir.")
+    if not resume and has_checkpoint(out_dir):
+        raise ValueError(f"{out_dir} holds checkpoints of another run; give --resume to go on, or another --out-dir.")

@@ -69,6 +69,7 @@ class TrainConfig:
         keep_best: end with the weights of the best validation (last layer's perplexity)
         checkpoint_every: steps between checkpoints; None: ten times in the run; 0: none
         log_every: steps between lines of metrics.jsonl
+        max_skipped_steps: a step whose loss or gradient is not finite is skipped; with so many in a row the run stops
     """
 
     # Length
@@ -120,6 +121,7 @@ class TrainConfig:
     keep_best: bool = True
     checkpoint_every: int | None = None
     log_every: int = 10
+    max_skipped_steps: int = 3
 
     def __post_init__(self) -> None:
         for name in (
@@ -130,6 +132,7 @@ class TrainConfig:
             "validation_windows",
             "log_every",
             "expert_parallel",
+            "max_skipped_steps",
         ):
             _at_least(name, getattr(self, name), 1)
         for name in ("max_steps", "drafting_exit", "warmup_steps", "validate_every", "checkpoint_every"):

@@ -60,6 +60,22 @@ class Ranks:
         """The mean of every rank's numbers."""
         return self.total(numbers) / self.size
 
+    def largest(self, number: int) -> int:
+        """The largest of every rank's numbers."""
+        if self.size == 1:
+            return number
+        numbers = torch.tensor(number, device=self.device)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return int(numbers)
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise rank 0's error, if it has one, on every rank."""
+        told = [error]
+        if self.size > 1:
+            dist.broadcast_object_list(told)
+        if told[0] is not None:
+            raise told[0]
+
     def check_agree(self, facts: Any) -> None:
         """Raise ValueError on every rank unless all have the same facts, plain values."""
         if self.size == 1:

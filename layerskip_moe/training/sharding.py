@@ -107,12 +107,19 @@ def check_experts(config: ModelConfig, ranks: Ranks, expert_parallel: int) -> No
 def give_back(network: Network, model: MoEDecoder, ranks: Ranks) -> None:
     """Give the model, where the network is a divided copy of it, the copy's weights."""
     if ranks.size > 1:
+        network.release()
         take_up(model.state_dict(), whole(network.model.state_dict()))
 
 
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors, of which some may be divided, as whole ones on the CPU. All ranks must ask for the same."""
-    return {name: _whole(tensor).cpu() for name, tensor in tensors.items()}
+def whole(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
+    """Tensors, of which some may be divided, as whole ones, those on the CPU; without keep, for another rank that does,
+    none. All ranks must ask for the same."""
+    together = {}
+    for name, tensor in tensors.items():
+        full = _whole(tensor)
+        if keep:
+            together[name] = full.cpu() if full is not tensor else tensor
+    return together
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import torch
 
 from layerskip_moe.nn import ModelConfig, MoEDecoder
-from layerskip_moe.training import TrainConfig, loop
+from layerskip_moe.training import TrainConfig, train
+from layerskip_moe.training import run as run_module
 from layerskip_moe.training.parallel import join
 
 NETWORK = dict(
@@ -39,7 +40,7 @@ def text():
 
 def run(out_dir, *, network=None, recipe=None, stop_at=None, resume=False):
     """Train, or go on training; every process keeps its weights, the first one metrics and the exported model."""
-    rank, losses = int(os.environ.get("RANK", "0")), loop.training_losses
+    rank, losses = int(os.environ.get("RANK", "0")), run_module.training_losses
 
     def stopping(*arguments, step, **others):
         if step == stop_at:
@@ -47,15 +48,13 @@ def run(out_dir, *, network=None, recipe=None, stop_at=None, resume=False):
         return losses(*arguments, step=step, **others)
 
     model = MoEDecoder(ModelConfig(**NETWORK | (network or {})))
-    loop.training_losses = stopping
+    run_module.training_losses = stopping
     try:
-        result = loop.train(
-            model, text(), TrainConfig(**RECIPE | (recipe or {})), out_dir, resume=resume, progress=False
-        )
+        result = train(model, text(), TrainConfig(**RECIPE | (recipe or {})), out_dir, resume=resume, progress=False)
     except Stopped:
         return
     finally:
-        loop.training_losses = losses
+        run_module.training_losses = losses
     torch.save(model.state_dict(), Path(out_dir) / f"weights-{rank}.pt")
     if rank == 0:
         model.save_pretrained(Path(out_dir) / "model")

@@ -158,7 +158,7 @@ def test_only_the_first_process_writes(two):
     folder = two / "dropping blocks"
     files = {path.name for path in folder.iterdir()} - {"tensorboard"}
     assert files == {
-        "metrics.jsonl", "recipe.json", "checkpoint.pt", "model", "result.json", "weights-0.pt", "weights-1.pt"
+        "metrics.jsonl", "recipe.json", "checkpoints", ".lock", "model", "result.json", "weights-0.pt", "weights-1.pt"
     }  # fmt: skip
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 6 + 2  # of steps, and of validations
 

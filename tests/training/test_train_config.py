@@ -45,6 +45,7 @@ REFUSED = {
     "keep_best": ("no", 1),
     "checkpoint_every": (-1, True),
     "log_every": (0,),
+    "max_skipped_steps": (0, -1, 1.5),
 }
 
 ACCEPTED = {
