@@ -170,19 +170,21 @@ recipe = TrainConfig(
     checkpoint_every=checkpoint_every,
 )
 result = train(model, corpus, recipe, out_dir, resume=resume)
+saved = Path(out_dir) / "model"
+if ranks.is_first:
+    model.save_pretrained(saved, tokenizer=corpus.tokenizer, recipe={"corpus": corpus.name, **result.recipe})
+stage_ends("training")
+
 if compare:
-    stage_ends("training")
     plainly = replace(recipe, layer_dropout_max=0.0, expert_dropout=0.0)
     plainly = replace(plainly, exit_curriculum="none", exit_weights="equal", drafting_exit=None)
     other, beside = MoEDecoder(config, seed=seed).to(home), Path(out_dir) / "without_layerskip"
     other_result = train(other, corpus, plainly, beside, resume=resume and has_checkpoint(beside))
     stage_ends("comparison")
+
 if not ranks.is_first:
     sys.exit()  # the first process alone measures and reports
 model.to(device)
-saved = Path(out_dir) / "model"
-model.save_pretrained(saved, tokenizer=corpus.tokenizer, recipe={"corpus": corpus.name, **result.recipe})
-stage_ends("training")
 
 # Evaluate every exit and expert on held-out text, and decode in every way
 found = study(model, corpus, measured)
