@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.slow  # each process imports everything
 MAIN = Path(__file__).parents[2] / "main.py"
 TINY = (
-    "--vocab_size 300 --n_layers 3 --d_model 16 --n_heads 2 --num_experts 2 --seq_len 16 --batch_size 4"
-TINY += " --max_steps 4"
+    "--vocab_size 300 --n_layers 3 --d_model 16 --n_heads 2 --num_experts 2 --seq_len 16 --batch_size 4 --max_steps 4"
 )
 
 
