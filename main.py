@@ -4,12 +4,14 @@
     python main.py --n_layers 4 --max_steps 100     # any constant below can be given
     python main.py --dataset tinystories --sample_fraction 0.05 --out_dir runs/stories
     python main.py --compare                        # and the same network trained without LayerSkip, beside it
+    torchrun --standalone --nproc_per_node=8 main.py --batch_size 64        # on eight GPUs
 
 Or paste this file into a Colab or Jupyter cell after `pip install -e .`, and change a constant.
 """
 
 import json
 import shlex
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,8 @@ from layerskip_moe.analysis import write_report
 from layerskip_moe.constants import command_line, default_device, given_constants, override_constants
 from layerskip_moe.pretrained import has_other_card, write_model_card
 from layerskip_moe.study import StudyConfig, describe, side_by_side, study
+from layerskip_moe.training import check_new_run, has_checkpoint
+from layerskip_moe.training.parallel import join
 
 device: str = default_device(globals())  # "cuda" where there is one, else "cpu"
 gpu = device.startswith("cuda")  # on a GPU the defaults grow
@@ -51,7 +55,9 @@ batch_size: int = 32 if gpu else 8
 learning_rate: float = 1e-3 if gpu else 3e-3
 moe_loss_weight: float = 0.01  # of the load-balance loss
 router_coherence_weight: float = 0.0  # of a loss that pulls neighbouring tokens to the same experts
-resume: bool = False  # go on from <out_dir>/checkpoint.pt
+activation_checkpointing: bool = False  # less memory for a third more arithmetic
+expert_parallel: int = 1  # processes that hold a layer's experts between them, under torchrun
+resume: bool = False  # go on from the newest of <out_dir>/checkpoints, with the constants it was begun with
 
 # The LayerSkip recipe
 layer_dropout_max: float = 0.1  # how often the last layer is dropped at the end of training
@@ -94,12 +100,16 @@ clock = time.perf_counter()
 def stage_ends(name: str) -> None:
     """Note how long a stage took."""
     global clock
-    seconds[name] = time.perf_counter() - clock
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - clock
     clock = time.perf_counter()
 
 
 # Text -> tokens
-corpus = load_corpus(dataset, config=dataset_config, vocab_size=vocab_size, sample_fraction=sample_fraction, seed=seed)
+ranks = join(device)  # the processes of a torchrun; else this one alone
+with ranks.one_per_machine_first():
+    corpus = load_corpus(
+        dataset, config=dataset_config, vocab_size=vocab_size, sample_fraction=sample_fraction, seed=seed
+    )
 stage_ends("text")
 
 # Build
@@ -129,9 +139,13 @@ measured = StudyConfig(
     seed=seed,
 )
 measured.check(config, corpus)  # what decoding will need is checked now, not after minutes of training
-model = MoEDecoder(config, seed=seed).to(device)
+if compare and not resume:
+    check_new_run(Path(out_dir) / "without_layerskip")
+home = device if ranks.size == 1 else "cpu"  # several processes divide it: whole, it need not fit their GPUs
+model = MoEDecoder(config, seed=seed).to(home)
 parameters, active_parameters = model.parameter_counts()
-print(f"{parameters / 1e6:.1f}M parameters, {active_parameters / 1e6:.1f}M of them used per token, on {device}")
+if ranks.is_first:
+    print(f"{parameters / 1e6:.1f}M parameters, {active_parameters / 1e6:.1f}M of them used per token, on {device}")
 
 # Train
 recipe = TrainConfig(
@@ -150,13 +164,27 @@ recipe = TrainConfig(
     exit_rotation=exit_rotation,
     exit_distillation=exit_distillation,
     expert_dropout=expert_dropout,
+    activation_checkpointing=activation_checkpointing,
+    expert_parallel=expert_parallel,
     seed=seed,
     checkpoint_every=checkpoint_every,
 )
 result = train(model, corpus, recipe, out_dir, resume=resume)
 saved = Path(out_dir) / "model"
-model.save_pretrained(saved, tokenizer=corpus.tokenizer, recipe={"corpus": corpus.name, **result.recipe})
+if ranks.is_first:
+    model.save_pretrained(saved, tokenizer=corpus.tokenizer, recipe={"corpus": corpus.name, **result.recipe})
 stage_ends("training")
+
+if compare:
+    plainly = replace(recipe, layer_dropout_max=0.0, expert_dropout=0.0)
+    plainly = replace(plainly, exit_curriculum="none", exit_weights="equal", drafting_exit=None)
+    other, beside = MoEDecoder(config, seed=seed).to(home), Path(out_dir) / "without_layerskip"
+    other_result = train(other, corpus, plainly, beside, resume=resume and has_checkpoint(beside))
+    stage_ends("comparison")
+
+if not ranks.is_first:
+    sys.exit()  # the first process alone measures and reports
+model.to(device)
 
 # Evaluate every exit and expert on held-out text, and decode in every way
 found = study(model, corpus, measured)
@@ -164,11 +192,7 @@ seconds |= found.pop("seconds")
 clock = time.perf_counter()
 
 if compare:
-    plainly = replace(recipe, layer_dropout_max=0.0, expert_dropout=0.0)
-    plainly = replace(plainly, exit_curriculum="none", exit_weights="equal", drafting_exit=None)
-    other, beside = MoEDecoder(config, seed=seed).to(device), Path(out_dir) / "without_layerskip"
-    other_result = train(other, corpus, plainly, beside, resume=resume and (beside / "checkpoint.pt").exists())
-    other_found = study(other, corpus, measured, whole=False)
+    other_found = study(other.to(device), corpus, measured, whole=False)
     found["comparison"] = side_by_side(result, found, other_result, other_found, seed=seed)
     stage_ends("comparison")
 

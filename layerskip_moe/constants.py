@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 
+from layerskip_moe.interrupts import Interrupted
+
 
 def command_line(namespace: MutableMapping[str, Any]) -> list[str]:
     """The arguments of the script that `namespace` (its globals()) belongs to; none in a notebook cell, whose
     process has a command line, but not for us.
 
     From here on, and only in a script, a ValueError (or another error of ours that is one sentence) that nobody
-    catches ends the process with that sentence and exit code 1; --help prints the script's docstring.
+    catches ends the process with that sentence and exit code 1, and Ctrl-C or SIGTERM with one and 130 or 143; --help
+    prints the script's docstring.
     """
     if "__file__" not in namespace:
         return []
@@ -164,6 +167,9 @@ def _describe(kind: Any) -> str:
 
 
 def _one_sentence(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    if isinstance(error, KeyboardInterrupt):
+        print(f"\n{str(error) or 'interrupted'}", file=sys.stderr)
+        sys.exit(error.exit_status if isinstance(error, Interrupted) else 130)
     told = user_error(error)
     if told is None:
         sys.__excepthook__(kind, error, trace)

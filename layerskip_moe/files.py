@@ -1,12 +1,14 @@
-"""Writing a file so that a reader finds the old one or the new one, never half of either; the cache folder; digests;
-values as JSON has them.
+"""Writing a file or a folder so that a reader finds the old one or the new one, never half of either, and saying why it
+could not be written; the cache folder; digests; values as JSON has them.
 
 Knows nothing of what is written. Used by every room that writes.
 """
 
+import errno
 import hashlib
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
@@ -52,6 +54,65 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder: a new, empty one beside `path` to write files to, and nothing in it that starts with a
+    dot. What `path` was before is removed once the new folder has its place.
+
+    A process that is killed meanwhile leaves folders behind whose names are a dot, path's name, and more.
+    """
+    beside, before = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    with making_folder(path.parent):
+        try:
+            shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed and had our number
+            beside.mkdir()
+            yield beside
+            for file in beside.iterdir():
+                _to_disk(file)
+            _to_disk(beside)
+            if path.exists():
+                os.replace(path, before)  # the one name cannot be given to two folders, not even for a moment
+            os.replace(beside, path)
+            _to_disk(path.parent)
+        finally:
+            for folder in (beside, before):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or the list of what is in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if path.is_file():
+            raise  # else the file system has no such thing for folders
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def explaining_failure(what: str, folder: Path) -> Iterator[None]:
+    """Raise the OSError of a full disk, or of a folder that we may not write to, with a sentence that says what it kept
+    from being written, where to, and what to do; another error stays as it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            sentence = f"there is no room for {what} in {folder}{_free(folder)}; make room, or take another folder"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            sentence = f"{what} cannot be written, for {folder} is read-only for this user; take another folder"
+        else:
+            raise
+        raise type(error)(error.errno, sentence) from error
+
+
+def _free(folder: Path) -> str:
+    with suppress(OSError):
+        return f", where {shutil.disk_usage(folder).free / 1e6:.1f} MB are free"
+    return ""
 
 
 def sha256(path: Path) -> str:

@@ -140,6 +140,10 @@ def test_a_script_ends_with_one_sentence_and_exit_code_1(tmp_path):
         "if layers == 5: raise RuntimeError('ours')\n"
         "if layers == 7: raise MemoryError\n"
         "if layers == 9: open('nowhere/x')\n"
+        "if layers == 2: raise KeyboardInterrupt\n"
+        "if layers == 15:\n"
+        "    from layerskip_moe.interrupts import Interrupted\n"
+        "    raise Interrupted('saved, go on with --resume.', 15)\n"
         "print(layers)\n"
     )
 
@@ -152,6 +156,9 @@ def test_a_script_ends_with_one_sentence_and_exit_code_1(tmp_path):
     assert (full.returncode, full.stderr) == (1, f"error: {OUT_OF_MEMORY}\n")
     missing = run("--layers", "9")
     assert (missing.returncode, missing.stderr) == (1, "error: nowhere/x: No such file or directory.\n")
+    for layers, status, said in ((2, 130, "interrupted"), (15, 143, "saved, go on with --resume.")):
+        stopped = run("--layers", str(layers))
+        assert (stopped.returncode, stopped.stderr) == (status, f"\n{said}\n")
     ours = run("--layers=5")
     assert ours.returncode == 1 and "Traceback" in ours.stderr  # a fault of ours is not dressed up as the user's
 

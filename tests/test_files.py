@@ -1,13 +1,15 @@
-"""Writing that never leaves half a file, and values as JSON has them."""
+"""Writing that never leaves half a file or folder and says why it failed, and values as JSON has them."""
 
+import errno
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from layerskip_moe.files import plain, replacing
+from layerskip_moe.files import explaining_failure, plain, replacing, replacing_folder
 
 
 def test_replacing_takes_the_place_only_when_all_is_written(tmp_path):
@@ -34,6 +36,48 @@ def test_an_error_leaves_no_folder_behind_that_was_made_for_the_file(tmp_path):
         (tmp_path / "new" / "other.txt").write_text("somebody else's")
         raise RuntimeError
     assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "other.txt"]
+
+
+def test_a_folder_takes_the_place_only_when_all_is_written(tmp_path):
+    path = tmp_path / "deep" / "folder"
+    for content in ("old", "new"):
+        with replacing_folder(path) as beside:
+            (beside / content).write_text(content)
+            assert not (path / content).exists() and list(beside.iterdir()) == [beside / content]
+        assert [file.read_text() for file in path.iterdir()] == [content]
+    with pytest.raises(RuntimeError), replacing_folder(path) as beside:
+        (beside / "newer").write_text("half of the ne")
+        raise RuntimeError
+    assert list(path.parent.iterdir()) == [path] and list(path.iterdir()) == [path / "new"]
+    with pytest.raises(RuntimeError), replacing_folder(tmp_path / "other" / "folder"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == [tmp_path / "deep"]
+
+
+def test_all_of_a_folder_is_on_the_disk_before_it_takes_the_place(tmp_path, monkeypatch):
+    """In this order: each file, the list of them, the rename, the list that it is in."""
+    done, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("rename"), replace(*paths)))
+    with replacing_folder(tmp_path / "folder") as beside:
+        (beside / "a").write_text("a")
+    assert done == [str(beside / "a"), str(beside), "rename", str(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        (errno.ENOSPC, "there is no room for the thing in {}, where .* MB are free; make room, or take another folder"),
+        (errno.EDQUOT, "there is no room for the thing in {}"),
+        (errno.EROFS, "the thing cannot be written, for {} is read-only for this user"),
+        (errno.EACCES, "the thing cannot be written, for {} is read-only for this user"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+def test_a_failure_is_explained(tmp_path, code, sentence):
+    with pytest.raises(OSError, match=sentence.format(tmp_path)) as raised, explaining_failure("the thing", tmp_path):
+        raise OSError(code, os.strerror(code), "some file")
+    assert raised.value.errno == code
 
 
 def test_plain_values_are_what_json_has():

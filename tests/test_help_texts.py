@@ -8,10 +8,12 @@ import pytest
 
 from layerskip_moe.ablation import DecodingConfig, MeasureConfig, Variant
 from layerskip_moe.analysis.plan import Decoding
+from layerskip_moe.bench.communication import CommunicationSettings
 from layerskip_moe.bench.networks import Network
 from layerskip_moe.cli import (
     ablate,
     bench,
+    bench_communication,
     bench_policies,
     bench_speculation,
     calibrate,
@@ -51,6 +53,8 @@ COMMANDS = [
     report.Options,
     bench.Options,
     bench_policies.Options,
+    bench_communication.Options,
+    CommunicationSettings,
     bench_speculation.Options,
     trace.Options,
 ]

@@ -3,9 +3,12 @@
 import json
 import math
 import os
+import re
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -136,7 +139,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_1(arguments):
 
 def test_a_stopped_run_is_resumed(text, tmp_path, monkeypatch):
     """Stopped by hand in mid-training, as in a tab that is closed; --resume goes on to the same weights."""
-    from layerskip_moe.training import loop
+    from layerskip_moe.training import run as run_module
 
     def run(*more):
         line = command(dataset=text, layer_dropout_max=0.0, **more[0]) + list(more[1:])
@@ -148,13 +151,43 @@ def test_a_stopped_run_is_resumed(text, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return losses(model, inputs, labels, sample_ids, config, step=step, **others)
 
-    losses = loop.training_losses
+    losses = run_module.training_losses
     unbroken = run({"out_dir": tmp_path / "unbroken"})["model"].state_dict()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "training_losses", stop_at_the_third)
+        patch.setattr(run_module, "training_losses", stop_at_the_third)
         run({"out_dir": tmp_path / "broken"})
     resumed = run({"out_dir": tmp_path / "broken"}, "--resume")
     assert resumed["result"].steps == 4
     for name, weight in resumed["model"].state_dict().items():
         assert bool((weight == unbroken[name]).all()), name
     assert (tmp_path / "broken" / "report.md").exists()
+
+
+def test_ctrl_c_in_training_saves_and_is_one_sentence(text, tmp_path):
+    out = tmp_path / "out"
+    line = [sys.executable, str(MAIN), *command(dataset=text, out_dir=out, max_steps=100_000)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        metrics = out / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert re.match(r"stopped after step \d+ of 100000, and saved in .*--resume", err.rstrip().splitlines()[-1])
+    [saved] = (out / "checkpoints").iterdir()
+    assert saved.name.startswith("step-") and not (out / "model").exists()
+    again = subprocess.run(line, capture_output=True, text=True, env=environment)
+    assert again.returncode == 1 and again.stderr.rstrip().splitlines()[-1].startswith(
+        f"error: {out} holds a run that stopped after step {int(saved.name[5:])} of 100000; go on with resume=True"
+    )
+
+
+def test_a_comparison_that_was_stopped_is_found_before_training(text, tmp_path, monkeypatch):
+    beside = tmp_path / "out" / "without_layerskip" / "checkpoints" / "step-00000003"
+    beside.mkdir(parents=True)
+    line = [str(MAIN), *command(dataset=text, out_dir=tmp_path / "out"), "--compare"]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(ValueError, match="without_layerskip holds a run that stopped after step 3"):
+        runpy.run_path(str(MAIN), run_name="__main__")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["without_layerskip"]

@@ -1,6 +1,6 @@
 """One run of an ablation, a variant trained with a seed: how it is made, and the files that say that it is.
 
-    <out_dir>/runs/<variant>/seed<n>/   recipe.json, metrics.jsonl and, while the run lasts, checkpoint.pt
+    <out_dir>/runs/<variant>/seed<n>/   recipe.json, metrics.jsonl and, while the run lasts, checkpoints/
                                         model/          the trained model, for `MoEDecoder.from_pretrained`
                                         result.json     once it is measured: this run is not trained again
                                         decoding.json   once it is timed: this run is not timed again
@@ -23,9 +23,10 @@ from layerskip_moe.ablation.variants import Variant
 from layerskip_moe.bench import describe_machine
 from layerskip_moe.data import Corpus
 from layerskip_moe.files import plain, replacing
+from layerskip_moe.interrupts import Interrupted
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.training import TrainConfig, train
-from layerskip_moe.training.checkpoint import NAME as CHECKPOINT
+from layerskip_moe.training.checkpoint import has_checkpoint, remove_checkpoints
 
 RESULT, DECODING, MODEL = "result.json", "decoding.json", "model"
 _MACHINE = ("cpu", "cores", "torch_threads", "device", "accelerator")  # what speeds are compared on, beside torch
@@ -59,10 +60,11 @@ class Run:
 def train_run(
     run: Run, setting: Mapping[str, Any], corpus: Corpus, measures: MeasureConfig, device: torch.device, progress: bool
 ) -> dict[str, Any]:
-    """Train, save the model, measure it, and write result.json, upon which the checkpoint is removed; what was
+    """Train, save the model, measure it, and write result.json, upon which the checkpoints are removed; what was
     written. setting: all that it depends on, which `read_result` compares.
 
-    A run that was stopped goes on from its checkpoint. Where the loss stops being finite, `failed` says so.
+    A run that was stopped goes on from its newest one, and Ctrl-C says so. Where the loss stops being finite, `failed`
+    does.
     """
     (run.folder / DECODING).unlink(missing_ok=True)  # which would be of another training
     model = MoEDecoder(run.network, seed=run.recipe.seed).to(device)
@@ -76,9 +78,13 @@ def train_run(
         "machine": describe_machine(device),
         "failed": None,
     }
-    checkpoint = run.folder / CHECKPOINT
     try:
-        trained = train(model, corpus, run.recipe, run.folder, resume=checkpoint.exists(), progress=progress)
+        trained = train(model, corpus, run.recipe, run.folder, resume=has_checkpoint(run.folder), progress=progress)
+    except Interrupted as stop:
+        sentence = (
+            f"{run.variant}, seed {run.recipe.seed}, is saved as far as it is; the same again goes on from there."
+        )
+        raise Interrupted(sentence, stop.received) from None
     except FloatingPointError as error:
         result["failed"] = str(error)
     else:
@@ -91,7 +97,7 @@ def train_run(
         result["measuring_seconds"] = time.perf_counter() - started
     result = as_json(result | {"setting": setting})
     _write(run.folder / RESULT, result)
-    checkpoint.unlink(missing_ok=True)
+    remove_checkpoints(run.folder)
     return result
 
 

@@ -6,6 +6,7 @@
     layerskip-moe bench memory --model runs/main/model
     layerskip-moe bench speculation --checkpoint runs/main/model
     layerskip-moe bench policies --trace runs/trace.npz
+    layerskip-moe bench communication --processes 4 --expert-parallel 2
 
 `layerskip-moe bench decode --help` lists that one's options. The peers are packages of their own: `pip install
 'layerskip-moe[bench]'` brings them all.
@@ -34,7 +35,7 @@ from layerskip_moe.bench.prefill import PrefillSettings, prefill_benchmark
 from layerskip_moe.bench.scaling import scaling
 from layerskip_moe.bench.tables import result_text
 from layerskip_moe.bench.train import TrainSettings, train_benchmark
-from layerskip_moe.cli import bench_policies, bench_speculation
+from layerskip_moe.cli import bench_communication, bench_policies, bench_speculation
 from layerskip_moe.cli.flags import fields_of, parse
 from layerskip_moe.constants import pick_device
 from layerskip_moe.files import plain, replacing
@@ -46,8 +47,12 @@ SETTINGS: dict[str, type] = {
     "train": TrainSettings,
     "memory": MemorySettings,
 }
-# Of a trained model or its trace, not of a network: commands with options of their own.
-_OF_A_CHECKPOINT = {"speculation": bench_speculation.run, "policies": bench_policies.run}
+# Of a trained model, its trace, or several processes, not of a network: commands with options of their own.
+_OF_ITS_OWN = {
+    "speculation": bench_speculation.run,
+    "policies": bench_policies.run,
+    "communication": bench_communication.run,
+}
 _PEER_PACKAGES = ("transformers", "llama-cpp-python")
 
 
@@ -74,11 +79,11 @@ def run(arguments: list[str]) -> None:
     if name in ("--help", "-h"):
         print(__doc__.strip())
         return
-    if name in _OF_A_CHECKPOINT:
-        _OF_A_CHECKPOINT[name](arguments[1:])
+    if name in _OF_ITS_OWN:
+        _OF_ITS_OWN[name](arguments[1:])
         return
     if name not in SETTINGS:
-        known = [*SETTINGS, *_OF_A_CHECKPOINT]
+        known = [*SETTINGS, *_OF_ITS_OWN]
         close = difflib.get_close_matches(name, known, n=1)
         advice = f"did you mean {close[0]}?" if close else f"give one of {', '.join(known)}, or --help."
         raise ValueError(

@@ -24,6 +24,7 @@ import sys
 from collections.abc import Sequence
 
 from layerskip_moe.constants import user_error
+from layerskip_moe.interrupts import Interrupted
 
 COMMANDS = ("train", "generate", "evaluate", "report", "export", "calibrate", "trace", "ablate", "plan", "bench")
 
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. arguments: without the program's name; None: the command line's.
 
     0: done. 1: a mistake of the user's, a run that diverged, or memory that ran out, told in one sentence on stderr.
-    130: Ctrl-C. 141: nobody reads what is printed any more, as in `layerskip-moe generate ... | head`.
+    130: Ctrl-C; 143: SIGTERM in training. 141: nobody reads what is printed any more, as in
+    `layerskip-moe generate ... | head`.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack characters of a text, or of its name
@@ -48,9 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # What is still buffered would be written, and fail, once more when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(file=sys.stderr)  # after the ^C, or a text half written
-        code, told = 130, "interrupted"
+        code, told = stop.exit_status if isinstance(stop, Interrupted) else 130, str(stop) or "interrupted"
     except Exception as error:
         sentence = user_error(error)
         if sentence is None:

@@ -3,8 +3,9 @@
     layerskip-moe train --n-layers 4 --max-steps 100
     layerskip-moe train --dataset my_notes/ --vocab-size 2048 --out-dir runs/notes
     layerskip-moe train --out-dir runs/notes --resume
+    torchrun --standalone --nproc_per_node=8 -m layerskip_moe train --batch-size 64      # on eight GPUs
 
-A run that is resumed must be given the settings it was begun with.
+Ctrl-C finishes the step at hand and saves. A run that is resumed must be given the settings it was begun with.
 """
 
 # The fields of ModelConfig and TrainConfig are flags side by side, by their own names: no name is in both.
@@ -22,7 +23,8 @@ from layerskip_moe.cli.options import Text, load_text
 from layerskip_moe.constants import pick_device
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.training import TrainConfig, train
-from layerskip_moe.training.checkpoint import NAME as CHECKPOINT
+from layerskip_moe.training.checkpoint import has_checkpoint
+from layerskip_moe.training.parallel import join
 
 _VOCAB_SIZE = "ids of the tokenizer, at most; the model has as many as there are"
 _SEED = "of the first weights, the share of the text, batches and dropout"
@@ -33,9 +35,9 @@ class Options:
     """Where a run is kept.
 
     Attributes:
-        out_dir: folder of the run: metrics.jsonl, checkpoint.pt and, at the end, model/; one that holds a
-            checkpoint.pt is taken only to resume
-        resume: go on from <out-dir>/checkpoint.pt
+        out_dir: folder of the run: metrics.jsonl, checkpoints/ and, at the end, model/; one that holds checkpoints is
+            taken only to resume
+        resume: go on from the newest whole one of <out-dir>/checkpoints
         tokenizer: bpe or unigram, trained on the text; or the path of a tokenizer.json
         device: cpu, cuda, cuda:1, ...; None: a GPU where there is one
     """
@@ -60,11 +62,16 @@ def run(arguments: list[str]) -> None:
     config, recipe = ModelConfig(**vars(network)), TrainConfig(**vars(recipe))  # refused before any text is read
     device = pick_device(options.device)
     _check_out_dir(Path(options.out_dir), options.resume)
-    corpus = load_text(text, options.tokenizer, vocab_size=config.vocab_size, seed=recipe.seed)
+    ranks = join(device)  # the processes of a torchrun; else this one alone
+    with ranks.one_per_machine_first():
+        corpus = load_text(text, options.tokenizer, vocab_size=config.vocab_size, seed=recipe.seed)
     config = dataclasses.replace(config, vocab_size=corpus.vocab_size)
 
-    model = MoEDecoder(config, seed=recipe.seed).to(device)
+    # Several processes divide it: whole, it need not fit their GPUs.
+    model = MoEDecoder(config, seed=recipe.seed).to(device if ranks.size == 1 else "cpu")
     result = train(model, corpus, recipe, options.out_dir, resume=options.resume)
+    if not ranks.is_first:
+        return
     folder = Path(options.out_dir) / "model"
     model.save_pretrained(folder, tokenizer=corpus.tokenizer, recipe={"corpus": corpus.name, **result.recipe})
     held_out = f", held-out perplexity {result.validation[-1]:.1f}" if result.validation else ""
@@ -73,5 +80,5 @@ def run(arguments: list[str]) -> None:
 
 def _check_out_dir(out_dir: Path, resume: bool) -> None:
     """Raise ValueError where a new run would overwrite another's."""
-    if not resume and (out_dir / CHECKPOINT).exists():
-        raise ValueError(f"{out_dir} holds {CHECKPOINT} of another run; give --resume to go on, or another --out-dir.")
+    if not resume and has_checkpoint(out_dir):
+        raise ValueError(f"{out_dir} holds checkpoints of another run; give --resume to go on, or another --out-dir.")

@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 
 
 def batches(
-    tokens: Tensor, *, seq_len: int, batch_size: int, seed: int, start: int = 0
+    tokens: Tensor, *, seq_len: int, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Endless training batches (inputs [B, T], labels [B, T], sample_ids [B]), all int64.
 
@@ -26,12 +26,14 @@ def batches(
     may hold the end of one epoch and the beginning of the next. Batch i is a pure function of (seed, i), so
     `start=i` resumes there without reading what came before. `sample_ids` number the samples drawn over all
     epochs (i*B .. i*B+B-1): keys for random draws per sample.
+    part: (r, R): only the r-th, from 0, of R equal parts of every batch, B / R of its samples; R divides B.
     Raises ValueError, at the call, for a text shorter than one example.
     """
     n_examples = _example_count(tokens, seq_len, batch_size)
     if start < 0:
         raise ValueError(f"start is the number of the first batch and cannot be {start}: use 0 or more.")
-    return _shuffled(tokens, seq_len, batch_size, seed, start, n_examples)
+    assert batch_size % part[1] == 0 and 0 <= part[0] < part[1]
+    return _shuffled(tokens, seq_len, batch_size, seed, start, n_examples, part)
 
 
 def steps_per_epoch(tokens: Tensor, seq_len: int, batch_size: int) -> int:
@@ -90,11 +92,11 @@ def _example_count(tokens: Tensor, seq_len: int, batch_size: int) -> int:
 
 
 def _shuffled(
-    tokens: Tensor, seq_len: int, batch_size: int, seed: int, start: int, n_examples: int
+    tokens: Tensor, seq_len: int, batch_size: int, seed: int, start: int, n_examples: int, part: tuple[int, int]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     epoch_in_hand, order = -1, torch.empty(0, dtype=torch.int64)
     for step in count(start):
-        sample_ids = torch.arange(step * batch_size, (step + 1) * batch_size)
+        sample_ids = torch.arange(step * batch_size, (step + 1) * batch_size).chunk(part[1])[part[0]]
         epochs = sample_ids // n_examples
         chosen = torch.empty_like(sample_ids)
         for epoch in epochs.unique().tolist():

@@ -31,7 +31,7 @@ class DenseMLP(nn.Module):
         """[..., D] -> [..., D]."""
         hidden = self.gate_up(x)
         if few_rows.are_few(hidden):
-            return self.down(few_rows.swiglu(hidden.flatten(0, -2)).view(*x.shape[:-1], -1))
+            return self.down(few_rows.swiglu(hidden.flatten(0, -2)).view(*x.shape[:-1], hidden.shape[-1] // 2))
         return self.down(swiglu(hidden))
 
 
@@ -69,7 +69,7 @@ class MoEMLP(nn.Module):
 
         def recall(logits: Tensor) -> Tensor:
             if memory is None:
-                return recall_text(logits.view(*x.shape[:2], -1), weights, hold).flatten(0, 1)
+                return recall_text(logits.view(*x.shape[:2], logits.shape[-1]), weights, hold).flatten(0, 1)
             assert places.rows is not None and places.positions is not None
             where = {"rows": places.rows, "positions": places.positions}
             return few_rows.remember(logits, memory, **where, weights=weights, hold=hold)
@@ -111,8 +111,6 @@ class Block(nn.Module):
         x = self._add(x, self.attention(self.attention_norm(x), places, memory))
         if expert_rows is None:
             return self._transform(x, places, router_memory, expert_mask, top_k)
-        if len(expert_rows) == 0:
-            return x, None
         transformed, routing = self._transform(x[expert_rows], places, router_memory, expert_mask, top_k)
         return x.index_copy(0, expert_rows, transformed), routing
 

@@ -7,6 +7,8 @@ sorted where that needs no waiting; elsewhere a single token reads its K experts
 Knows nothing of how the experts were chosen. Next: `router.py`, `products.py` (the grouped product).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,17 +25,23 @@ def run_experts_one_token(x: Tensor, routing: Routing, gate_up: Tensor, down: Te
     return routing.weights.to(x.dtype) @ torch.cat(parts)
 
 
-def run_experts_sorted(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
-    """x [N, D] -> [N, D]: the (token, choice) pairs sorted by expert, one grouped product for each projection."""
-    tokens, top_k = routing.chosen.shape
+def expert_by_expert(rows: Tensor, load: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Rows [P, D] that stand expert after expert, load [E] for each -> [P, D]: one grouped product per projection."""
     multiply = quantized_grouped_product if is_quantized(gate_up) else grouped_product
+    ends = load.cumsum(0).to(torch.int32)
+    return multiply(swiglu(multiply(rows, gate_up, ends)), down, ends)
+
+
+def run_experts_sorted(
+    x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, run: Callable[..., Tensor] = expert_by_expert
+) -> Tensor:
+    """x [N, D] -> [N, D]: the (token, choice) pairs sorted by expert, and each expert's run as `run` does."""
+    tokens, top_k = routing.chosen.shape
     order = routing.chosen.flatten().argsort(stable=True)
-    ends = routing.load.cumsum(0).to(torch.int32)
-    hidden = multiply(x[order // top_k], gate_up, ends)
-    pairs = multiply(swiglu(hidden), down, ends)
+    pairs = run(x[order // top_k], routing.load, gate_up, down)
     pairs = pairs * routing.weights.flatten()[order, None].to(pairs.dtype)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(tokens * top_k, device=order.device))
-    return pairs[back].view(tokens, top_k, -1).sum(dim=1)
+    return pairs[back].view(tokens, top_k, pairs.shape[-1]).sum(dim=1)
 
 
 def run_experts_gathered(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -57,21 +57,21 @@ def run_blocks(
     output = RunOutput(hidden)
     for index, layer in enumerate(layers):
         rows = _rows(keep, index, hidden.device)  # the samples that stay; None: all of them
-        if rows is None or len(rows):
-            output.hidden, routing = _run_block(
-                model,
-                layer,
-                output.hidden,
-                places,
-                rows=rows,
-                memory=None if cache is None else cache.memory(layer),
-                router_memory=None if cache is None else cache.router_memory(layer),
-                expert_rows=_rows(keep_experts, index, hidden.device, among=rows),
-                expert_mask=expert_mask if expert_mask is None or expert_mask.dim() == 1 else expert_mask[index],
-                top_k=top_k,
-            )
-            if routing is not None:
-                output.routing[layer], output.chosen[layer] = routing, routing.chosen
+        # Also where none stays: its weights then have a gradient, which is 0, as they have when others stay elsewhere.
+        output.hidden, routing = _run_block(
+            model,
+            layer,
+            output.hidden,
+            places,
+            rows=rows,
+            memory=None if cache is None else cache.memory(layer),
+            router_memory=None if cache is None else cache.router_memory(layer),
+            expert_rows=_rows(keep_experts, index, hidden.device, among=rows),
+            expert_mask=expert_mask if expert_mask is None or expert_mask.dim() == 1 else expert_mask[index],
+            top_k=top_k,
+        )
+        if routing is not None and len(routing.chosen):
+            output.routing[layer], output.chosen[layer] = routing, routing.chosen
         if layer in collect:
             output.collected[layer] = output.hidden
     return output

@@ -3,6 +3,9 @@
 Everything is for one MoE layer; callers average over layers. (Pooling layers first would let the imbalance of
 one cancel that of another.) N counts the tokens the layer saw, which layer dropout can make zero.
 
+Where a batch is split over R processes, each divides what its own tokens add by the mean number that a process has,
+over all of them, and not by its own N: the mean of their losses, and of the gradients, is then that of the whole batch.
+
 Knows nothing of how tokens were routed. Next: `nn/router.py` produces the logits, choices and loads.
 """
 
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-def load_balance_loss(logits: Tensor, chosen: Tensor) -> Tensor:
+def load_balance_loss(logits: Tensor, chosen: Tensor, load: Tensor | None = None) -> Tensor:
     """The Switch Transformer's balance loss (arXiv 2101.03961, section 2.2): E sum_i f_i P_i, a scalar.
 
     logits [N, E]: the router's, before its softmax. chosen [N, K]: the experts that each token went to.
@@ -20,30 +23,34 @@ def load_balance_loss(logits: Tensor, chosen: Tensor) -> Tensor:
     softmax probability, carries all of it. Exactly 1 when choices or probabilities are even, up to E / K when
     the router collapses; the weight is the caller's. Experts whose logits are -inf (expert dropout) take no
     part: E is then the number of active ones, so that even use of those is 1 again. Without tokens, 0.
+    load [E]: count_i as the mean over processes; None: in chosen.
     """
     n_tokens, n_experts = logits.shape
     if n_tokens == 0:
         return logits.sum()  # 0, still attached to the graph
-    choices = chosen.flatten()
-    counts = torch.zeros(n_experts, dtype=torch.int64, device=logits.device)
-    counts.scatter_add_(0, choices, torch.ones_like(choices))
-    share = counts.to(logits.dtype) / choices.numel()
-    probability = logits.softmax(dim=-1).mean(dim=0)
+    if load is None:
+        choices = chosen.flatten()
+        load = torch.zeros(n_experts, dtype=torch.int64, device=logits.device)
+        load.scatter_add_(0, choices, torch.ones_like(choices))
+    load = load.to(logits.dtype)
+    share = load / load.sum()
+    probability = logits.softmax(dim=-1).sum(dim=0) * (chosen.shape[1] / load.sum())
     n_active = (logits > -torch.inf).any(dim=0).sum()
     return n_active * (share * probability).sum()
 
 
-def router_z_loss(logits: Tensor) -> Tensor:
+def router_z_loss(logits: Tensor, tokens: Tensor | None = None) -> Tensor:
     """Keeps router logits small (ST-MoE, arXiv 2202.08906): mean over tokens of logsumexp^2.
 
     logits [N, E], of which some columns may be -inf (expert dropout). A scalar; without tokens, 0.
+    tokens: N as the mean over processes; None: that of logits.
     """
     if logits.shape[0] == 0:
         return logits.sum()
-    return logits.logsumexp(dim=-1).square().mean()
+    return logits.logsumexp(dim=-1).square().sum() / (logits.shape[0] if tokens is None else tokens)
 
 
-def router_coherence_loss(logits: Tensor, counted: Tensor) -> Tensor:
+def router_coherence_loss(logits: Tensor, counted: Tensor, pairs: Tensor | None = None) -> Tensor:
     """How much router probability moves to other experts from one position to the next: a scalar, 0 to 1.
 
     With p_{b,t} the softmax of sample b's logits at position t, the total variation distance of neighbours,
@@ -53,13 +60,20 @@ def router_coherence_loss(logits: Tensor, counted: Tensor) -> Tensor:
     squares would shrink all alike.
     logits [B * T, E]: the router's, sample after sample, of which some columns may be -inf (expert dropout).
     counted [B, T], bool: False at padding; a pair counts where both positions do. Without pairs, 0.
+    pairs: how many count, as the mean over processes; None: in counted.
     """
     if counted.numel() == 0:
         return logits.sum()  # 0, still attached to the graph
     probability = logits.softmax(dim=-1).view(*counted.shape, -1)
     moved = 0.5 * (probability[:, 1:] - probability[:, :-1]).abs().sum(dim=-1)
-    pairs = counted[:, 1:] & counted[:, :-1]
-    return moved.masked_fill(~pairs, 0.0).sum() / pairs.sum().clamp(min=1)
+    together = counted_pairs(counted)
+    pairs = together.sum().clamp(min=1) if pairs is None else pairs
+    return moved.masked_fill(~together, 0.0).sum() / pairs
+
+
+def counted_pairs(counted: Tensor) -> Tensor:
+    """Which neighbours [B, T - 1] both count, of positions [B, T] that do or do not."""
+    return counted[:, 1:] & counted[:, :-1]
 
 
 def bias_update(load: Tensor, active: Tensor | None = None) -> Tensor:

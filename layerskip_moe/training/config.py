@@ -25,7 +25,7 @@ class TrainConfig:
         max_steps: optimizer steps; when set it wins over epochs
         epochs: passes over the training split, fractions allowed
         seq_len: T, tokens per sample
-        batch_size: B, samples per forward pass
+        batch_size: B, samples per forward pass, of all processes together where torchrun started several
         accumulation: forward passes per optimizer step
 
         optimizer: "adamw", or "adamw8bit", whose state takes a quarter of the memory; it compiles itself, and is
@@ -60,12 +60,16 @@ class TrainConfig:
 
         precision: "auto": bfloat16 where the hardware has it, float16 on an older GPU, else float32
         compile: train with compiled blocks; None: on a GPU only; on a CPU it pays from some 500 steps on
+        activation_checkpointing: keep only blocks' inputs for the backward pass, and compute the rest again: less
+            memory for a third more arithmetic
+        expert_parallel: processes, of those that torchrun started, that hold a layer's experts between them
         seed: of batches and dropout
         validate_every: steps between validations; None: ten times in the run; 0: only at the end
         validation_windows: samples of the validation split used each time
         keep_best: end with the weights of the best validation (last layer's perplexity)
         checkpoint_every: steps between checkpoints; None: ten times in the run; 0: none
         log_every: steps between lines of metrics.jsonl
+        max_skipped_steps: a step whose loss or gradient is not finite is skipped; with so many in a row the run stops
     """
 
     # Length
@@ -109,15 +113,27 @@ class TrainConfig:
     # Run
     precision: Precision = "auto"
     compile: bool | None = None
+    activation_checkpointing: bool = False
+    expert_parallel: int = 1
     seed: int = 0
     validate_every: int | None = None
     validation_windows: int = 64
     keep_best: bool = True
     checkpoint_every: int | None = None
     log_every: int = 10
+    max_skipped_steps: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "batch_size", "accumulation", "exit_rotation", "validation_windows", "log_every"):
+        for name in (
+            "seq_len",
+            "batch_size",
+            "accumulation",
+            "exit_rotation",
+            "validation_windows",
+            "log_every",
+            "expert_parallel",
+            "max_skipped_steps",
+        ):
             _at_least(name, getattr(self, name), 1)
         for name in ("max_steps", "drafting_exit", "warmup_steps", "validate_every", "checkpoint_every"):
             if getattr(self, name) is not None:
@@ -132,10 +148,13 @@ class TrainConfig:
             )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed={self.seed!r} must be a whole number.")
-        if not isinstance(self.keep_best, bool):
-            raise ValueError(f"keep_best={self.keep_best!r} must be True or False.")
+        for name in ("keep_best", "activation_checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
         if not isinstance(self.compile, bool | None):
             raise ValueError(f"compile={self.compile!r} must be True, False or None.")
+        if self.compile and self.expert_parallel > 1:
+            raise ValueError("compile=True is not for expert_parallel above 1, whose exchanges cannot be compiled.")
         for name in ("epochs", "learning_rate"):
             if not (_is_number(getattr(self, name)) and 0 < getattr(self, name) < math.inf):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a finite number above 0.")

@@ -15,7 +15,7 @@ from layerskip_moe.data import windows
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.modes import evaluating
 from layerskip_moe.nn.router import Routing
-from layerskip_moe.training.balance import load_balance_loss, router_coherence_loss, router_z_loss
+from layerskip_moe.training.balance import counted_pairs, load_balance_loss, router_coherence_loss, router_z_loss
 from layerskip_moe.training.config import TrainConfig
 from layerskip_moe.training.exit_loss import IGNORED, active_exits, exit_loss, exit_weights
 from layerskip_moe.training.expert_dropout import expert_mask
@@ -25,6 +25,7 @@ from layerskip_moe.training.layer_dropout import (
     layer_dropout_rates,
     layer_keep,
 )
+from layerskip_moe.training.parallel import Ranks
 from layerskip_moe.training.step_timer import StepTimer
 
 
@@ -51,6 +52,7 @@ def training_losses(
     step: int,
     max_steps: int,
     timer: StepTimer | None = None,
+    ranks: Ranks | None = None,
 ) -> Losses:
     """Losses of one batch at one step.
 
@@ -58,6 +60,8 @@ def training_losses(
     step: 0 .. max_steps - 1, where the schedules and curricula stand.
     timer: is told the time of "forward" and of "exit loss": all losses, and the gradients that `exit_loss` takes
         of its logits on the way.
+    ranks: the processes that the batch is split over, of which this one has equally many samples as each; the mean of
+        their losses, and of the gradients, is the batch's. The load is that of the whole batch on every rank.
     """
     timer = timer or StepTimer(inputs.device)  # one that nobody reads
     n_layers = model.config.n_layers
@@ -75,15 +79,11 @@ def training_losses(
         )
     with timer.part("exit loss"):
         exits = exit_loss(model, out.collected, labels, weights, distillation=config.exit_distillation)
-        zero = exits.total.new_zeros(())
-        # Each layer balances by itself: pooled, one layer's imbalance could cancel another's.
-        routed = [routing for routing in out.routing.values() if len(routing.chosen)]
-        balance = sum((load_balance_loss(r.logits, r.chosen) for r in routed), zero) / max(len(routed), 1)
-        router_z = sum((router_z_loss(r.logits) for r in routed), zero) / max(len(routed), 1)
+        stayed = keep if keep is not None else keep_experts
+        everyone = ranks or Ranks(0, 1, inputs.device)
+        balance, router_z, coherence, load = _router_losses(model, out.routing, labels, stayed, config, everyone)
         total = exits.total + config.moe_loss_weight * balance + config.router_z_loss_weight * router_z
-        coherence = None
-        if config.router_coherence_weight > 0:
-            coherence = _router_coherence(out.routing, labels, keep if keep is not None else keep_experts, zero)
+        if coherence is not None:
             total = total + config.router_coherence_weight * coherence
         return Losses(
             total=total,
@@ -91,7 +91,7 @@ def training_losses(
             distillation={layer + 1: loss for layer, loss in exits.distillation.items()},
             balance=balance.detach(),
             router_z=router_z.detach(),
-            load={layer: routing.load for layer, routing in out.routing.items()},
+            load=load,
             active_experts=experts,
             router_coherence=None if coherence is None else coherence.detach(),
         )
@@ -113,16 +113,43 @@ def step_exit_weights(config: TrainConfig, n_layers: int, step: int, max_steps: 
     )
 
 
-def _router_coherence(routing: Mapping[int, Routing], labels: Tensor, keep: Tensor | None, zero: Tensor) -> Tensor:
-    """`router_coherence_loss`, mean over MoE layers that saw a token. keep [L, B]: the samples each layer saw; None:
-    all of them."""
-    counted = labels != IGNORED
-    losses = [
-        router_coherence_loss(routed.logits, counted if keep is None else counted[_places(keep[layer], counted.device)])
-        for layer, routed in routing.items()
-        if len(routed.chosen)
-    ]
-    return sum(losses, zero) / max(len(losses), 1)
+def _router_losses(
+    model: MoEDecoder,
+    routing: Mapping[int, Routing],
+    labels: Tensor,
+    keep: Tensor | None,
+    config: TrainConfig,
+    ranks: Ranks,
+) -> tuple[Tensor, Tensor, Tensor | None, dict[int, Tensor]]:
+    """Balance, z and coherence loss (where it has a weight), means over the MoE layers that saw a token, and every MoE
+    layer's load. keep [L, B]: the samples that each layer saw; None: all of them.
+
+    One exchange tells the ranks what all of them saw. Each layer balances by itself: pooled, one layer's imbalance
+    could cancel another's.
+    """
+    coheres = config.router_coherence_weight > 0
+    counted = {
+        layer: (labels if keep is None else labels[_places(keep[layer], labels.device)]) != IGNORED for layer in routing
+    }
+    layers = [layer for layer in range(model.config.n_layers) if model.config.is_moe(layer)]
+    seen = torch.zeros(len(layers), model.config.num_experts + 1, dtype=torch.int64, device=labels.device)
+    for counts, layer in zip(seen, layers, strict=True):
+        if layer in routing:
+            counts[:-1] = routing[layer].load
+            counts[-1] = counted_pairs(counted[layer]).sum()
+    seen = ranks.total(seen)
+    n_seen = seen.any(dim=1).sum().clamp(min=1)
+    balance = router_z = coherence = torch.zeros((), device=labels.device)
+    for counts, layer in zip(seen / ranks.size, layers, strict=True):
+        if layer in routing:
+            logits, chosen, _ = routing[layer]
+            balance = balance + load_balance_loss(logits, chosen, counts[:-1]) / n_seen
+            router_z = router_z + router_z_loss(logits, counts[:-1].sum() / chosen.shape[1]) / n_seen
+            if coheres:
+                pairs = counts[-1].clamp(min=1 / ranks.size)
+                coherence = coherence + router_coherence_loss(logits, counted[layer], pairs) / n_seen
+    loads = {layer: counts[:-1] for counts, layer in zip(seen, layers, strict=True)}
+    return balance, router_z, coherence if coheres else None, loads
 
 
 def _places(mask: Tensor, device: torch.device) -> Tensor:
@@ -188,21 +215,46 @@ def step_losses(parts: Sequence[Losses]) -> Losses:
     )
 
 
-def validation_losses(model: MoEDecoder, tokens: Tensor, config: TrainConfig) -> list[float]:
+def mean_over_ranks(losses: Losses, ranks: Ranks) -> Losses:
+    """A step's losses as the whole batch has them, detached; the same on every rank."""
+    if ranks.size == 1:
+        return losses
+    coherence = [] if losses.router_coherence is None else [losses.router_coherence]
+    own = [losses.total, losses.balance, losses.router_z, *coherence, *losses.exits.values()]
+    own += losses.distillation.values()
+    means = iter(ranks.mean(torch.stack([value.detach().float() for value in own])))
+    return losses._replace(
+        total=next(means),
+        balance=next(means),
+        router_z=next(means),
+        router_coherence=next(means) if coherence else None,
+        exits={layer: next(means) for layer in losses.exits},
+        distillation={layer: next(means) for layer in losses.distillation},
+    )
+
+
+def validation_losses(
+    model: MoEDecoder, tokens: Tensor, config: TrainConfig, ranks: Ranks | None = None
+) -> list[float]:
     """Cross entropy at every exit layer 1..L on held-out tokens (1-D), in nats per token, dropout off.
 
     The first config.validation_windows windows of seq_len tokens. The model's mode is put back.
+    ranks: the processes that share the windows; one left without any takes part with none.
     """
+    ranks = ranks or Ranks(0, 1, model.device)
     n_layers = model.config.n_layers
     equal = torch.full((n_layers,), 1.0 / n_layers, dtype=torch.float64)
     sums, count = torch.zeros(n_layers, dtype=torch.float64), 0
     with evaluating(model):
         for inputs, labels in windows(tokens, config.seq_len, config.batch_size, limit=config.validation_windows):
-            inputs, labels = inputs.to(model.device), labels.to(model.device)
+            share = -(-len(inputs) // ranks.size)
+            mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
+            inputs, labels = inputs[mine].to(model.device), labels[mine].to(model.device)
             positions = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape)
             layers = range(n_layers)
             out = model.run(model.embed(inputs), layers, positions=positions, collect=layers)
             losses = exit_loss(model, out.collected, labels, equal).cross_entropy
             sums += torch.stack([losses[layer] for layer in layers]).double().cpu() * labels.numel()
             count += labels.numel()
-    return (sums / count).tolist()
+    sums = ranks.total(torch.cat([sums, sums.new_tensor([count])]))
+    return (sums[:-1] / sums[-1]).tolist()

@@ -4,6 +4,7 @@ Knows nothing of the recipe. Next: `loop.py`.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.compiling import can_compile
 from layerskip_moe.quiet_import import quiet_import
 from layerskip_moe.training.config import Precision, TrainConfig
+from layerskip_moe.training.sharding import mesh_of
 
 
 def make_optimizer(model: MoEDecoder, config: TrainConfig) -> torch.optim.Optimizer:
@@ -23,11 +25,14 @@ def make_optimizer(model: MoEDecoder, config: TrainConfig) -> torch.optim.Optimi
     AMD EPYC core, each shape takes 5 s, and a step over 9M parameters 0.48 s, against 0.01 s of the fused AdamW.
     Raises ImportError where torchao is missing.
     """
-    matrices: list[torch.nn.Parameter] = []
-    others: list[torch.nn.Parameter] = []
+    alike: dict[Any, list[torch.nn.Parameter]] = {}  # by whether they decay, and by what they are divided over
     for name, parameter in model.named_parameters():
-        (matrices if parameter.dim() >= 2 and "embedding" not in name else others).append(parameter)
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        decays = parameter.dim() >= 2 and "embedding" not in name
+        alike.setdefault((decays, mesh_of(parameter)), []).append(parameter)
+    groups = [
+        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
+        for (decays, _), parameters in sorted(alike.items(), key=lambda item: not item[0][0])
+    ]
     betas = (config.beta1, config.beta2)
     if config.optimizer == "adamw8bit":
         with quiet_import():

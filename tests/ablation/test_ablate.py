@@ -10,6 +10,7 @@ from layerskip_moe import TrainConfig
 from layerskip_moe.ablation import DecodingConfig, MeasureConfig, Variant, ablate, grid, runs
 from layerskip_moe.bench import describe_machine
 from layerskip_moe.training import loop
+from layerskip_moe.training import run as run_module
 
 VARIANTS = {"base": Variant(), "paper": Variant(recipe={"exit_weights": "paper"})}
 SMALL = dict(
@@ -81,7 +82,7 @@ def test_every_variant_is_trained_with_every_seed_and_differs_in_nothing_else(
     told = json.loads((tmp_path / "ablation.json").read_text())
     assert [row["variant"] for row in told["summary"]] == list(variants)
     assert len(told["runs"]) == 6 and told["seeds"] == [3, 7]
-    assert not list(tmp_path.rglob("checkpoint.pt"))
+    assert not list(tmp_path.rglob("checkpoints"))
     assert len({result["exits"]["perplexity"][-1] for result in found.values()}) == 6  # each its own weights
 
 
@@ -100,7 +101,7 @@ def test_a_finished_run_is_not_made_again(corpus, network, recipe, tmp_path, mea
 def test_a_stopped_run_goes_on_to_the_same_weights(corpus, network, recipe, tmp_path, measured, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     ablate(corpus, network, recipe, VARIANTS, whole, seeds=(0,), **SMALL)
-    steps, real = [], loop._Run.step
+    steps, real = [], run_module.Run.step
 
     def step(run, number, text):
         steps.append((run.config.exit_weights, number))
@@ -108,7 +109,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(corpus, network, recipe, tmp_
             raise KeyboardInterrupt
         return real(run, number, text)
 
-    monkeypatch.setattr(loop._Run, "step", step)
+    monkeypatch.setattr(run_module.Run, "step", step)
     with pytest.raises(KeyboardInterrupt):
         ablate(corpus, network, recipe, VARIANTS, stopped, seeds=(0,), **SMALL)
     assert [name for name in results_in(stopped)] == ["base seed0"]
@@ -130,7 +131,7 @@ def test_a_run_stopped_while_it_was_measured_is_only_measured_again(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runs, "measure", interrupted)
         ablate(corpus, network, recipe, only, tmp_path, seeds=(0,), **SMALL)
-    monkeypatch.setattr(loop._Run, "step", interrupted)
+    monkeypatch.setattr(run_module.Run, "step", interrupted)
     ablate(corpus, network, recipe, only, tmp_path, seeds=(0,), **SMALL)
     assert [what for what, _ in measured] == ["measured", "timed"] and list(results_in(tmp_path)) == ["base seed0"]
 
@@ -141,7 +142,7 @@ def test_a_run_that_diverges_is_told_and_the_next_begins(corpus, network, recipe
     found = results_in(tmp_path)
     assert "lower learning_rate" in found["wild seed0"]["failed"] and found["paper seed0"]["failed"] is None
     assert f"- wild, seed 0: {found['wild seed0']['failed']}" in path.read_text()
-    assert not list(tmp_path.rglob("checkpoint.pt"))
+    assert not list(tmp_path.rglob("checkpoints"))
 
 
 @pytest.mark.parametrize(

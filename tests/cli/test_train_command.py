@@ -2,6 +2,12 @@
 
 import json
 import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,7 +75,7 @@ def test_a_stopped_run_is_resumed_from_the_shell(shell, text, monkeypatch):
         code, _, err = shell(*command, "--out-dir", "again")
     assert (code, err.rstrip().splitlines()[-1]) == (130, "interrupted")
     code, _, err = shell(*command, "--out-dir", "again")
-    said = "error: again holds checkpoint.pt of another run; give --resume to go on, or another --out-dir.\n"
+    said = "error: again holds checkpoints of another run; give --resume to go on, or another --out-dir.\n"
     assert (code, err) == (1, said)  # before any text is read
     code, out, err = shell(*command, "--out-dir", "again", "--resume")
     assert code == 0 and "again/model" in out
@@ -77,6 +83,26 @@ def test_a_stopped_run_is_resumed_from_the_shell(shell, text, monkeypatch):
         bool((tensor == whole[name]).all())
         for name, tensor in MoEDecoder.from_pretrained("again/model").state_dict().items()
     )
+
+
+def test_sigterm_saves_and_says_how_to_go_on(text):
+    """The command as a scheduler ends it: a process of its own, in the middle of a run."""
+    command = ["train", "--dataset", str(text), "--out-dir", "run", *TINY.split(), "--max-steps", "100000"]
+    line = [sys.executable, "-m", "layerskip_moe", *command, "--log-every", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        metrics = Path("run/metrics.jsonl")
+        while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=300)
+    assert (process.returncode, out) == (143, "")
+    last = err.rstrip().splitlines()[-1]
+    assert re.fullmatch(r"stopped after step \d+ of 100000, and saved in run: .*--resume.* goes on from there\.", last)
+    assert "Traceback" not in err
+    [saved] = Path("run/checkpoints").iterdir()
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert saved.name == f"step-{max(steps) + 1:08}"
 
 
 def test_one_seed_is_for_weights_and_batches(shell, text, monkeypatch):

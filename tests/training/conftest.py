@@ -1,5 +1,6 @@
 """What the training tests share: a tiny decoder, a text that repeats itself, a short recipe, no TensorBoard."""
 
+import logging
 import sys
 from types import SimpleNamespace
 
@@ -8,12 +9,20 @@ import torch
 
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.training import TrainConfig
+from layerskip_moe.training.checkpoint import newest_checkpoint
+from layerskip_moe.training.tensor_files import read_tensors
 
 
 @pytest.fixture(autouse=True)
 def without_tensorboard(monkeypatch):
     """Training goes on without it; a test that wants it takes this entry out again."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quiet_checkpoints():
+    """torch.distributed.checkpoint logs every tensor, and pytest would keep all that."""
+    logging.getLogger("c10d-NullHandler-dcp_logger").propagate = False
 
 
 @pytest.fixture
@@ -53,3 +62,16 @@ def recipe():
         return TrainConfig(**{**short, **fields})
 
     return build
+
+
+@pytest.fixture
+def saved():
+    """saved(out_dir) -> what its newest whole checkpoint holds: (facts, tensors by name)."""
+
+    def read(folder):
+        checkpoint = newest_checkpoint(folder)
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in checkpoint.tensors.items()}
+        read_tensors(checkpoint.path, tensors)
+        return checkpoint.facts, tensors
+
+    return read

@@ -1,15 +1,17 @@
-"""Checkpoints: whole or not at all, harmless to open, and a resumed run that nobody can tell from an unbroken one."""
+"""A resumed run that nobody can tell from an unbroken one, and what is not resumed."""
 
 import json
-import os
+import random
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from layerskip_moe.training import checkpoint, loop, train
-from layerskip_moe.training.checkpoint import load_checkpoint, save_checkpoint
+from layerskip_moe.training import loop, train
+from layerskip_moe.training import run as run_module
+from layerskip_moe.training.checkpoint import save_checkpoint
 
 
 class Stopped(Exception):
@@ -24,9 +26,9 @@ def run_until(monkeypatch, step, model, corpus, config, folder, resume=False):
             raise Stopped
         return losses(model, inputs, labels, sample_ids, config, **where)
 
-    losses = loop.training_losses
+    losses = run_module.training_losses
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(loop, "training_losses", stopping)
+        patch.setattr(run_module, "training_losses", stopping)
         train(model, corpus, config, folder, resume=resume, progress=False)
 
 
@@ -47,9 +49,11 @@ def assert_same(one, other, where="state"):
         assert one == other, where
 
 
-def timeless(state):
-    assert state["seconds"] > 0
-    return {name: value for name, value in state.items() if name != "seconds"}
+def timeless(checkpoint):
+    """Of (facts, tensors), all but how long it took, and the digests of files that say so too."""
+    facts, tensors = checkpoint
+    assert facts["seconds"] > 0
+    return {name: value for name, value in facts.items() if name not in ("seconds", "files")}, tensors
 
 
 def untimed(records):
@@ -57,12 +61,16 @@ def untimed(records):
     return [{name: record[name] for name in record if name not in timed} for record in records]
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def lines_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("stops", [[3], [4], [2, 2, 6], [3, 5]])
-def test_a_stopped_and_resumed_run_ends_as_the_unbroken_one(decoder, text, recipe, tmp_path, monkeypatch, stops):
+def test_a_stopped_and_resumed_run_ends_as_the_unbroken_one(decoder, text, recipe, saved, tmp_path, monkeypatch, stops):
     # Everything random and every kind of state at once; the validation text runs the other way, so that the best
     # weights are those of the first validation while training goes on.
     config = recipe(
@@ -77,14 +85,15 @@ def test_a_stopped_and_resumed_run_ends_as_the_unbroken_one(decoder, text, recip
 
     for turn, step in enumerate(stops):
         # What the weights and torch's generator were before the resume must not matter.
-        torch.manual_seed(turn)
+        for seed in (torch.manual_seed, np.random.seed, random.seed):
+            seed(turn)
         model = decoder(**network, seed=turn)
         run_until(monkeypatch, step, model, corpus, config, tmp_path / "broken", resume=turn > 0)
     model = decoder(**network, seed=len(stops))
     result = train(model, corpus, config, tmp_path / "broken", resume=True, progress=False)
 
     assert_same(dict(model.state_dict()), dict(unbroken.state_dict()))
-    assert_same(timeless(load_checkpoint(tmp_path / "broken")), timeless(load_checkpoint(tmp_path / "unbroken")))
+    assert_same(timeless(saved(tmp_path / "broken")), timeless(saved(tmp_path / "unbroken")))
     assert untimed(result.metrics) == untimed(expected.metrics)
     assert untimed(lines_of(tmp_path / "broken")) == untimed(lines_of(tmp_path / "unbroken"))
     assert (result.losses, result.validation, result.steps, result.tokens, result.best_step) == (
@@ -92,15 +101,16 @@ def test_a_stopped_and_resumed_run_ends_as_the_unbroken_one(decoder, text, recip
     )  # fmt: skip
 
 
-def test_the_loss_scale_of_float16_is_resumed_too(decoder, text, recipe, tmp_path, monkeypatch):
+def test_the_loss_scale_of_float16_is_resumed_too(decoder, text, recipe, saved, tmp_path, monkeypatch):
     config = recipe(max_steps=4, accumulation=2, precision="float16", checkpoint_every=2)
     unbroken, model = decoder(n_layers=2), decoder(n_layers=2)
     train(unbroken, text(validation=0), config, tmp_path / "unbroken", progress=False)
     run_until(monkeypatch, 3, model, text(validation=0), config, tmp_path / "broken")
     train(model, text(validation=0), config, tmp_path / "broken", resume=True, progress=False)
-    end = load_checkpoint(tmp_path / "unbroken")
-    assert end["scaler"]["scale"] > 1 and end["scaler"]["_growth_tracker"] == 4  # steps since it last changed
-    assert_same(timeless(load_checkpoint(tmp_path / "broken")), timeless(end))
+    end = saved(tmp_path / "unbroken")
+    scaler = end[0]["scaler"]
+    assert scaler["scale"] > 1 and scaler["_growth_tracker"] == 4  # steps since it last changed
+    assert_same(timeless(saved(tmp_path / "broken")), timeless(end))
     assert_same(dict(model.state_dict()), dict(unbroken.state_dict()))
 
 
@@ -158,14 +168,14 @@ def test_how_often_is_logged_and_saved_may_change_on_resume(decoder, text, recip
     assert_same(dict(model.state_dict()), dict(unbroken.state_dict()))
 
 
-def test_a_new_run_does_not_take_up_an_older_one(decoder, text, recipe, tmp_path):
+def test_a_new_run_does_not_take_up_a_finished_one(decoder, text, recipe, saved, tmp_path):
     train(decoder(), text(), recipe(max_steps=5), tmp_path, progress=False)
     model, fresh = decoder(), decoder()
     result = train(model, text(), recipe(max_steps=2), tmp_path, progress=False)
     train(fresh, text(), recipe(max_steps=2), tmp_path / "elsewhere", progress=False)
     assert_same(dict(model.state_dict()), dict(fresh.state_dict()))
     assert lines_of(tmp_path) == result.metrics and result.metrics[-1]["step"] == 1
-    assert load_checkpoint(tmp_path)["step"] == 2
+    assert saved(tmp_path)[0]["step"] == 2
 
 
 @pytest.mark.parametrize(
@@ -173,7 +183,7 @@ def test_a_new_run_does_not_take_up_an_older_one(decoder, text, recipe, tmp_path
 )
 def test_when_checkpoints_are_written(decoder, text, recipe, tmp_path, monkeypatch, checkpoint_every, saved):
     steps = []
-    monkeypatch.setattr(loop, "save_checkpoint", lambda folder, state: steps.append(state["step"]))
+    monkeypatch.setattr(loop, "save_checkpoint", lambda folder, facts, tensors: steps.append(facts["step"]))
     train(decoder(), text(), recipe(max_steps=5, checkpoint_every=checkpoint_every), tmp_path, progress=False)
     assert steps == saved
 
@@ -190,12 +200,12 @@ def test_when_checkpoints_are_written(decoder, text, recipe, tmp_path, monkeypat
 )
 def test_a_run_with_other_settings_is_not_resumed(decoder, text, recipe, tmp_path, network, settings, length, sentence):
     train(decoder(), text(), recipe(), tmp_path, progress=False)
-    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    files = contents(tmp_path)
     model = decoder(**network)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=f"the run to resume had other settings: .*{sentence}"):
         train(model, text(train=length), recipe(**settings), tmp_path, resume=True, progress=False)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert contents(tmp_path) == files
     assert_same(dict(model.state_dict()), before)
 
 
@@ -206,80 +216,30 @@ def test_a_run_on_another_text_is_not_resumed(decoder, text, recipe, tmp_path):
             train(decoder(), text(train=200), config, tmp_path, resume=True, progress=False)
 
 
-def test_a_checkpoint_of_something_else_is_not_resumed(decoder, text, recipe, tmp_path):
-    save_checkpoint(tmp_path, {"step": 1, "model": {}})
-    with pytest.raises(ValueError, match="not one of this version's training runs"):
-        train(decoder(), text(), recipe(), tmp_path, resume=True, progress=False)
+@pytest.mark.parametrize("lacking", ["facts", "setting", "tensors", "others"])
+def test_a_checkpoint_of_something_else_is_not_resumed(decoder, text, recipe, saved, tmp_path, lacking):
+    train(decoder(), text(), recipe(), tmp_path, progress=False)
+    facts, tensors = saved(tmp_path)
+    if lacking == "facts":
+        facts = {"step": 3}
+    elif lacking == "setting":
+        del facts["train_config"]["beta1"]
+    elif lacking == "tensors":
+        del tensors["model.embedding.weight"]
+    else:
+        tensors["optimizer.nothing.exp_avg"] = torch.zeros(3)
+    save_checkpoint(tmp_path, facts, tensors)
+    model = decoder(seed=1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"(not one of|other tensors than) this version's training|tensor .* no run has"
+    ):
+        train(model, text(), recipe(), tmp_path, resume=True, progress=False)
+    assert_same(dict(model.state_dict()), before)
 
 
 def test_without_a_checkpoint_nothing_is_resumed(decoder, text, recipe, tmp_path):
-    with pytest.raises(ValueError, match=f"no checkpoint.pt in {re.escape(str(tmp_path))}.*without resume"):
-        train(decoder(), text(), recipe(), tmp_path, resume=True, progress=False)
+    sentence = f"no checkpoint in {re.escape(str(tmp_path / 'run'))} .*without resume"
+    with pytest.raises(ValueError, match=sentence):
+        train(decoder(), text(), recipe(), tmp_path / "run", resume=True, progress=False)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("kept", [0.0, 0.001, 0.3, 0.7, 0.95, 0.9999])
-def test_a_truncated_checkpoint_is_refused(decoder, text, recipe, tmp_path, kept):
-    train(decoder(), text(), recipe(), tmp_path, progress=False)
-    path = tmp_path / checkpoint.NAME
-    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
-    with pytest.raises(ValueError, match=r"checkpoint.pt is damaged and cannot be resumed from; remove it"):
-        train(decoder(), text(), recipe(), tmp_path, resume=True, progress=False)
-
-
-class Harmful:
-    """Unpickled, it would make a folder."""
-
-    def __reduce__(self):
-        return os.mkdir, ("harm",)
-
-
-@pytest.mark.parametrize("other", [b"not a checkpoint\n", b"\x80\x02.", b"PK\x03\x04 and no more", "code", "list"])
-def test_a_file_that_is_no_checkpoint_is_refused_and_not_executed(tmp_path, monkeypatch, other):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / checkpoint.NAME
-    if other == "code":
-        torch.save({"step": Harmful()}, path)
-    elif other == "list":
-        torch.save([1, 2, 3], path)
-    else:
-        path.write_bytes(other)
-    with pytest.raises(ValueError, match="damaged"):
-        load_checkpoint(tmp_path)
-    assert not (tmp_path / "harm").exists()
-
-
-def test_what_is_saved_is_loaded_and_nothing_else_is_left(tmp_path):
-    state = {
-        "step": 3, "model": {"w": torch.randn(3, 2), "b": torch.arange(4)}, "best": None,
-        "train_config": {"beta1": 0.9, "precision": "auto", "max_steps": None, "keep_best": True},
-        "model_config": {"moe_layers": (1, 3)}, "optimizer": {"groups": [{"lr": 0.1}]},
-    }  # fmt: skip
-    save_checkpoint(tmp_path, {"step": 1})
-    save_checkpoint(tmp_path, state)
-    assert_same(load_checkpoint(tmp_path), state)
-    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.NAME]
-
-
-@pytest.mark.parametrize("fault", ["cannot be written", "disk full", "no rename"])
-def test_a_save_that_fails_leaves_the_last_checkpoint_alone(tmp_path, monkeypatch, fault):
-    save_checkpoint(tmp_path, {"step": 1, "w": torch.ones(1000)})
-    state = {"step": 2, "w": torch.zeros(1000)}
-
-    def fill_the_disk(_, path):
-        path.write_bytes(b"PK" + bytes(500))
-        raise OSError("no space left on device")
-
-    def refuse(*_):
-        raise OSError("not permitted")
-
-    if fault == "cannot be written":
-        state["later"] = (number for number in range(3))
-    elif fault == "disk full":
-        monkeypatch.setattr(torch, "save", fill_the_disk)
-    else:
-        monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises((OSError, TypeError)):
-        save_checkpoint(tmp_path, state)
-    assert_same(load_checkpoint(tmp_path), {"step": 1, "w": torch.ones(1000)})
-    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.NAME]

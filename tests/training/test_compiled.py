@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from layerskip_moe.nn import run_blocks
-from layerskip_moe.training import loop, losses, train
+from layerskip_moe.training import block_calls, losses, train
+from layerskip_moe.training import run as run_module
 from layerskip_moe.training.optimizer import compiles
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -31,7 +31,7 @@ def nothing_compiled_before():
 def traced(monkeypatch):
     """Blocks are traced and guarded as ever, but what was traced runs as it is: a compiler would take a minute."""
     compiled = functools.cache(functools.partial(torch.compile, dynamic=True, fullgraph=True, backend="eager"))
-    monkeypatch.setattr(run_blocks, "compiled", compiled)
+    monkeypatch.setattr(block_calls, "compiled", compiled)
 
 
 def dropping(recipe, **fields):
@@ -92,12 +92,12 @@ def test_a_compiled_run_resumes_bit_for_bit(decoder, text, recipe, tmp_path, mon
             raise Stopped
         return training_losses(*arguments, step=step, **others)
 
-    training_losses = loop.training_losses
+    training_losses = run_module.training_losses
     config = dropping(recipe, compile=True, max_steps=6, checkpoint_every=3)
     size = dict(n_layers=2, moe_layers=(1,), dense_d_ff=8)
     unbroken = end_of(decoder(**size), text(), config, tmp_path / "unbroken")
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(loop, "training_losses", stopping)
+        patch.setattr(run_module, "training_losses", stopping)
         train(decoder(**size), text(), config, tmp_path / "broken", progress=False)
     model, made = decoder(**size, seed=1), graphs()
     train(model, text(), config, tmp_path / "broken", resume=True, progress=False)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerskip_moe.nn.decoder import MoEDecoder
-from layerskip_moe.training import TrainConfig, loop, train
+from layerskip_moe.training import TrainConfig, train
+from layerskip_moe.training import run as run_module
 from layerskip_moe.training.optimizer import autocast_dtype, learning_rate_at, make_optimizer
 
 
@@ -118,11 +119,11 @@ def test_half_precision_trains_float32_weights(decoder, text, recipe, tmp_path, 
 
 def test_a_float16_step_past_its_range_is_skipped_and_lowers_the_scale(decoder, text, recipe, monkeypatch):
     model: MoEDecoder = decoder(n_layers=2)
-    run = loop._Run(model, recipe(precision="float16"), 3, text())
+    run = run_module.Run(model, recipe(precision="float16"), 3, text())
     tokens = text().train[:36].view(4, 9)
     batch = (tokens[:, :-1], tokens[:, 1:], torch.arange(4))
     scale = run.scaler.get_scale()
-    losses = loop.training_losses
+    losses = run_module.training_losses
 
     def overflowing(*arguments, **others):
         out = losses(*arguments, **others)
@@ -131,7 +132,7 @@ def test_a_float16_step_past_its_range_is_skipped_and_lowers_the_scale(decoder, 
 
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "training_losses", overflowing)
+        patch.setattr(run_module, "training_losses", overflowing)
         _, norm = run.step(0, iter([batch]))
     assert not math.isfinite(norm)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from layerskip_moe.training import TrainConfig, loop, train
+from layerskip_moe.training import TrainConfig, train
+from layerskip_moe.training import run as run_module
 
 
 def recipe_in(folder):
@@ -32,9 +33,9 @@ def test_it_is_there_before_the_first_step_and_the_same_after_a_resume(decoder, 
             raise KeyboardInterrupt
         return training_losses(*_, step=step, **others)
 
-    training_losses, config = loop.training_losses, recipe(checkpoint_every=1)
+    training_losses, config = run_module.training_losses, recipe(checkpoint_every=1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "training_losses", stop)
+        patch.setattr(run_module, "training_losses", stop)
         train(decoder(), text(), config, tmp_path, progress=False)
     written = (tmp_path / "recipe.json").read_bytes()
     (tmp_path / "recipe.json").unlink()

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layerskip_moe.training import loop, losses, step_timer, train
+from layerskip_moe.training import run as run_module
 from layerskip_moe.training.step_timer import PARTS, StepTimer
 
 
@@ -50,12 +51,12 @@ def test_what_slows_a_part_down_is_told_of_that_part(
         one.total.register_hook(clock.taking(8, lambda gradient: None))
         return one
 
-    batches, training_losses = loop.batches, loop.training_losses
+    batches, training_losses = run_module.batches, run_module.training_losses
     model = decoder()
     model.embedding.register_forward_pre_hook(clock.taking(2, lambda *_: None))
-    monkeypatch.setattr(loop, "batches", slower_and_slower)
+    monkeypatch.setattr(run_module, "batches", slower_and_slower)
     monkeypatch.setattr(losses, "exit_loss", clock.taking(4, losses.exit_loss))
-    monkeypatch.setattr(loop, "training_losses", slow_backward)
+    monkeypatch.setattr(run_module, "training_losses", slow_backward)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clock.taking(16, torch.nn.utils.clip_grad_norm_))
     for name in ("save_checkpoint", "train_record"):  # in no part of a step
         monkeypatch.setattr(loop, name, clock.taking(1000, getattr(loop, name)))
@@ -84,8 +85,8 @@ def test_the_parts_are_the_whole_step(decoder, text, recipe, tmp_path, monkeypat
         whole.append(clock.now - started)
         return result
 
-    whole, step = [], loop._Run.step
-    monkeypatch.setattr(loop._Run, "step", timed)
+    whole, step = [], run_module.Run.step
+    monkeypatch.setattr(run_module.Run, "step", timed)
     config = recipe(accumulation=2, layer_dropout_max=0.2, expert_dropout=0.2, exit_distillation=0.5)
     result = train(decoder(bias_balancing=True), text(), config, tmp_path, progress=False)
     parts = seconds_of(result)

@@ -37,12 +37,15 @@ REFUSED = {
     "bias_update_rate": (-0.01,),
     "precision": ("fp16", "int8"),
     "compile": (1, "yes"),
+    "activation_checkpointing": (1, "yes", None),
+    "expert_parallel": (0, -1, 1.5),
     "seed": (0.5, "1"),
     "validate_every": (-1, 2.5),
     "validation_windows": (0,),
     "keep_best": ("no", 1),
     "checkpoint_every": (-1, True),
     "log_every": (0,),
+    "max_skipped_steps": (0, -1, 1.5),
 }
 
 ACCEPTED = {
