@@ -101,8 +101,8 @@ def generate(
 
     The model is run in eval mode, and left in the mode it was in, whatever is raised meanwhile. Several threads may
     decode with one model, and one strategy, at once, each getting what it would get alone; train it meanwhile they may
-    not. Raises ValueError
-    for prompts that are empty, outside the vocabulary, or too long for max_seq_len together with max_new_tokens.
+    not. Raises ValueError for prompts that are empty, outside the vocabulary, or too long for max_seq_len together with
+    max_new_tokens.
     """
     strategy = Autoregressive() if strategy is None else strategy
     if isinstance(strategy, str | type):
