@@ -99,8 +99,10 @@ def generate(
                  with hooks on its modules, or modules whose `forward` was replaced, is run step by step in any case, so
                  that they are called.
 
-    The model is run in eval mode, and left in the mode it was in, whatever is raised meanwhile. Raises ValueError
-    for prompts that are empty, outside the vocabulary, or too long for max_seq_len together with max_new_tokens.
+    The model is run in eval mode, and left in the mode it was in, whatever is raised meanwhile. Several threads may
+    decode with one model, and one strategy, at once, each getting what it would get alone; train it meanwhile they may
+    not. Raises ValueError for prompts that are empty, outside the vocabulary, or too long for max_seq_len together with
+    max_new_tokens.
     """
     strategy = Autoregressive() if strategy is None else strategy
     if isinstance(strategy, str | type):

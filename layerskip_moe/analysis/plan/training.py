@@ -5,9 +5,10 @@
         backward:   at layer l, activations of layers 0..l + gradients of layers l+1..L-1 + what l computes with
         optimizer:  all gradients
     over N processors (FSDP, arXiv 2304.11277, which is ZeRO's third stage, 1910.02054), each with its share of a batch:
-        weights, gradients, optimizer and best weights are divided by N; whole are the block that runs and the one that
-        is fetched meanwhile, a block's gradients until they are scattered, embedding, norm and head; and, in 16 bits,
-        the copies that autocast makes of all matrices, unless layers are run again
+        weights, gradients, optimizer and best weights are divided by N; whole are the block that runs, the one that is
+        fetched meanwhile, as it came and as it is laid out, a block's gradients, as they are and as they are laid out
+        to be scattered, and embedding, norm and head; and, in 16 bits, the copies that autocast makes of all matrices,
+        unless layers are run again. What the ranks' library takes for itself is left out.
 
 D width, L layers, V vocabulary.
 Knows nothing of what a processor has. Next: `activations.py`; `plan.py`, which decides what fits.
@@ -86,7 +87,7 @@ def training_memory(
     angles = 2 * config.head_width * WIDE * (config.max_seq_len + tokens)
     block = max(counted.blocks[layer] - elsewhere[layer] for layer in layers) * WIDE if gpus > 1 else 0
     root = (counted.total - sum(counted.blocks)) * WIDE if gpus > 1 else 0
-    whole = angles + 2 * block + root  # there whenever something is computed
+    whole = angles + 3 * block + root  # there whenever something is computed
 
     kept = sum(between) + sum(copied_between) + head.kept
     moments = [("exit loss", gradients.before, kept, whole + head.forward)]
@@ -95,7 +96,7 @@ def training_memory(
         kept = sum(between[: layer + 1]) + sum(copied_between[: layer + 1])
         rerun = again[layer] + (copies[layer] if checkpointing else 0)
         waiting = min(exits - 1, layer) * stream  # gradients of earlier exits
-        own = block + gradients.in_layer(layer)
+        own = 2 * block + gradients.in_layer(layer)
         moments.append(
             ("backward pass", gradients.after(layer), kept + rerun, whole + waiting + of_layer[layer].working + own)
         )
