@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerskip_moe import ModelConfig, MoEDecoder, TrainConfig
@@ -18,7 +17,7 @@ from layerskip_moe.analysis.plan.counts import count_operations, count_parameter
 from layerskip_moe.analysis.plan.decoding import decoding_memory
 from layerskip_moe.analysis.plan.training import training_memory
 from layerskip_moe.bench.plan import allocated, decoding_peak, few_steps, training_peak
-from layerskip_moe.nn import products, run_blocks
+from layerskip_moe.nn import products
 from layerskip_moe.pretrained.config_file import empty_model
 from layerskip_moe.pretrained.quantize import quantize, quantized_state
 
@@ -83,13 +82,15 @@ def test_operations_of_the_recipe():
     plain = TrainConfig(**RECIPE, exit_curriculum="none")
     every = dataclasses.replace(plain, exit_curriculum="all")
 
-    def training(recipe, **how):
-        return count_operations(config, recipe, positions=64, **how).training
+    def training(recipe):
+        return count_operations(config, recipe, positions=64).training
 
     head = config.vocab_size * config.d_model
     assert training(every) - training(plain) == pytest.approx(6 * head * (config.n_layers - 1))
     blocks = training(plain) / 3 - 2 * head
-    assert training(plain, checkpointing=True) - training(plain) == pytest.approx(blocks)
+    assert training(dataclasses.replace(plain, activation_checkpointing=True)) - training(plain) == pytest.approx(
+        blocks
+    )
     always = dataclasses.replace(
         plain, layer_dropout_max=1.0, layer_dropout_time="uniform", layer_dropout_depth="uniform"
     )
@@ -144,17 +145,14 @@ def test_attention_that_stores_its_probabilities():
 
 
 @pytest.mark.parametrize("fields", [MAIN, FINE])
-def test_training_with_checkpointing(fields, monkeypatch):
-    run = run_blocks._run_block
-    monkeypatch.setattr(
-        run_blocks, "_run_block", lambda *arguments, **how: checkpoint(run, *arguments, use_reentrant=False, **how)
-    )
+def test_training_with_checkpointing(fields):
     config, recipe = (
         ModelConfig(**{**fields, "vocab_size": 64, "n_layers": 8}),
         TrainConfig(**{**RECIPE, "seq_len": 128}),
     )
-    planned = training_memory(config, few_steps(recipe), Numbers(), checkpointing=True)
-    within(planned.peak, training_peak(config, recipe, CPU))
+    again = dataclasses.replace(recipe, activation_checkpointing=True)
+    planned = training_memory(config, few_steps(again), Numbers())
+    within(planned.peak, training_peak(config, again, CPU))
     assert planned.peak < 0.6 * training_memory(config, few_steps(recipe), Numbers()).peak
 
 
@@ -260,14 +258,13 @@ def test_remedies_of_decoding():
 @given(configs(), st.integers(1, 4), st.integers(1, 40), st.sampled_from(["float32", "auto", "float16"]), st.booleans())
 def test_any_network_can_be_planned(config, gpus, seq_len, precision, again):
     recipe = TrainConfig(batch_size=12, seq_len=seq_len, precision=precision, layer_dropout_max=0.0)
+    recipe = dataclasses.replace(recipe, activation_checkpointing=again)
     how = Numbers(4 if precision == "float32" else 2, gpu=True, flash=precision == "auto")
-    taken = training_memory(config, recipe, how, gpus=gpus, checkpointing=again)
+    taken = training_memory(config, recipe, how, gpus=gpus)
     parts = dataclasses.asdict(taken)
     assert all(value >= 0 for name, value in parts.items() if name != "moment")
     assert taken.peak >= taken.weights + taken.optimizer + taken.best + taken.all_gradients
-    longer = training_memory(
-        config, dataclasses.replace(recipe, seq_len=seq_len + 1), how, gpus=gpus, checkpointing=again
-    )
+    longer = training_memory(config, dataclasses.replace(recipe, seq_len=seq_len + 1), how, gpus=gpus)
     assert longer.peak >= taken.peak
 
 

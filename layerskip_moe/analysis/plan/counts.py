@@ -107,13 +107,11 @@ class Operations:
     decoding: float
 
 
-def count_operations(
-    config: ModelConfig, train: TrainConfig, *, positions: int, checkpointing: bool = False
-) -> Operations:
+def count_operations(config: ModelConfig, train: TrainConfig, *, positions: int) -> Operations:
     """6 N per token of training and 2 N of decoding, N the parameters in a token's products (arXiv 2001.08361), and
     attention's 4 H head_dim for each position read.
 
-    positions: of the text that is decoded. checkpointing: blocks are computed once more for the backward pass.
+    positions: of the text that is decoded. With activation checkpointing blocks are computed once more.
     Raises ValueError for exits that the network does not have.
     """
     parameters, layers = count_parameters(config), range(config.n_layers)
@@ -135,7 +133,7 @@ def count_operations(
     ran = sum(mixed[layer] * texts[layer] + kept[layer] * mlps[layer] for layer in layers)
     return Operations(
         forward=sum(texts) + sum(mlps) + 2 * head,
-        training=(4 if checkpointing else 3) * ran + 3 * 2 * head * exits,
+        training=(4 if train.activation_checkpointing else 3) * ran + 3 * 2 * head * exits,
         decoding=sum(last) + sum(mlps) + 2 * head,
     )
 

@@ -4,6 +4,7 @@ Knows nothing of files. Next: `training.py` and `decoding.py`, which count bytes
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from layerskip_moe.analysis.plan.activations import numbers_of
 from layerskip_moe.analysis.plan.counts import Operations, Parameters, count_operations, count_parameters
@@ -85,14 +86,13 @@ def memory_plan(
         decoding = Decoding(prompt_tokens=min(Decoding.prompt_tokens, half), new_tokens=min(Decoding.new_tokens, half))
     if train.seq_len > config.max_seq_len:
         raise ValueError(f"seq_len={train.seq_len} is longer than the model's max_seq_len={config.max_seq_len}.")
-    shared, checkpointing = max(gpus, 1), is_checkpointing(train)
     how = numbers_of(train, gpu=gpus > 0)
-    taken = training_memory(config, train, how, gpus=shared, checkpointing=checkpointing)
+    taken = training_memory(config, train, how, gpus=max(gpus, 1))
     decoded = decoding_memory(config, decoding, gpu=gpus > 0)
     positions = decoding.prompt_tokens + decoding.new_tokens
     return MemoryPlan(
         parameters=count_parameters(config),
-        operations=count_operations(config, train, positions=positions, checkpointing=checkpointing),
+        operations=count_operations(config, train, positions=positions),
         training=taken,
         decoding=decoded,
         available=available,
@@ -103,11 +103,6 @@ def memory_plan(
     )
 
 
-def is_checkpointing(train: TrainConfig) -> bool:
-    """Whether layers are run again for the backward pass."""
-    return getattr(train, "activation_checkpointing", False)
-
-
 def _fits(peak: int, available: int | None) -> bool:
     return available is None or peak <= USABLE * available
 
@@ -116,35 +111,34 @@ def _training_remedies(config: ModelConfig, train: TrainConfig, gpus: int, avail
     """Each change alone, all of them, and as many GPUs as are needed, without and with those that cost no batch."""
     how = numbers_of(train, gpu=gpus > 0)
 
-    def remedy(words: str, changed: TrainConfig, again: bool, number: int = max(gpus, 1)) -> Remedy:
-        peak = training_memory(config, changed, how, gpus=number, checkpointing=again).peak
+    def remedy(words: str, changed: TrainConfig, number: int = max(gpus, 1)) -> Remedy:
+        peak = training_memory(config, changed, how, gpus=number).peak
         return Remedy(words, peak, _fits(peak, available))
 
-    again, words, lighter, found = is_checkpointing(train), [], train, []
+    changes: dict[str, dict[str, Any]] = {}
     if train.optimizer == "adamw" and gpus:  # on a CPU it is slow
-        words.append("--optimizer adamw8bit")
-        lighter = replace(lighter, optimizer="adamw8bit")
-        found.append(remedy(words[-1], replace(train, optimizer="adamw8bit"), again))
+        changes["--optimizer adamw8bit"] = {"optimizer": "adamw8bit"}
     if train.keep_best:
-        words.append("--no-keep-best")
-        lighter = replace(lighter, keep_best=False)
-        found.append(remedy(words[-1], replace(train, keep_best=False), again))
-    if not again:
-        words.append("--activation-checkpointing")
-        found.append(remedy(words[-1], train, True))
+        changes["--no-keep-best"] = {"keep_best": False}
+    if not train.activation_checkpointing:
+        changes["--activation-checkpointing"] = {"activation_checkpointing": True}
+    words, lighter, found = list(changes), train, []
+    for change, fields in changes.items():
+        lighter = replace(lighter, **fields)
+        found.append(remedy(change, replace(train, **fields)))
     together, smallest = " ".join(words), max(gpus, 1)
     if train.batch_size > smallest:
         times = train.accumulation * (train.batch_size // smallest)
         smaller = f"--batch-size {smallest} --accumulation {times}"
-        found.append(remedy(smaller, replace(train, batch_size=smallest, accumulation=times), again))
+        found.append(remedy(smaller, replace(train, batch_size=smallest, accumulation=times)))
         least = replace(lighter, batch_size=smallest, accumulation=times)
-        found.append(remedy(f"{together} {smaller}".strip(), least, True))
+        found.append(remedy(f"{together} {smaller}".strip(), least))
     elif words:
-        found.append(remedy(together, lighter, True))
-    for changed, checkpointed, beside in ((train, again, ""), (lighter, True, f" {together}")):
+        found.append(remedy(together, lighter))
+    for changed, beside in ((train, ""), (lighter, f" {together}")):
         for number in (2**power for power in range(_MOST_GPUS.bit_length())):
             if gpus and number > gpus and train.batch_size % number == 0:
-                sharded = remedy(f"--gpus {number}{beside}", changed, checkpointed, number)
+                sharded = remedy(f"--gpus {number}{beside}", changed, number)
                 if sharded.fits:
                     found.append(sharded)
                     break

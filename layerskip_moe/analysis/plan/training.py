@@ -57,18 +57,16 @@ class TrainingMemory:
         return self.weights + self.gradients + self.optimizer + self.best + self.activations + self.working
 
 
-def training_memory(
-    config: ModelConfig, train: TrainConfig, how: Numbers, *, gpus: int = 1, checkpointing: bool = False
-) -> TrainingMemory:
+def training_memory(config: ModelConfig, train: TrainConfig, how: Numbers, *, gpus: int = 1) -> TrainingMemory:
     """What each of `gpus` processors needs of memory to train, as without torch.compile, which keeps less.
 
-    train: batch_size is of all processors together. checkpointing: only layers' inputs are kept, and each layer is run
-    again for its backward pass.
+    train: batch_size is of all processors together.
     Raises ValueError for a batch that cannot be shared out, and exits that the network does not have.
     """
     if train.batch_size % gpus:
         raise ValueError(f"batch_size={train.batch_size} cannot be shared out evenly to {gpus} GPUs.")
     batch_size, counted = train.batch_size // gpus, count_parameters(config)
+    checkpointing = train.activation_checkpointing
     tokens, layers = batch_size * train.seq_len, range(config.n_layers)
     gradients = _Gradients(counted, gpus, all_along=train.accumulation > 1)
     of_layer = [layer_activations(config, layer, batch_size, train.seq_len, how) for layer in layers]
@@ -119,9 +117,8 @@ def training_memory(
 
 def _experts_elsewhere(config: ModelConfig, layer: int, train: TrainConfig) -> int:
     """Of a layer's parameters, those of experts that other processors hold, with expert parallelism."""
-    ranks = getattr(train, "expert_parallel", 1)
     experts = 3 * config.num_experts * config.d_model * config.expert_d_ff if config.is_moe(layer) else 0
-    return experts - experts // ranks
+    return experts - experts // train.expert_parallel
 
 
 def _share(whole: float, gpus: int) -> int:
