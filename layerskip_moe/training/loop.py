@@ -120,7 +120,6 @@ def train(
             interrupts_wait() as interruption,
         ):
             logged_at, logged_step, done = time.perf_counter(), first, first
-            stopping, received = False, 0
             for step in range(first, max_steps):
                 losses, gradient_norm = run.step(step, text_ahead)
                 bar.update()
@@ -143,8 +142,7 @@ def train(
                     with run.autocast():
                         metrics.write("validation", step, run.validate(corpus.validation, done))
                     logged_at += time.perf_counter() - paused
-                received = ranks.largest(interruption.received or 0)  # by any of them
-                stopping = received > 0
+                stopping = ranks.largest(interruption.received or 0) > 0  # as any of them is asked to
                 # Among skipped steps none is due: a run that stops there is to have one from before them.
                 due = checkpoint_every and done % checkpoint_every == 0 and not run.skips.in_a_row
                 if checkpoint_every != 0 and (last or due or stopping):
@@ -153,7 +151,8 @@ def train(
                         save_checkpoint(out_dir, run.facts(done), tensors)
                 if stopping:
                     break
-        if stopping:
+        received = ranks.largest(interruption.received or 0)  # also while the last step was saved
+        if received:
             give_back(run.network, model, ranks)
             raise Interrupted(_told_how_to_resume(out_dir, done, max_steps, checkpoint_every), received)
         best_step = run.take_best()
