@@ -110,8 +110,9 @@ def explaining_failure(what: str, folder: Path) -> Iterator[None]:
 
 
 def _free(folder: Path) -> str:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     with suppress(OSError):
-        return f", where {shutil.disk_usage(folder).free / 1e6:.1f} MB are free"
+        return f", where {shutil.disk_usage(there).free / 1e6:.1f} MB are free"
     return ""
 
 

@@ -56,7 +56,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
             digest.update(content)
             file.write(content)
         for name in names:  # one at a time: a GPU's need not all be in memory here
-            numbers = memoryview(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            numbers = tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
             digest.update(numbers)
             file.write(numbers)
     return digest.hexdigest()

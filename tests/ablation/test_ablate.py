@@ -1,7 +1,9 @@
 """ablate: every variant with every seed, once; what is stopped goes on, what fails is told, mistakes come first."""
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
@@ -119,6 +121,25 @@ def test_a_stopped_run_goes_on_to_the_same_weights(corpus, network, recipe, tmp_
     assert steps == base + paper  # the base once, the other from where it was stopped
     told = [{name: result["exits"] for name, result in results_in(folder).items()} for folder in (whole, stopped)]
     assert told[0] == told[1] and len(told[0]) == 2
+
+
+def test_ctrl_c_says_how_an_ablation_goes_on(corpus, network, recipe, tmp_path, measured, monkeypatch):
+    real = run_module.Run.step
+
+    def step(run, number, text):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(run, number, text)
+
+    only = {"base": Variant()}
+    sentence = "base, seed 0, is saved as far as it is; the same again goes on"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=sentence) as stopped:
+        patch.setattr(run_module.Run, "step", step)
+        ablate(corpus, network, recipe, only, tmp_path, seeds=(0,), **SMALL)
+    assert stopped.value.exit_status == 130
+    assert "step-00000003" in [path.name for path in tmp_path.rglob("step-*")]
+    ablate(corpus, network, recipe, only, tmp_path, seeds=(0,), **SMALL)
+    assert list(results_in(tmp_path)) == ["base seed0"] and not list(tmp_path.rglob("checkpoints"))
 
 
 def test_a_run_stopped_while_it_was_measured_is_only_measured_again(
