@@ -31,7 +31,7 @@ from layerskip_moe.bench.tables import aligned
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.nn.block import MoEMLP
 from layerskip_moe.training import TrainConfig, train
-from layerskip_moe.training.parallel import Ranks, check_batch
+from layerskip_moe.training.parallel import Ranks, check_shared
 from layerskip_moe.training.sharding import check_experts
 
 KINDS = ("all-gather", "reduce-scatter", "all-to-all", "all-reduce")
@@ -92,7 +92,7 @@ def communication(config: ModelConfig, settings: CommunicationSettings) -> dict[
     if settings.processes < 2:
         raise ValueError(f"processes={settings.processes} must be 2 or more: one has nobody to send to.")
     ranks = Ranks(0, settings.processes, torch.device("cpu"))
-    check_batch(settings.batch_size, ranks)
+    check_shared(_recipe(settings, 1), ranks)
     check_experts(config, ranks, settings.expert_parallel)
     counted = in_processes(settings.processes, _count_a_step, config, settings)
     measured = {

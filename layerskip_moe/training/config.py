@@ -29,7 +29,7 @@ class TrainConfig:
         accumulation: forward passes per optimizer step
 
         optimizer: "adamw", or "adamw8bit", whose state takes a quarter of the memory; it compiles itself, and is
-            for GPUs (see `make_optimizer`)
+            for one GPU (see `make_optimizer`)
         learning_rate: the peak. LayerSkip needs a higher one from scratch than plain training (paper, table 2)
         min_learning_rate_ratio: the share of the peak left at the last step
         warmup_steps: None: 5% of the run, at most 500
@@ -59,7 +59,7 @@ class TrainConfig:
         bias_update_rate: step of the choice bias, where ModelConfig.bias_balancing is on
 
         precision: "auto": bfloat16 where the hardware has it, float16 on an older GPU, else float32
-        compile: train with compiled blocks; None: on a GPU only; on a CPU it pays from some 500 steps on
+        compile: train with compiled blocks; None: on one GPU only; on a CPU it pays from some 500 steps on
         activation_checkpointing: keep only blocks' inputs for the backward pass, and compute the rest again: less
             memory for a third more arithmetic
         expert_parallel: processes, of those that torchrun started, that hold a layer's experts between them
@@ -153,8 +153,6 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
         if not isinstance(self.compile, bool | None):
             raise ValueError(f"compile={self.compile!r} must be True, False or None.")
-        if self.compile and self.expert_parallel > 1:
-            raise ValueError("compile=True is not for expert_parallel above 1, whose exchanges cannot be compiled.")
         for name in ("epochs", "learning_rate"):
             if not (_is_number(getattr(self, name)) and 0 < getattr(self, name) < math.inf):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a finite number above 0.")

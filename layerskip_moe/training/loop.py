@@ -21,7 +21,7 @@ from layerskip_moe.nn.modes import in_mode
 from layerskip_moe.training.checkpoint import save_checkpoint
 from layerskip_moe.training.config import TrainConfig
 from layerskip_moe.training.metrics import MetricsWriter, skipped_record, train_record, write_recipe
-from layerskip_moe.training.parallel import check_batch, join
+from layerskip_moe.training.parallel import check_shared, join
 from layerskip_moe.training.run import Run, Text
 from layerskip_moe.training.run_folder import shared_run_folder
 from layerskip_moe.training.sharding import give_back, whole
@@ -93,7 +93,7 @@ def train(
             "shorten seq_len, or build the model with a larger max_seq_len."
         )
     out_dir, ranks = Path(out_dir), join(model.device)
-    check_batch(config.batch_size, ranks)
+    check_shared(config, ranks)
     per_step = config.batch_size * config.accumulation
     epoch = steps_per_epoch(corpus.train, config.seq_len, per_step)
     max_steps = config.max_steps or math.ceil(config.epochs * epoch)
@@ -120,7 +120,6 @@ def train(
             interrupts_wait() as interruption,
         ):
             logged_at, logged_step, done = time.perf_counter(), first, first
-            stopping, received = False, 0
             for step in range(first, max_steps):
                 losses, gradient_norm = run.step(step, text_ahead)
                 bar.update()
@@ -143,8 +142,7 @@ def train(
                     with run.autocast():
                         metrics.write("validation", step, run.validate(corpus.validation, done))
                     logged_at += time.perf_counter() - paused
-                received = ranks.largest(interruption.received or 0)  # by any of them
-                stopping = received > 0
+                stopping = ranks.largest(interruption.received or 0) > 0  # as any of them is asked to
                 # Among skipped steps none is due: a run that stops there is to have one from before them.
                 due = checkpoint_every and done % checkpoint_every == 0 and not run.skips.in_a_row
                 if checkpoint_every != 0 and (last or due or stopping):
@@ -153,7 +151,8 @@ def train(
                         save_checkpoint(out_dir, run.facts(done), tensors)
                 if stopping:
                     break
-        if stopping:
+        received = ranks.largest(interruption.received or 0)  # also while the last step was saved
+        if received:
             give_back(run.network, model, ranks)
             raise Interrupted(_told_how_to_resume(out_dir, done, max_steps, checkpoint_every), received)
         best_step = run.take_best()

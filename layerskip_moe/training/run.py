@@ -70,7 +70,7 @@ class Run:
         self.started = time.perf_counter()  # moved back by `restore`, so that a resumed run counts what it had
         model.zero_grad(set_to_none=True)  # a run stopped in mid-step leaves gradients behind
         self.optimizer = make_optimizer(model, config)
-        self.compiles = config.expert_parallel == 1 and compiles(config.compile, model.device)
+        self.compiles = ranks.size == 1 and compiles(config.compile, model.device)
         self.dtype = autocast_dtype(config.precision, model.device)
         # float16 gradients underflow without a scale (the T4's case); disabled, the scaler passes through.
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=self.dtype == torch.float16)

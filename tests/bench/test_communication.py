@@ -47,6 +47,8 @@ def test_the_paper_by_hand():
 def test_what_cannot_be_divided_is_refused_before_a_process_is_started():
     with pytest.raises(ValueError, match="batch_size=4 is shared by 3 processes"):
         communication(SMALL, CommunicationSettings(processes=3))
-    with pytest.raises(ValueError, match="expert_parallel=2 must divide"):
-        communication(SMALL, CommunicationSettings(processes=1, expert_parallel=2))
+    with pytest.raises(ValueError, match="expert_parallel=3 must divide"):
+        communication(SMALL, CommunicationSettings(processes=4, expert_parallel=3))
+    with pytest.raises(ValueError, match="processes=1 must be 2 or more"):
+        communication(SMALL, CommunicationSettings(processes=1))
     assert not torch.distributed.is_initialized()

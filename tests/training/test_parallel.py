@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from layerskip_moe.training.parallel import Ranks, check_batch
+from layerskip_moe.training.parallel import Ranks, check_shared
 from layerskip_moe.training.sharding import check_experts
 
 SCRIPT = Path(__file__).with_name("one_of_many.py")
@@ -167,10 +167,17 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("batch_size, advice", [(6, "give 4"), (2, "give 4"), (13, "give 12")])
-def test_a_batch_that_cannot_be_shared_is_refused(batch_size, advice):
-    check_batch(8, Ranks(0, 4, CPU))
+def test_a_batch_that_cannot_be_shared_is_refused(recipe, batch_size, advice):
+    check_shared(recipe(batch_size=8), Ranks(0, 4, CPU))
     with pytest.raises(ValueError, match=f"batch_size={batch_size} is shared by 4 processes.*{advice}"):
-        check_batch(batch_size, Ranks(0, 4, CPU))
+        check_shared(recipe(batch_size=batch_size), Ranks(0, 4, CPU))
+
+
+@pytest.mark.parametrize("fields", [dict(compile=True), dict(optimizer="adamw8bit")])
+def test_what_is_for_one_process_is_refused_by_several(recipe, fields):
+    check_shared(recipe(**fields), Ranks(0, 1, CPU))
+    with pytest.raises(ValueError, match="is for one process, and there are 2"):
+        check_shared(recipe(**fields), Ranks(0, 2, CPU))
 
 
 @pytest.mark.parametrize(
