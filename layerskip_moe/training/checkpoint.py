@@ -108,8 +108,8 @@ def steps_done(out_dir: Path) -> tuple[int, int | None] | None:
 
 
 def remove_checkpoints(out_dir: Path) -> None:
-    """Remove all of them; whoever reads meanwhile finds each whole or not at all."""
-    for _, path in _folders(out_dir / CHECKPOINTS):
+    """Remove all of them, the newest last: a process killed meanwhile leaves a finished run finished."""
+    for _, path in reversed(_folders(out_dir / CHECKPOINTS)):
         _remove(path)
     root = out_dir / CHECKPOINTS
     remove_leftovers(out_dir)

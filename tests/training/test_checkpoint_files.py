@@ -120,6 +120,18 @@ def test_the_newest_two_are_kept(tmp_path):
     remove_checkpoints(tmp_path)  # nothing to do
 
 
+def test_they_are_removed_with_the_newest_last(copied, monkeypatch):
+    def killed(path, **_):
+        if path.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove_checkpoints(copied)
+    assert newest_checkpoint(copied).facts["step"] == 8
+    assert names_in(copied) == [".step-00000004.gone", "step-00000008"]
+
+
 def test_what_is_cut_short_is_not_one_of_the_two(copied):
     (copied / "checkpoints" / "step-00000008" / "state.json").write_text("")
     save_checkpoint(copied, {"step": 12}, tensors_of(12))
