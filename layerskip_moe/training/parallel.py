@@ -132,8 +132,8 @@ def leave() -> None:
 
 
 def check_shared(config: TrainConfig, ranks: Ranks) -> None:
-    """Raise ValueError for what several ranks cannot share: a batch that they do not divide, compiled blocks (torch takes
-    the sizes of blocks that FSDP gathers for variables), and the 8-bit AdamW (its states cannot be gathered)."""
+    """Raise ValueError for what several ranks cannot share: a batch that they do not divide, compiled blocks (torch
+    takes the sizes of blocks that FSDP gathers for variables), and the 8-bit AdamW (its states cannot be gathered)."""
     if config.batch_size % ranks.size:
         raise ValueError(
             f"batch_size={config.batch_size} is shared by {ranks.size} processes, which does not divide it; give "
