@@ -34,8 +34,8 @@ from layerskip_moe.generation.speculative import Speculative
 from layerskip_moe.generation.verification import Coupling, Round, check_drafting
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 
-# What a policy is asked and told it does whole: threads that share a strategy may come in between, and a callback in
-# the same thread. (One for all policies: it is held for microseconds, but where one times a model.)
+# What a policy plans and observes it does whole: threads that share a strategy may come in between, and a callback in
+# the same thread. (One for all policies: it is held for microseconds, but where one times a model or reads a prompt.)
 _asking = threading.RLock()
 
 

@@ -1,7 +1,8 @@
 """Training or evaluation mode for a while, and every module's own mode back afterwards.
 
 A module's mode is seen by all threads. Those that want the same one at the same time share it: the first sets it, and
-the last to leave puts back what the first found.
+the last to leave puts back what the first found. Of those that want different ones the latest has its way, and who
+leaves before it leaves to it what is to be put back.
 
 Knows nothing of what is done meanwhile. Used by training, generation and analysis.
 """
@@ -48,9 +49,13 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
         with _changing:
             shared.users -= 1
             if shared.users == 0:
-                within.remove(shared)
-                for module, own in shared.own:
-                    module.training = own
+                place = within.index(shared)
+                del within[place]
+                if place < len(within):  # another mode was entered since, and not left
+                    within[place].own = shared.own
+                else:
+                    for module, own in shared.own:
+                        module.training = own
 
 
 @contextmanager
