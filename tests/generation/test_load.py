@@ -69,7 +69,7 @@ def resident_bytes():
 def living(*kinds):
     """How many objects of these classes there are."""
     gc.collect()
-    return sum(isinstance(one, kinds) for one in gc.get_objects())
+    return sum(type(one) in kinds for one in gc.get_objects())
 
 
 def soak(model, generations, assert_same_text, *, warm_up):
