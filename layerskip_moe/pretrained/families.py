@@ -185,7 +185,8 @@ def _refuse_what_is_not_computed(values: Mapping[str, Any]) -> None:
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise ValueError(
-            f"quantization_config says that the weights are packed ({shown(str(method))[1:-1]}); give the checkpoint before quantisation."
+            f"quantization_config says that the weights are packed ({shown(str(method))[1:-1]}); give the checkpoint "
+            "before quantisation."
         )
     # Fields of no family here that transformers looks for in all of them.
     for field in ("per_layer_config", "attention_chunk_size", "kv_sharing_modes", "transformers_weights"):
