@@ -19,15 +19,15 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"There is no metrics file '{path}'; give the metrics.jsonl in the out_dir of a training run.")
     records = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
+                record = json.loads(line.decode())
+            except (ValueError, RecursionError):  # the latter for brackets without end
                 record = None
             if isinstance(record, dict):
                 records.append(record)
-            elif line.endswith("\n"):
+            elif line.endswith(b"\n"):
                 raise ValueError(f"Line {number} of '{path}' is not a JSON object; mend or remove it.")
             else:
                 warnings.warn(f"The last line of '{path}' is incomplete and is left out.", stacklevel=2)

@@ -9,20 +9,21 @@ Knows nothing of models or policies. Next: `record_trace.py`, which makes one; `
 
 import json
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 
 from layerskip_moe.files import plain, replacing
 from layerskip_moe.nn import ModelConfig
+from layerskip_moe.nn.config import require_whole, shown
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _VERSION = 2  # of the file
+_MOST_BYTES = 2**32  # of its arrays, unpacked
 _PER_STATE = ("said", "second", "confidence", "experts")
 
 
@@ -116,24 +117,59 @@ def save_trace(trace: Trace, path: str | Path) -> None:
 def load_trace(path: str | Path) -> Trace:
     """What `save_trace` wrote. Raises ValueError for any other file, one of another version, or a damaged one, and
     OSError where there is none."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("header", "tokens", *_PER_STATE)}
-        header = json.loads(arrays["header"].tobytes())
-        version, config = header["version"], header["config"]
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a trace, or is damaged; `layerskip-moe trace` writes one.") from error
+    with open(path, "rb") as file:
+        try:
+            arrays = _read_arrays(file)
+            header = json.loads(arrays["header"].tobytes())
+            version = header["version"]
+        except Exception as error:  # numpy, zipfile and zlib raise whatever they stumble over first, MemoryError too
+            raise ValueError(f"{path} is not a trace, or is damaged; `layerskip-moe trace` writes one.") from error
     if version != _VERSION:
         raise ValueError(
-            f"{path} is a trace of version {version}, and this library reads version {_VERSION}; record it anew."
+            f"{path} is a trace of version {shown(version)}, and this library reads version {_VERSION}; record it anew."
         )
-    config = ModelConfig(**config)
-    _check_shapes(path, arrays, config, [entry["tokens"] for entry in header["texts"]])
-    return Trace(list(_texts(header["texts"], arrays)), config, header["about"])
+    try:
+        config = ModelConfig(**header["config"])
+        for entry in header["texts"]:
+            _check_entry(entry)
+        lengths = [entry["tokens"] for entry in header["texts"]]
+        about = {**header["about"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({shown(str(error))[1:-1].rstrip('.')}); record it anew.") from None
+    _check_arrays(path, arrays, config, lengths)
+    return Trace(list(_texts(header["texts"], arrays)), config, about)
 
 
-def _check_shapes(path: str | Path, arrays: dict[str, Array], config: ModelConfig, lengths: list[int]) -> None:
-    """Raise ValueError unless the arrays hold texts of these lengths."""
+def _read_arrays(file: IO[bytes]) -> dict[str, Array]:
+    with zipfile.ZipFile(file) as archive:
+        if sum(member.file_size for member in archive.infolist()) > _MOST_BYTES:
+            raise ValueError("unpacked it would fill the memory")
+    file.seek(0)
+    with np.load(file, allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in ("header", "tokens", *_PER_STATE)}
+    if not all(isinstance(array, np.ndarray) for array in arrays.values()):  # a member that is no array comes as bytes
+        raise ValueError("not all of it are arrays")
+    return arrays
+
+
+def _check_entry(entry: dict[str, Any]) -> None:
+    """Raise ValueError or TypeError for what a header does not say of a text."""
+    if entry.keys() != {"tokens", "prompt_length", "temperature", "seed"}:
+        raise ValueError("it does not say of each text how long it is, and how it was made")
+    if (
+        not 1
+        <= require_whole("prompt_length", entry["prompt_length"], 1)
+        <= require_whole("tokens", entry["tokens"], 1)
+    ):
+        raise ValueError(f"prompt_length={entry['prompt_length']} is past the end of a text")
+    require_whole("seed", entry["seed"], -(2**63))
+    temperature = entry["temperature"]
+    if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature={shown(temperature)} must be 0 or more")
+
+
+def _check_arrays(path: str | Path, arrays: dict[str, Array], config: ModelConfig, lengths: list[int]) -> None:
+    """Raise ValueError unless the arrays hold texts of these lengths, in tokens and experts of this network."""
     moe_layers = sum(map(config.is_moe, range(config.n_layers)))
     states = sum(lengths) - len(lengths)
     expected: dict[str, tuple[int, ...]] = {
@@ -142,8 +178,14 @@ def _check_shapes(path: str | Path, arrays: dict[str, Array], config: ModelConfi
         **{name: (config.n_layers, states) for name in ("said", "second", "confidence")},
     }
     for name, shape in expected.items():
-        if arrays[name].shape != shape:
-            raise ValueError(f"{path} is damaged: its {name} have shape {arrays[name].shape}, not {shape}.")
+        found = arrays[name]
+        if found.shape != shape:
+            raise ValueError(f"{path} is damaged: its {name} have shape {found.shape}, not {shape}.")
+        if found.dtype.kind not in ("f" if name == "confidence" else "iu"):
+            raise ValueError(f"{path} is damaged: its {name} are of type {found.dtype}; record it anew.")
+        count = config.num_experts if name == "experts" else config.vocab_size
+        if name != "confidence" and found.size and not 0 <= found.min() <= found.max() < count:
+            raise ValueError(f"{path} is damaged: its {name} are not all among 0 to {count - 1}; record it anew.")
 
 
 def _texts(entries: list[dict[str, Any]], arrays: dict[str, Array]) -> Iterator[TracedText]:

@@ -69,7 +69,7 @@ def run(arguments: list[str]) -> None:
         raise ValueError(f"{options.trace} holds no continuations, on which policies are compared; record some.")
     model = None if options.checkpoint is None else _model(options, trace)
     if model is None:
-        cost = CostModel(**trace.about["cost_model"])
+        cost = _recorded_cost(options, trace)
     else:
         with compiling(model, can_compile(model.device)):
             cost = fit_cost_model(model)
@@ -98,6 +98,17 @@ def run(arguments: list[str]) -> None:
     print(policies_text(result))
     if options.out is not None:
         _write(Path(options.out), result)
+
+
+def _recorded_cost(options: Options, trace: Trace) -> CostModel:
+    """What recording measured; ValueError where the trace does not tell."""
+    try:
+        assert isinstance(trace.about["machine"], dict)
+        return CostModel(**trace.about["cost_model"])
+    except (KeyError, TypeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"{options.trace} does not tell what its model's rounds cost ({error!r}); give --checkpoint, to measure it."
+        ) from None
 
 
 def _model(options: Options, trace: Trace) -> MoEDecoder:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 TOKENIZER = "tokenizer.json"
 TOKENS: dict[Split, str] = {"train": "train.bin", "validation": "validation.bin"}
 _CHECKSUMS = "checksums.json"
-_FORMAT = 1  # raise it when the same documents and settings come to give other files
+_FORMAT = 2  # raise it when the same documents and settings come to give other files
 
 
 def entry_path(root: Path, content: str, tokenizer_identity: str) -> Path:

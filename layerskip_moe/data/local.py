@@ -197,10 +197,10 @@ def _read_jsonl(path: Path) -> list[str]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # the latter for brackets without end
+            at = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
             raise ValueError(
-                f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}): "
-                'each line must be an object such as {"text": "..."}.'
+                f'{path}, line {number} is not JSON ({at}): each line must be an object such as {{"text": "..."}}.'
             ) from None
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):

@@ -32,6 +32,8 @@ _BATCH_CHARACTERS = 1 << 21
 # Between two words, or two lines: places where the byte-level splitting rule always cuts, so that a text
 # encoded in pieces gives the tokens of the whole.
 _BETWEEN_WORDS = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
+_LONGEST_WORD = 4096
+_ENDLESS = re.compile(rf"(?<!\S)\S{{{_LONGEST_WORD},}}|(?<!\s)\s{{{_LONGEST_WORD},}}")
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
 _PARALLELISM_OF_USER = os.environ.get(_PARALLELISM)
 _IMPORTED_BY = os.getpid()
@@ -171,8 +173,21 @@ def _batched(documents: Iterable[Document]) -> Iterator[list[tuple[Split, str, b
 def split_text(text: str, size: int = _PIECE_CHARACTERS) -> Iterator[str]:
     """Cut a long text between words into pieces of at least `size` characters (the last may be shorter).
 
-    Pieces are encoded in parallel, and a large file takes memory piece by piece.
+    Pieces are encoded in parallel, and a large file takes memory piece by piece. A word, or white space, without end is
+    cut too: training a BPE takes time by the square of the longest word.
     """
+    done = 0
+    for endless in _ENDLESS.finditer(text):
+        if done < endless.start():
+            yield from _split_between_words(text[done : endless.start()], size)
+        for start in range(endless.start(), endless.end(), _LONGEST_WORD):
+            yield text[start : min(start + _LONGEST_WORD, endless.end())]
+        done = endless.end()
+    if done < len(text) or not text:
+        yield from _split_between_words(text[done:], size)
+
+
+def _split_between_words(text: str, size: int) -> Iterator[str]:
     start = 0
     while (cut := _BETWEEN_WORDS.search(text, start + size)) is not None:
         yield text[start : cut.start()]

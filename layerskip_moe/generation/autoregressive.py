@@ -6,6 +6,7 @@ Next: `self_speculative.py`.
 
 from dataclasses import dataclass
 
+from layerskip_moe.generation.sampling import require_index
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import ModelConfig
 
@@ -43,6 +44,7 @@ class Autoregressive:
 
 def check_exit_layer(exit_layer: int, config: ModelConfig) -> None:
     """Raise ValueError unless 1 <= exit_layer <= L."""
+    require_index("exit_layer", exit_layer)
     if not 1 <= exit_layer <= config.n_layers:
         raise ValueError(
             f"exit_layer={exit_layer} must be between 1 and n_layers={config.n_layers}: "

@@ -20,6 +20,9 @@ from layerskip_moe.files import plain, replacing, sha256
 from layerskip_moe.generation.exit_classifier import ExitClassifier, load_classifier
 from layerskip_moe.generation.fingerprint import model_fingerprint
 from layerskip_moe.generation.session import Session
+from layerskip_moe.nn.config import shown
+
+_MOST_BYTES = 2**24  # of a file that is read
 
 # What a file states in its two parts that are read, and of what kind each value is.
 FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -81,9 +84,11 @@ def read_calibration(path: str | Path) -> tuple[dict[str, Any], Certified]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"There is no calibration file '{path}'; give a number between 0 and 1, or the JSON's path.")
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"'{path}' has {path.stat().st_size} bytes, far more than a calibration; give its JSON.")
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # malformed JSON, bytes that are no text, or brackets without end
         raise ValueError(f"'{path}' is not JSON ({error}); write it again.") from None
     settings = _part(told, "early_exit", FIELDS, path)
     certified = Certified(**_part(told, "certified", CERTIFIED, path))
@@ -109,7 +114,9 @@ def write_calibration(
         confidence.save(file)
         confidence, probes = "classifier", {"file": file.name, "sha256": sha256(file)}
     elif not isinstance(confidence, str):
-        raise ValueError(f"confidence={confidence!r} is a function, which no file can hold; use the strategy itself.")
+        raise ValueError(
+            f"confidence={shown(confidence)} is a function, which no file can hold; use the strategy itself."
+        )
     early_exit = {**settings, "confidence": confidence, "classifier": probes}
     assert early_exit.keys() == FIELDS.keys(), "read_calibration refuses others"
     with replacing(path) as beside:
@@ -125,14 +132,18 @@ def _part(told: Any, part: str, fields: Mapping[str, type | tuple[type, ...]], p
     for name, kind in fields.items():
         value = values[name]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"'{path}' has {name}={value!r}, which is not of the right kind.")
+            raise ValueError(f"'{path}' has {name}={shown(value)}, which is not of the right kind.")
     return values
 
 
 def _read_probes(named: dict[str, Any], path: Path) -> ExitClassifier:
     """The classifier that the JSON at `path` names."""
     if named.keys() != {"file", "sha256"} or not isinstance(named["file"], str):
-        raise ValueError(f"'{path}' names a classifier by {named!r}; it must state its file and sha256.")
+        raise ValueError(f"'{path}' names a classifier by {shown(named)}; it must state its file and sha256.")
+    if named["file"] != Path(named["file"]).name or "\\" in named["file"] or "\0" in named["file"]:
+        raise ValueError(
+            f"'{path}' names the classifier {shown(named['file'])}, which is not a file of its own folder."
+        )
     file = path.parent / named["file"]
     if not file.is_file():
         raise ValueError(f"'{path}' needs the classifier '{file}', which is not there; copy both files, or calibrate.")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip_moe.generation.exit_classifier import ExitClassifier
+from layerskip_moe.nn.config import shown
 
 # A name, trained probes, or a function of (hidden [N, D], previous [N, D], logits [N, V]) to confidences [N].
 Confidence = Literal["softmax_diff", "state"] | ExitClassifier | Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -69,7 +70,7 @@ def check_confidence(kind: Confidence) -> None:
     """Raise ValueError for a name that is not known."""
     if not callable(kind) and not isinstance(kind, ExitClassifier) and kind not in ("softmax_diff", "state"):
         raise ValueError(
-            f"confidence={kind!r} is unknown; it is 'softmax_diff', 'state', or a function of "
+            f"confidence={shown(kind)} is unknown; it is 'softmax_diff', 'state', or a function of "
             "(hidden, previous, logits), or what load_classifier(path) gives."
         )
 

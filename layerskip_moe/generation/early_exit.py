@@ -28,6 +28,7 @@ from layerskip_moe.generation.confidence import (
 from layerskip_moe.generation.exit_classifier import ExitClassifier
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import KVCache, ModelConfig
+from layerskip_moe.nn.config import shown
 
 CacheRule = Literal["propagate", "exact"]
 
@@ -78,18 +79,18 @@ class EarlyExit:
         for level in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
             if isinstance(level, bool) or not isinstance(level, int | float):
                 raise ValueError(
-                    f"threshold={level!r} must be a number between 0 and 1, or a calibration file; or a list of "
+                    f"threshold={shown(level)} must be a number between 0 and 1, or a calibration file; or a list of "
                     "numbers, one for each exit layer."
                 )
             if not 0 <= level <= 1:  # NaN is not either
                 raise ValueError(f"threshold={level} must be between 0 (first exit) and 1 (never exit).")
         if isinstance(self.tau, bool) or not isinstance(self.tau, int | float) or not 0 <= self.tau < math.inf:
-            raise ValueError(f"tau={self.tau!r} must be a number of 0 or more; 4 is usual.")
+            raise ValueError(f"tau={shown(self.tau)} must be a number of 0 or more; 4 is usual.")
         check_confidence(self.confidence)
         if isinstance(self.min_layer, bool) or not isinstance(self.min_layer, int):
-            raise ValueError(f"min_layer={self.min_layer!r} must be a whole number: it counts layers.")
+            raise ValueError(f"min_layer={shown(self.min_layer)} must be a whole number: it counts layers.")
         if self.cache not in get_args(CacheRule):
-            raise ValueError(f"cache={self.cache!r} is unknown; it is 'propagate' or 'exact'.")
+            raise ValueError(f"cache={shown(self.cache)} is unknown; it is 'propagate' or 'exact'.")
 
     def _take(self, calibrated: dict[str, object], path: Path) -> None:
         """Take over a calibration's settings; a threshold means nothing under others."""
@@ -97,7 +98,8 @@ class EarlyExit:
             default = type(self).__dataclass_fields__[name].default
             if name != "threshold" and getattr(self, name) not in (default, value):
                 raise ValueError(
-                    f"{path} was calibrated with {name}={value!r}, not {getattr(self, name)!r}; leave {name} out."
+                    f"{path} was calibrated with {name}={shown(value)}, not {shown(getattr(self, name))}; leave "
+                    f"{name} out."
                 )
             object.__setattr__(self, name, value)
 

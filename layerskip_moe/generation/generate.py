@@ -5,19 +5,20 @@ Knows nothing of what a strategy does in a round. Next: `session.py`, then the s
 
 import operator
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from layerskip_moe.generation.autoregressive import Autoregressive
-from layerskip_moe.generation.sampling import Sampling
+from layerskip_moe.generation.sampling import Sampling, require_index
 from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.statistics import GenerationStats
 from layerskip_moe.generation.text import TextStream, unshown_token
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.nn.compiling import can_compile, compiling, is_watched
+from layerskip_moe.nn.config import shown
 from layerskip_moe.nn.kernels import using_kernels
 from layerskip_moe.nn.modes import evaluating
 from layerskip_moe.special_tokens import end_of_text_ids
@@ -111,12 +112,16 @@ def generate(
     strategy.check(model.config)
     encoded = _encode(prompts, tokenizer)
     check_prompts(encoded, model.config, max_new_tokens)
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be 1 or more.")
+    if batch_size is not None:
+        require_index("batch_size", batch_size)
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be 1 or more.")
     if stop_tokens is None:
         stop_tokens = [] if tokenizer is None else end_of_text_ids(tokenizer)
     if isinstance(stop_tokens, int):
         raise ValueError(f"stop_tokens={stop_tokens} is one id; give a list, such as [{stop_tokens}].")
+    if not isinstance(stop_tokens, Iterable) or not all(hasattr(token, "__index__") for token in stop_tokens):
+        raise ValueError(f"stop_tokens={shown(stop_tokens)} is no list of token ids.")
     streams = _text_streams(stop_strings, tokenizer, len(encoded))
 
     result = Generation([], None, [], GenerationStats(), [])
@@ -168,6 +173,8 @@ def _text_streams(stop_strings: Sequence[str], tokenizer: "Tokenizer | None", n_
     """A stream for each prompt where there are stop strings to look for."""
     if isinstance(stop_strings, str):
         raise ValueError(f"stop_strings is one string; give a list, such as [{stop_strings!r}].")
+    if not isinstance(stop_strings, Iterable):
+        raise ValueError(f"stop_strings={shown(stop_strings)} is no list of texts.")
     stop_strings = tuple(stop_strings)
     if not stop_strings:
         return []
@@ -185,12 +192,19 @@ def _text_streams(stop_strings: Sequence[str], tokenizer: "Tokenizer | None", n_
 def _encode(prompts: Sequence[Sequence[int] | str], tokenizer: "Tokenizer | None") -> list[list[int]]:
     if isinstance(prompts, str):
         raise ValueError("prompts is one string; give a list of prompts, such as [prompt].")
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts={shown(prompts)} is no list of prompts, such as [[1, 2, 3]].")
     encoded: list[list[int]] = []
     for index, prompt in enumerate(prompts):
         if isinstance(prompt, int):
             raise ValueError(f"prompt {index} is the number {prompt}; give a list of prompts, such as [[1, 2, 3]].")
         if not isinstance(prompt, str):
-            encoded.append([operator.index(token) for token in prompt])
+            if not isinstance(prompt, Iterable):
+                raise ValueError(f"prompt {index} is {shown(prompt)}; give token ids, such as [1, 2, 3].")
+            try:
+                encoded.append([operator.index(token) for token in prompt])
+            except TypeError as error:
+                raise ValueError(f"prompt {index} holds something other than token ids ({error}).") from None
         elif tokenizer is None:
             raise ValueError(f"prompt {index} is a string; give tokenizer= as well, or token ids.")
         else:
@@ -203,6 +217,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig, max_new
     one too long for max_seq_len together with max_new_tokens."""
     if not prompts:
         raise ValueError("there are no prompts; give at least one.")
+    require_index("max_new_tokens", max_new_tokens)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be 1 or more.")
     for index, prompt in enumerate(prompts):
@@ -211,7 +226,8 @@ def check_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig, max_new
         outside = [token for token in prompt if not 0 <= token < config.vocab_size]
         if outside:
             raise ValueError(
-                f"prompt {index} holds token id {outside[0]}, but the vocabulary has ids 0 to {config.vocab_size - 1}."
+                f"prompt {index} holds token id {shown(outside[0])}, but the vocabulary has ids 0 to "
+                f"{config.vocab_size - 1}."
             )
         if len(prompt) + max_new_tokens > config.max_seq_len:
             raise ValueError(

@@ -7,7 +7,7 @@ Knows nothing of rounds. Next: `sparse_speculative.py`, which drafts with these.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +20,19 @@ from layerskip_moe.generation.sampling import Sampling, gumbel_noise
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import KVCache, MoEDecoder
 from layerskip_moe.nn.compiling import compiling
+from layerskip_moe.nn.config import shown
 from layerskip_moe.nn.modes import evaluating
 
 WINDOW = 32  # tokens that a set is judged by
 ENOUGH = 0.95  # agreement above which no better set is looked for
 TRIES = 100  # sets after which none is looked for any more
+
+
+def layer_indices(name: str, layers: Iterable[int]) -> tuple[int, ...]:
+    """The indices in order, each once; ValueError, naming the argument, for what is no list of whole numbers."""
+    if not isinstance(layers, Iterable) or not all(hasattr(layer, "__index__") for layer in layers):
+        raise ValueError(f"{name}={shown(layers)} is no list of layers' indices.")
+    return tuple(sorted(set(layers)))
 
 
 def count_skipped(skip: float, n_layers: int) -> int:

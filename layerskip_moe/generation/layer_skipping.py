@@ -10,8 +10,11 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from layerskip_moe.generation.layer_sets import layer_indices
+from layerskip_moe.generation.sampling import require_index
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import ModelConfig
+from layerskip_moe.nn.config import shown
 from layerskip_moe.nn.noise import hash_uniform
 
 _STREAM = 4  # of the draws that leave out layers; see verification.py for 1 to 3
@@ -40,7 +43,10 @@ class LayerSkipping:
     def __post_init__(self) -> None:
         if isinstance(self.layers, int):
             raise ValueError(f"layers={self.layers} is one index; give a list, such as [{self.layers}].")
-        object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+        object.__setattr__(self, "layers", layer_indices("layers", self.layers))
+        for name in ("every", "random"):
+            if getattr(self, name) is not None:
+                require_index(name, getattr(self, name))
         given = (bool(self.layers), self.every is not None, self.random is not None)
         if sum(given) != 1:
             raise ValueError("LayerSkipping takes one of layers, every and random: say which layers to leave out.")
@@ -54,9 +60,11 @@ class LayerSkipping:
         n_layers = config.n_layers
         outside = [layer for layer in self.layers if not 0 <= layer < n_layers]
         if outside:
-            raise ValueError(f"layers={list(self.layers)} names {outside[0]}, but layers are 0 to {n_layers - 1}.")
+            raise ValueError(
+                f"layers={shown(list(self.layers))} names {outside[0]}, but layers are 0 to {n_layers - 1}."
+            )
         if len(self.layers) == n_layers:
-            raise ValueError(f"layers={list(self.layers)} leaves out all {n_layers} layers; keep at least one.")
+            raise ValueError(f"layers={shown(list(self.layers))} leaves out all {n_layers} layers; keep at least one.")
         if self.every is not None and self.every > n_layers:
             raise ValueError(f"every={self.every} leaves out no layer: the model has {n_layers}.")
         if self.random is not None and self.random > n_layers - 2:

@@ -15,6 +15,7 @@ from torch import Tensor
 from layerskip_moe.generation.autoregressive import check_exit_layer
 from layerskip_moe.generation.ngrams import Texts, check_ngrams
 from layerskip_moe.generation.proposals import draft, propose, verify, verify_rest
+from layerskip_moe.generation.sampling import require_index
 from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.verification import Round, check_drafting
 from layerskip_moe.nn import ModelConfig
@@ -44,6 +45,7 @@ class LookupSpeculative:
     def __post_init__(self) -> None:
         check_drafting(self.draft_length, "shared")
         check_ngrams(self.ngram, self.min_ngram)
+        require_index("lookup_length", self.lookup_length)
         if self.lookup_length < 1:
             raise ValueError(f"lookup_length={self.lookup_length} must be 1 or more; without it use SelfSpeculative.")
         if self.lookup not in ("after", "instead"):

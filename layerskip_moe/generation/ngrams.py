@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from layerskip_moe.generation.sampling import require_index
 from layerskip_moe.generation.session import Session
 
 
@@ -67,5 +68,7 @@ class Texts:
 
 def check_ngrams(ngram: int, min_ngram: int) -> None:
     """Raise ValueError unless 1 <= min_ngram <= ngram."""
+    require_index("ngram", ngram)
+    require_index("min_ngram", min_ngram)
     if not 1 <= min_ngram <= ngram:
         raise ValueError(f"min_ngram={min_ngram} must be 1 or more and at most ngram={ngram}, the longest looked up.")

@@ -9,11 +9,13 @@ Knows nothing of models, caches or drafts. Next: `session.py`.
 """
 
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from layerskip_moe.nn import few_rows
+from layerskip_moe.nn.config import shown
 from layerskip_moe.nn.noise import hash_uniform
 
 
@@ -38,6 +40,13 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) and not (value is None and name == "top_p"):
+                raise ValueError(f"{name}={shown(value)} must be a number.")
+        if self.top_k is not None:
+            require_index("top_k", self.top_k)
+        require_index("seed", self.seed)
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or a number above it.")
         if self.top_k is not None and not self.top_k >= 1:  # NaN is not either
@@ -58,6 +67,12 @@ class Sampling:
     def filters(self) -> bool:
         """Whether more than temperature and noise decides: some tokens are left out, or weighed down."""
         return self.top_k is not None or self.top_p is not None or self.repetition_penalty != 1.0
+
+
+def require_index(name: str, value: object) -> None:
+    """Raise ValueError, naming the argument, for what cannot count: numbers with a fraction, texts, lists."""
+    if not hasattr(value, "__index__"):
+        raise ValueError(f"{name}={shown(value)} must be a whole number.")
 
 
 def log_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:

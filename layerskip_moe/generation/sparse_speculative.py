@@ -12,6 +12,7 @@ nothing.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -21,12 +22,15 @@ from layerskip_moe.generation.layer_sets import (
     clasp_layers,
     count_skipped,
     every_other_layer,
+    layer_indices,
     random_layers,
 )
 from layerskip_moe.generation.proposals import draft
+from layerskip_moe.generation.sampling import require_index
 from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.verification import Round, check_drafting
 from layerskip_moe.nn import ModelConfig
+from layerskip_moe.nn.config import shown
 
 Search = Literal["random", "swift", "clasp"]
 
@@ -63,8 +67,10 @@ class SparseSpeculative:
                     f"draft_layers={self.draft_layers!r} is unknown; it is a list, 'random', 'swift' or 'clasp'."
                 )
         elif self.draft_layers is not None:
-            object.__setattr__(self, "draft_layers", tuple(sorted(set(self.draft_layers))))
-        if not 0 < self.skip < 1:
+            object.__setattr__(self, "draft_layers", layer_indices("draft_layers", self.draft_layers))
+        if self.draft_top_k is not None:
+            require_index("draft_top_k", self.draft_top_k)
+        if not isinstance(self.skip, Real) or not 0 < self.skip < 1:
             raise ValueError(f"skip={self.skip} must be above 0 and below 1: the share of layers left out.")
 
     def check(self, config: ModelConfig) -> None:
@@ -81,7 +87,8 @@ class SparseSpeculative:
             if outside or not layers:
                 named = f"names {outside[0]}" if outside else "is empty"
                 raise ValueError(
-                    f"draft_layers={list(layers)} {named}; layers are 0 to {config.n_layers - 1}, give one or more."
+                    f"draft_layers={shown(list(layers))} {named}; layers are 0 to {config.n_layers - 1}, give one "
+                    "or more."
                 )
         if top_k is not None and not 1 <= top_k <= (config.top_k if config.num_experts else 0):
             has = f"a token has {config.top_k}" if config.num_experts else "this model has none; leave it out"

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from layerskip_moe.generation.sampling import choose_with_confidence, log_probabilities
+from layerskip_moe.generation.sampling import choose_with_confidence, log_probabilities, require_index
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn.noise import hash_uniform
 from layerskip_moe.nn.ragged import before_the_first_wrong
@@ -28,6 +28,7 @@ _DRAFT, _ACCEPT, _REPLACE = 1, 2, 3
 
 def check_drafting(draft_length: int, coupling: Coupling) -> None:
     """Raise ValueError for a draft length below 1 and for an unknown coupling."""
+    require_index("draft_length", draft_length)
     if draft_length < 1:
         raise ValueError(f"draft_length={draft_length} must be 1 or more; plain decoding is Autoregressive().")
     if coupling not in ("shared", "rejection"):

@@ -3,9 +3,13 @@
 Knows nothing of how the network is trained or decoded. Next: `decoder.py`, which builds it.
 """
 
-import math
+import reprlib
 from dataclasses import dataclass
 from typing import Any, Literal
+
+# Past every network there is, and such that no product of a weight's sizes is past 64 bits; what a damaged file says is
+# refused here, before it is built layer by layer.
+MOST_LAYERS, _LARGEST_SIZE, _MOST_IDS = 2**14, 2**19, 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "llama3", "yarn"):
-            raise ValueError(f"rope_scaling's kind={self.kind!r} is unknown; it is 'linear', 'llama3' or 'yarn'.")
+            raise ValueError(f"rope_scaling's kind={shown(self.kind)} is unknown; it is 'linear', 'llama3' or 'yarn'.")
         names = ["factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"]
         if self.attention_factor is not None:
             names.append("attention_factor")
@@ -47,6 +51,8 @@ class RopeScaling:
                 raise ValueError(f"rope_scaling's {name}={getattr(self, name)} must be above 0.")
         if self.kind != "linear":
             require_whole("rope_scaling's original_max_seq_len", self.original_max_seq_len, at_least=1)
+        if not isinstance(self.truncate, bool):
+            raise ValueError(f"rope_scaling's truncate={shown(self.truncate)} must be True or False.")
         if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"rope_scaling's low_freq_factor={self.low_freq_factor} must be below "
@@ -144,17 +150,22 @@ class ModelConfig:
     init_std: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_layers", "d_model", "n_heads", "max_seq_len"):
-            require_whole(name, getattr(self, name), at_least=1)
-        for name in ("n_kv_heads", "head_dim", "d_ff", "dense_d_ff", "sliding_window"):
+        require_whole("n_layers", self.n_layers, 1, MOST_LAYERS)
+        for name in ("vocab_size", "max_seq_len"):
+            require_whole(name, getattr(self, name), 1, _MOST_IDS)
+        for name in ("d_model", "n_heads"):
+            require_whole(name, getattr(self, name), 1, _LARGEST_SIZE)
+        for name in ("n_kv_heads", "head_dim", "d_ff", "dense_d_ff"):
             if getattr(self, name) is not None:
-                require_whole(name, getattr(self, name), at_least=1)
+                require_whole(name, getattr(self, name), 1, _LARGEST_SIZE)
+        if self.sliding_window is not None:
+            require_whole("sliding_window", self.sliding_window, 1)
         for name in ("num_experts", "shared_expert_d_ff"):
-            require_whole(name, getattr(self, name), at_least=0)
+            require_whole(name, getattr(self, name), 0, _LARGEST_SIZE)
         switches = ("shared_expert_gate", "normalize_top_k", "bias_balancing", "qkv_bias", "output_bias", "mlp_bias")
         for name in (*switches, "tie_embeddings"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
+                raise ValueError(f"{name}={shown(getattr(self, name))} must be True or False.")
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(
                 f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; "
@@ -181,7 +192,7 @@ class ModelConfig:
         self._check_experts()
         self._check_window()
         if self.qk_norm not in ("head", "full", None):
-            raise ValueError(f"qk_norm={self.qk_norm!r} is unknown; it is 'head', 'full' or None.")
+            raise ValueError(f"qk_norm={shown(self.qk_norm)} is unknown; it is 'head', 'full' or None.")
         positive = ["rope_theta", "norm_eps", "init_std"] + (["clip_qkv"] if self.clip_qkv is not None else [])
         for name in ("dropout", *positive):
             _require_number(name, getattr(self, name))
@@ -208,7 +219,7 @@ class ModelConfig:
     def _check_layers(self, name: str) -> None:
         outside = [i for i in getattr(self, name) if type(i) is not int or not 0 <= i < self.n_layers]
         if outside:
-            raise ValueError(f"{name} names {outside}, but layers are 0 to {self.n_layers - 1}.")
+            raise ValueError(f"{name} names {shown(outside)}, but layers are 0 to {self.n_layers - 1}.")
 
     def _check_window(self) -> None:
         if isinstance(self.sliding_layers, tuple):
@@ -216,7 +227,9 @@ class ModelConfig:
             if self.sliding_window is None:
                 raise ValueError("sliding_layers need a window: set sliding_window.")
         elif self.sliding_layers != "all":
-            raise ValueError(f"sliding_layers={self.sliding_layers!r} is unknown; it is 'all' or a list of indices.")
+            raise ValueError(
+                f"sliding_layers={shown(self.sliding_layers)} is unknown; it is 'all' or a list of indices."
+            )
 
     def _check_experts(self) -> None:
         if self.mlp_bias and self.num_experts:
@@ -225,8 +238,8 @@ class ModelConfig:
             self._check_layers("moe_layers")
         elif self.moe_layers not in ("all", "every other"):
             raise ValueError(
-                f"moe_layers={self.moe_layers!r} is unknown; it is 'all', 'every other', 'first half', 'last half' or "
-                "a list of layer indices."
+                f"moe_layers={shown(self.moe_layers)} is unknown; it is 'all', 'every other', 'first half', "
+                "'last half' or a list of layer indices."
             )
         _require_number("router_average", self.router_average)
         if not 0.0 <= self.router_average < 1.0:
@@ -291,16 +304,32 @@ def _rope_scaling(fields: Any) -> RopeScaling:
     try:
         return RopeScaling(**fields)
     except TypeError as error:  # no dict, or a field too many or too few
-        raise ValueError(f"rope_scaling={fields!r} does not describe a RopeScaling ({error}).") from None
+        raise ValueError(
+            f"rope_scaling={shown(fields)} does not describe a RopeScaling ({shown(str(error))})."
+        ) from None
 
 
-def require_whole(name: str, value: object, at_least: int) -> int:
-    """The value, a whole number; ValueError, naming it, where it is not one, or too small."""
+def require_whole(name: str, value: object, at_least: int, at_most: int | None = None) -> int:
+    """The value, a whole number; ValueError, naming it, where it is not one, too small or too large."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ValueError(f"{name}={value!r} must be a whole number, {at_least} or more.")
+        raise ValueError(f"{name}={shown(value)} must be a whole number, {at_least} or more.")
+    if at_most is not None and value > at_most:
+        raise ValueError(f"{name}={shown(value)} is more than any network has; it must be {at_most} or less.")
     return value
 
 
+def shown(value: object) -> str:
+    """A value as a sentence shows it: as `repr` does, the middle of what is long left out."""
+    short = reprlib.Repr()
+    short.maxlevel = 3
+    short.maxlist = short.maxtuple = short.maxdict = short.maxset = 12
+    short.maxstring = short.maxother = short.maxlong = 120
+    told = short.repr(value)
+    return told if len(told) <= 240 else f"{told[:160]}...{told[-60:]}"
+
+
 def _require_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name}={value!r} must be a finite number.")
+    if (
+        isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e308 < value < 1e308
+    ):  # NaN is not either
+        raise ValueError(f"{name}={shown(value)} must be a finite number.")

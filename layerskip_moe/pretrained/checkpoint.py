@@ -49,6 +49,7 @@ from layerskip_moe.pretrained.tokenizer import (
 from layerskip_moe.pretrained.weights import (
     WEIGHT_FILES,
     StoredTensor,
+    check_counts,
     check_shapes,
     fill_model,
     read_tensor,
@@ -90,11 +91,12 @@ def load_model(
     folder = local_folder(folder_or_id, revision=revision, token=token)
     family, config = read_network(folder)
     check_files(folder, (CONFIG, *WEIGHT_FILES))
-    model, stored = empty_model(config), stored_tensors(folder)
-    quantization = read_quantization(folder)
+    stored, quantization = stored_tensors(folder), read_quantization(folder)
+    fused = any(name.endswith("mlp.experts.gate_up_proj") for name in stored)
+    check_counts(stored, config, str(folder), stacked=family is None or fused)
+    model = empty_model(config)
     if quantization is not None:
         return _load_quantized(folder, model, stored, quantization, device=device, dtype=dtype)
-    fused = any(name.endswith("mlp.experts.gate_up_proj") for name in stored)
     places = _places(model, family, fused=fused)
     _drop_ignorable(stored, places, config)
     state = model.state_dict()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerskip_moe.nn import ModelConfig
+from layerskip_moe.nn.config import MOST_LAYERS, require_whole, shown
 from layerskip_moe.pretrained.position_fields import read_rope, read_window, whole, write_rope, write_window
 
 
@@ -141,9 +142,8 @@ def read_config(contents: Mapping[str, Any]) -> tuple[str, ModelConfig]:
         if ours in family.names:  # null would mean ModelConfig's default
             whole(values, family.names[ours])
     settings.setdefault("d_ff", settings.get("dense_d_ff"))
-    n_layers, d_model, n_heads = (
-        whole(values, field) for field in ("num_hidden_layers", "hidden_size", "num_attention_heads")
-    )
+    n_layers = require_whole("num_hidden_layers", values["num_hidden_layers"], 1, MOST_LAYERS)
+    d_model, n_heads = (whole(values, field) for field in ("hidden_size", "num_attention_heads"))
     head_dim = values.get("head_dim")
     settings["head_dim"] = d_model // n_heads if head_dim is None else head_dim
     if "num_experts" in family.names:
@@ -169,28 +169,33 @@ def _family_named(contents: Mapping[str, Any]) -> str:
     """The model_type, checked against `architectures` where a file has that."""
     name = contents.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ValueError(f"model_type={name!r} cannot be loaded; the architectures that can are {', '.join(FAMILIES)}.")
+        raise ValueError(
+            f"model_type={shown(name)} cannot be loaded; the architectures that can are {', '.join(FAMILIES)}."
+        )
     architectures, expected = contents.get("architectures"), FAMILIES[name].architecture
     if architectures and not (isinstance(architectures, list) and expected in architectures):
-        raise ValueError(f"architectures={architectures!r} cannot be loaded; of {name}, only {expected} can.")
+        raise ValueError(f"architectures={shown(architectures)} cannot be loaded; of {name}, only {expected} can.")
     return name
 
 
 def _refuse_what_is_not_computed(values: Mapping[str, Any]) -> None:
     if values["hidden_act"] not in ("silu", "swish"):  # one function, two names
-        raise ValueError(f"hidden_act={values['hidden_act']!r} is not computed here, only 'silu' is.")
+        raise ValueError(f"hidden_act={shown(values['hidden_act'])} is not computed here, only 'silu' is.")
     quantization = values.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise ValueError(
-            f"quantization_config says that the weights are packed ({method}); give the checkpoint before quantisation."
+            f"quantization_config says that the weights are packed ({shown(str(method))[1:-1]}); give the checkpoint "
+            "before quantisation."
         )
     # Fields of no family here that transformers looks for in all of them.
     for field in ("per_layer_config", "attention_chunk_size", "kv_sharing_modes", "transformers_weights"):
         if values.get(field) is not None:
-            raise ValueError(f"{field}={values[field]!r} is not supported here; only null is.")
+            raise ValueError(f"{field}={shown(values[field])} is not supported here; only null is.")
     if values.get("is_causal", True) is not True:
-        raise ValueError(f"is_causal={values['is_causal']!r} is not computed here: a position never reads later ones.")
+        raise ValueError(
+            f"is_causal={shown(values['is_causal'])} is not computed here: a position never reads later ones."
+        )
 
 
 def _count_experts(values: Mapping[str, Any], contents: Mapping[str, Any], name: str) -> int:
@@ -199,7 +204,7 @@ def _count_experts(values: Mapping[str, Any], contents: Mapping[str, Any], name:
     other = "num_experts" if field == "num_local_experts" else "num_local_experts"
     if name != "qwen2_moe" and other in contents:
         if contents.get(field, contents[other]) != contents[other]:
-            raise ValueError(f"{field}={contents[field]!r} and {other}={contents[other]!r} must be the same.")
+            raise ValueError(f"{field}={shown(contents[field])} and {other}={shown(contents[other])} must be the same.")
         field = other
     # Layers without experts exist only where decoder_sparse_step does.
     return whole(values, field, at_least=0 if "decoder_sparse_step" in FAMILIES[name].defaults else 1)
@@ -209,7 +214,7 @@ def _read_moe_layers(values: Mapping[str, Any], n_layers: int) -> str | tuple[in
     """Layer i holds experts if i + 1 is a multiple of decoder_sparse_step and i is not in mlp_only_layers."""
     step, dense = whole(values, "decoder_sparse_step"), values["mlp_only_layers"] or []
     if not isinstance(dense, list):
-        raise ValueError(f"mlp_only_layers={dense!r} must be a list of layers.")
+        raise ValueError(f"mlp_only_layers={shown(dense)} must be a list of layers.")
     if step <= 2 and not dense:
         return "all" if step == 1 else "every other"
     return tuple(i for i in range(n_layers) if (i + 1) % step == 0 and i not in dense)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # This leaves out consolidated.safetensors, which has the same weights once more, in other people's layout; and pickles.
 CHECKPOINT_FILES = ("*.json", *WEIGHT_FILES)
+_READ = {".json", ".jinja", ".model", ".safetensors"}  # suffixes of what a folder is read by
 
 
 def local_folder(
@@ -36,8 +37,9 @@ def local_folder(
     token: of an account that may read it (default: the one `hf auth login` left)
     patterns: of the files that are wanted
 
-    Raises ValueError where there is no such folder, and where the hub has no such checkpoint, has its weights (if these
-    are wanted) only as pickles, does not let it be read, or cannot be reached while the cache does not have it.
+    Raises ValueError where there is no such folder, or a file in it is a link to elsewhere; and where the hub has no
+    such checkpoint, has its weights (if these are wanted) only as pickles, does not let it be read, or cannot be
+    reached while the cache does not have it.
     """
     folder = Path(folder_or_id).expanduser()
     if isinstance(folder_or_id, Path) or folder.exists() or _is_written_as_a_path(folder_or_id):
@@ -46,6 +48,7 @@ def local_folder(
             raise ValueError(f"{folder} {found}; give the folder that save_pretrained wrote, or an id on the hub.")
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for checkpoints on the hub; {folder} is a folder here.")
+        _check_links(folder)
         return folder
     folder = _download(folder_or_id, revision, token, patterns)
     if set(WEIGHT_FILES) <= set(patterns) and not weight_file_names(folder):
@@ -54,6 +57,7 @@ def local_folder(
             "cache has none: check the connection; of pickles (pytorch_model.bin), which can run code when read and so "
             f"are not, {HOW_TO_CONVERT}."
         )
+    _check_links(folder)
     return folder
 
 
@@ -103,6 +107,28 @@ def push(
                 "name and the connection, and that the account of `hf auth login`, or of token=..., may write there."
             ) from None
     return str(address)
+
+
+def _check_links(folder: Path) -> None:
+    """Raise ValueError for a file of a checkpoint that is a link to elsewhere: what was unpacked from an archive must
+    not choose what is read here. The hub's cache links from snapshots/<commit>/ to blobs/ beside it, and may."""
+    inside = folder.resolve()
+    if inside.parent.name == "snapshots":
+        inside = inside.parent.parent
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and path.suffix in _READ and not _real_path(path).is_relative_to(inside):
+            raise ValueError(
+                f"{path} is a link that leads out of the folder, to {_real_path(path)}; put a copy of the file in its "
+                "place if it is meant."
+            )
+
+
+def _real_path(path: Path) -> Path:
+    """Where links lead in the end; a circle of them leads nowhere."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        return Path(path.anchor)
 
 
 def _is_written_as_a_path(text: str) -> bool:

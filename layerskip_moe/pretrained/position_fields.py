@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from layerskip_moe.nn import ModelConfig, RopeScaling
-from layerskip_moe.nn.config import require_whole
+from layerskip_moe.nn.config import require_whole, shown
 from layerskip_moe.nn.rotary import yarn_attention_factor
 
 
@@ -25,19 +25,19 @@ def read_rope(values: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
     """
     given = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
-        raise ValueError(f"rope_parameters={given!r} must be one set of fields, the same for all layers.")
+        raise ValueError(f"rope_parameters={shown(given)} must be one set of fields, the same for all layers.")
     theta = given.get("rope_theta", values["rope_theta"])
     rotated = given.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     if rotated not in (None, 1):
-        raise ValueError(f"partial_rotary_factor={rotated!r} is not computed here: whole heads are rotated.")
+        raise ValueError(f"partial_rotary_factor={shown(rotated)} is not computed here: whole heads are rotated.")
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind not in ("linear", "llama3", "yarn"):
-        raise ValueError(f"rope_type={kind!r} is not computed here; 'default', 'linear', 'llama3' and 'yarn' are.")
+        raise ValueError(f"rope_type={shown(kind)} is not computed here; 'default', 'linear', 'llama3' and 'yarn' are.")
     for field in ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",):
         if field not in given:
-            raise ValueError(f"rope_type={kind!r} needs {field}, which rope_parameters or rope_scaling lack.")
+            raise ValueError(f"rope_type={shown(kind)} needs {field}, which rope_parameters or rope_scaling lack.")
     if kind == "linear":
         return theta, RopeScaling("linear", given["factor"])
     # The length outside of the rotary fields wins over the one inside, as in transformers.
@@ -59,7 +59,7 @@ def _read_yarn(given: Mapping[str, Any], trained: int, longest: int) -> RopeScal
     if size is None and above and below:
         for field, number in {"factor": factor, "mscale": above, "mscale_all_dim": below}.items():
             if not isinstance(number, int | float):
-                raise ValueError(f"{field}={number!r} must be a number.")
+                raise ValueError(f"{field}={shown(number)} must be a number.")
         size = yarn_attention_factor(factor, above) / yarn_attention_factor(factor, below)
     return RopeScaling(
         "yarn",
@@ -112,11 +112,11 @@ def read_window(
     )
     if "use_sliding_window" in known:
         if not isinstance(values["use_sliding_window"], bool):
-            raise ValueError(f"use_sliding_window={values['use_sliding_window']!r} must be true or false.")
+            raise ValueError(f"use_sliding_window={shown(values['use_sliding_window'])} must be true or false.")
         window = window if values["use_sliding_window"] else None
     if window is not None and "sliding_window" not in known:
         # Its masks would not have the window, but its cache would forget what is outside.
-        raise ValueError(f"sliding_window={window!r} is not a field of {family}; set it to null.")
+        raise ValueError(f"sliding_window={shown(window)} is not a field of {family}; set it to null.")
     windowed = list(range(n_layers)) if window is not None else []
     if "max_window_layers" in known and windowed:
         edge = whole(values, "max_window_layers", at_least=0)
@@ -124,12 +124,16 @@ def read_window(
     if kinds is not None:
         words = ("full_attention", "attention", "sliding_attention")  # the second is an older word for the first
         if not isinstance(kinds, list) or len(kinds) != n_layers or not all(kind in words for kind in kinds):
-            raise ValueError(f"layer_types={kinds!r} must name {n_layers} layers full_attention or sliding_attention.")
+            raise ValueError(
+                f"layer_types={shown(kinds)} must name {n_layers} layers full_attention or sliding_attention."
+            )
         named = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
         if named and window is None:
             raise ValueError("layer_types names sliding_attention, but there is no sliding_window, or it is not used.")
         if named != windowed and "layer_types" not in known:
-            raise ValueError(f"layer_types={kinds!r} is not a field of {family}, and sliding_window says otherwise.")
+            raise ValueError(
+                f"layer_types={shown(kinds)} is not a field of {family}, and sliding_window says otherwise."
+            )
         windowed = named
     if not windowed:
         return None, "all"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.nn.config import shown
 from layerskip_moe.nn.experts import Experts
 from layerskip_moe.quiet_import import quiet_import
 
@@ -46,7 +47,7 @@ def quantize(model: MoEDecoder, quantization: Quantization) -> MoEDecoder:
     or float16, and, with "int4", for a width that 8 does not divide.
     """
     if quantization not in get_args(Quantization):
-        raise ValueError(f"quantization={quantization!r} is unknown; it is 'int8' or 'int4'.")
+        raise ValueError(f"quantization={shown(quantization)} is unknown; it is 'int8' or 'int4'.")
     if quantization_of(model) is not None:
         raise ValueError("the model is quantised already; give the one that it was made from.")
     weights = {name: getattr(module, attribute) for name, module, attribute in _weights(model)}

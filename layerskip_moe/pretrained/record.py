@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from layerskip_moe.files import sha256
+from layerskip_moe.nn.config import shown
 from layerskip_moe.pretrained.json_file import read_json, write_json
 
 RECORD = "layerskip_moe.json"
@@ -52,7 +53,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     record = read_json(path)
     if record.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format_version {record.get('format_version')!r}, but this layerskip_moe reads "
+            f"{path} has format_version {shown(record.get('format_version'))}, but this layerskip_moe reads "
             f"{FORMAT_VERSION}; install the version that wrote it."
         )
     for name in ("sha256", "config"):

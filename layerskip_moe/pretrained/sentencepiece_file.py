@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerskip_moe.nn.config import shown
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer, decoders, models, normalizers
 
@@ -31,9 +33,20 @@ def read_sentencepiece(path: Path, settings: Mapping[str, Any]) -> "Tokenizer":
     Raises ValueError if it is not such a file, or of a kind that `tokenizers` cannot compute exactly; ImportError
     if the packages that describe the format are missing.
     """
+    proto = _read_proto(path)
+    try:
+        return _build(proto, path, settings)
+    except ValueError:
+        raise
+    except Exception as error:  # `tokenizers` raises bare Exception, and TypeError for pieces that are no text
+        told = str(error).splitlines()[0]
+        raise ValueError(f"{path} holds no tokenizer that can be built ({shown(told)[1:-1]}); copy it again.") from None
+
+
+def _build(proto: Any, path: Path, settings: Mapping[str, Any]) -> "Tokenizer":
+    """The tokenizer that a parsed file describes."""
     from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
 
-    proto = _read_proto(path)
     trainer, cleaning = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type not in (_UNIGRAM, _BPE):
         raise ValueError(f"{path} is a SentencePiece model of words or characters; only BPE and unigram are read.")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip_moe.files import replacing
+from layerskip_moe.nn.config import shown
 from layerskip_moe.pretrained.hub import local_folder
 from layerskip_moe.pretrained.json_file import read_json
 from layerskip_moe.pretrained.record import check_files
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 TOKENIZER, TOKENIZER_CONFIG, SENTENCEPIECE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 TOKENIZER_FILES = (TOKENIZER, SENTENCEPIECE, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
 
+_MOST_BYTES = 2**28  # ten times the largest there are
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 # With what tells where a text ends, and how a chat is written: all that a save has by a tokenizer.
 ALL_TOKENIZER_FILES = (*TOKENIZER_FILES, "generation_config.json", "chat_template.jinja")
@@ -56,6 +58,7 @@ def load_tokenizer(folder_or_id: str | Path, *, revision: str | None = None, tok
     folder = local_folder(folder_or_id, revision=revision, token=token, patterns=("*.json", SENTENCEPIECE))
     check_files(folder, TOKENIZER_FILES)
     config = _token_settings(folder)
+    _check_sizes(folder)
     if (folder / TOKENIZER).is_file():
         tokenizer = _read_tokenizer_json(folder / TOKENIZER)
     elif (folder / SENTENCEPIECE).is_file():
@@ -125,7 +128,9 @@ def stop_tokens(folder_or_id: str | Path) -> list[int]:
         found = _read_if_there(folder / name).get("eos_token_id")
         ids: list[Any] = found if isinstance(found, list) else [found]
         if any(i is not None and type(i) is not int for i in ids):
-            raise ValueError(f"{folder / name} has eos_token_id={found!r}, which is neither an id nor a list of ids.")
+            raise ValueError(
+                f"{folder / name} has eos_token_id={shown(found)}, which is neither an id nor a list of ids."
+            )
         if found is not None:
             return ids
     if not has_tokenizer(folder):
@@ -164,13 +169,19 @@ def _token_settings(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _check_sizes(folder: Path) -> None:
+    for path in (folder / TOKENIZER, folder / SENTENCEPIECE):
+        if path.is_file() and path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, far more than a tokenizer; copy it again.")
+
+
 def _read_tokenizer_json(path: Path) -> "Tokenizer":
     from tokenizers import Tokenizer
 
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # `tokenizers` raises bare Exception
-        raise ValueError(f"{path} is not a whole tokenizer ({error}); copy it again.") from None
+        raise ValueError(f"{path} is not a whole tokenizer ({shown(str(error))[1:-1]}); copy it again.") from None
 
 
 def _add_tokens(tokenizer: "Tokenizer", folder: Path, config: Mapping[str, Any]) -> None:
@@ -192,7 +203,7 @@ def _add_tokens(tokenizer: "Tokenizer", folder: Path, config: Mapping[str, Any])
         tokenizer.add_tokens([added])
         if tokenizer.token_to_id(added.content) != int(i):
             raise ValueError(
-                f"The files in {folder} give the token {added.content!r} the id {i}, but the tokenizer numbers it "
+                f"The files in {folder} give the token {shown(added.content)} the id {i}, but the tokenizer numbers it "
                 f"{tokenizer.token_to_id(added.content)}; take the tokenizer's files from one place."
             )
     added_before = {added.content: added for added in tokenizer.get_added_tokens_decoder().values()}

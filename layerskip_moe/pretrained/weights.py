@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.nn import ModelConfig, MoEDecoder
+from layerskip_moe.nn.config import shown
 from layerskip_moe.pretrained.json_file import read_json, write_json
 from layerskip_moe.pretrained.layouts import Place
 
@@ -54,11 +55,14 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     if name in stored:
-                        raise ValueError(f"{path} and {stored[name].file.name} both hold {name}; remove the stray one.")
+                        raise ValueError(
+                            f"{path} and {stored[name].file.name} both hold {_shortened(name)}; remove the stray one."
+                        )
                     view = file.get_slice(name)
                     stored[name] = StoredTensor(path, tuple(view.get_shape()), view.get_dtype())
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again.") from None
+            told = _shortened(str(error))
+            raise ValueError(f"{path} is not a whole safetensors file ({told}); copy it again.") from None
     return stored
 
 
@@ -71,6 +75,21 @@ def weight_file_names(folder: Path) -> set[str]:
     """The files in folder that hold weights or say which do, by their names alone."""
     paths = [*folder.glob(_SHARDS), folder / WEIGHTS, folder / INDEX]
     return {path.name for path in paths if path.is_file()}
+
+
+def check_counts(stored: Mapping[str, StoredTensor], config: ModelConfig, what: str, *, stacked: bool) -> None:
+    """Raise ValueError where a network has far more tensors than are stored, before they are listed or it is built,
+    which for what a damaged config.json may say takes forever. A few too many `check_shapes` lists by their names.
+
+    stacked: all experts of a layer are one tensor
+    """
+    experts = 0 if stacked else sum(map(config.is_moe, range(config.n_layers))) * config.num_experts
+    least = config.n_layers + experts
+    if least > len(stored) + 1000:
+        raise ValueError(
+            f"{what} holds {len(stored)} tensors, but its config tells of {config.n_layers} layers and "
+            f"{config.num_experts} experts, which are more than {least}; copy the whole folder of the checkpoint."
+        )
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
@@ -127,16 +146,19 @@ def fill_model(
             for name in names:
                 place = places[name]
                 # A copy, because what is read is the file itself, mapped: it may change, and lies unaligned.
-                state[place.parameter][place.index].copy_(file.get_tensor(name))
+                copied = state[place.parameter][place.index].copy_(file.get_tensor(name))
+                _check_finite(copied, name, path)
     model.load_state_dict(state, assign=True)
 
 
 def read_tensor(
     stored: Mapping[str, StoredTensor], name: str, *, device: torch.device | str, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """A copy of one tensor, on `device`, in `dtype` (default: as stored)."""
+    """A copy of one tensor, on `device`, in `dtype` (default: as stored). ValueError where it is not finite."""
     with safe_open(stored[name].file, "pt") as file:
-        return file.get_tensor(name).to(device, dtype, copy=True)
+        tensor = file.get_tensor(name).to(device, dtype, copy=True)
+    _check_finite(tensor, name, stored[name].file)
+    return tensor
 
 
 def same_values(stored: Mapping[str, StoredTensor], name: str, other: str) -> bool:
@@ -204,10 +226,12 @@ def _indexed_files(index: Path) -> list[Path]:
         raise ValueError(f"{index} has no weight_map of tensors to files; copy it again.")
     files = []
     for name in sorted(set(shards.values())):
-        if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index} names the file {name!r}, which is not a safetensors file of this folder.")
+        if name != Path(name).name or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index} names the file {shown(name)}, which is not a safetensors file of this folder.")
         if not (index.parent / name).is_file():
-            raise ValueError(f"{index} names {name}, which is not there; copy the whole folder of the checkpoint.")
+            raise ValueError(
+                f"{index} names {_shortened(name)}, which is not there; copy the whole folder of the checkpoint."
+            )
         files.append(index.parent / name)
     return files
 
@@ -215,8 +239,8 @@ def _indexed_files(index: Path) -> list[Path]:
 def _float_type(name: str, tensor: StoredTensor) -> torch.dtype:
     if tensor.dtype not in _TYPES:
         raise ValueError(
-            f"{tensor.file} stores {name} as {tensor.dtype}, a quantised form that cannot be computed with exactly; "
-            f"only {', '.join(_TYPES)} are read."
+            f"{tensor.file} stores {_shortened(name)} as {tensor.dtype}, a quantised form that cannot be computed with "
+            f"exactly; only {', '.join(_TYPES)} are read."
         )
     return _TYPES[tensor.dtype]
 
@@ -233,5 +257,22 @@ def _refuse_several_types(stored: Mapping[str, StoredTensor]) -> NoReturn:
     )
 
 
+def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
+    """Raise ValueError for NaN and infinities: by the ends, which takes one pass and no memory."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    if not torch.stack(tensor.aminmax()).isfinite().all():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{file} holds {_shortened(name)} with numbers that are NaN or infinite in {kind}, so that whatever it "
+            "computes would be; give a dtype that holds them, or a checkpoint from before the training diverged."
+        )
+
+
 def _enumerate(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return ", ".join(map(_shortened, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _shortened(name: str) -> str:
+    """A name that a file gives, which may be of any letters and any length."""
+    return shown(name)[1:-1]

@@ -1,0 +1,206 @@
+"""Bad input that was not refused well once, each in the least that shows it; and what must go on working."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from layerskip_moe.analysis.metrics_file import read_metrics
+from layerskip_moe.analysis.trace import load_trace
+from layerskip_moe.data import load_corpus
+from layerskip_moe.generation import EarlyExit, Sampling, generate
+from layerskip_moe.nn import ModelConfig, MoEDecoder
+from layerskip_moe.pretrained import load_model, load_tokenizer, quantize, save_model
+
+SIZES = dict(vocab_size=11, n_layers=2, d_model=8, n_heads=2, num_experts=2, d_ff=8)
+
+
+def make_model(**switches):
+    return MoEDecoder(ModelConfig(**SIZES, **switches))
+
+
+@pytest.fixture
+def says(refused):
+    """says(words, call): it is refused with a sentence that has these words."""
+
+    def check(words, call):
+        message = refused(call)
+        assert message is not None and re.search(words, message), message
+
+    return check
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint without the record that would tell of any change."""
+    save_model(make_model(), tmp_path / "model")
+    (tmp_path / "model" / "layerskip_moe.json").unlink()
+    return tmp_path / "model"
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(num_hidden_layers=10**12), "num_hidden_layers=10+ is more than any network has"),
+        (dict(num_hidden_layers=10**4), "holds .* tensors, but its config tells of 10000 layers"),
+        (dict(num_experts=2**19), "tells of 2 layers and 524288 experts"),
+        (dict(num_experts=2**40), "num_experts=.* is more than any network has"),
+        (dict(hidden_size=2**62), "hidden_size=.* is more than any network has"),
+        (dict(rms_norm_eps=10**400), "rms_norm_eps=.* must be a finite number"),
+        (dict(model_type="x" * 10**6), "model_type='xxx"),
+        (dict(decoder_sparse_step=10**12, num_hidden_layers=10**12), "more than any network has"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_sizes_without_end(folder, says, changes, words):
+    edit(folder, **changes)
+    says(words, lambda: load_model(folder))
+
+
+def test_layers_without_end_of_our_own_type(tmp_path, says):
+    save_model(make_model(bias_balancing=True), tmp_path)
+    (tmp_path / "layerskip_moe.json").unlink()
+    contents = json.loads((tmp_path / "config.json").read_text())
+    for n_layers, words in ((2**40, "n_layers=.* more than any network"), (2**13, "tells of 8192 layers")):
+        edit(tmp_path, config=contents["config"] | {"n_layers": n_layers})
+        says(words, lambda: load_model(tmp_path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite(folder, says, value):
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.1.mlp.experts.1.up_proj.weight"][3, 2] = value
+    save_file(state, folder / "model.safetensors")
+    says(r"layers.1.mlp.experts.1.up_proj.weight with numbers that are NaN or infinite", lambda: load_model(folder))
+
+
+def test_quantised_weights_that_are_not_finite(tmp_path, says):
+    save_model(quantize(make_model(), "int8"), tmp_path)
+    (tmp_path / "layerskip_moe.json").unlink()
+    state = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in state if name.endswith(".scale"))
+    state[name].view(-1)[0] = float("nan")
+    save_file(state, tmp_path / "model.safetensors")
+    says("NaN or infinite", lambda: load_model(tmp_path))
+
+
+def test_weights_that_a_type_cannot_hold(folder, says):
+    state = load_file(folder / "model.safetensors")
+    state["model.norm.weight"][0] = 1e6
+    save_file(state, folder / "model.safetensors")
+    says("model.norm.weight .* infinite in float16", lambda: load_model(folder, dtype=torch.float16))
+    load_model(folder, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_link_out_of_the_folder(folder, says, name):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("/etc/passwd")
+    for load in (load_model, load_tokenizer):
+        says(f"{name} is a link that leads out of the folder, to /etc/passwd", lambda load=load: load(folder))
+
+
+def test_links_in_a_circle(folder, says):
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("tokenizer.json")
+    (folder / "tokenizer.json").symlink_to("config.json")
+    says("config.json", lambda: load_model(folder))
+
+
+def test_links_of_the_hub_s_cache_work(folder, tmp_path, says):
+    """models--owner--name/snapshots/<commit>/<file> -> ../../blobs/<digest>, the folder itself by a link too."""
+    repo = tmp_path / "hub" / "models--owner--name"
+    snapshot = repo / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (repo / "blobs").mkdir()
+    for path in folder.iterdir():
+        path.rename(repo / "blobs" / f"{path.name}-digest")
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}-digest")
+    (tmp_path / "short").symlink_to(snapshot)
+    for place in (snapshot, tmp_path / "short"):
+        assert load_model(place).config.n_layers == 2
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to("../../../../elsewhere.json")
+    says("leads out of the folder", lambda: load_model(snapshot))
+
+
+def test_links_within_the_folder_work(folder):
+    (folder / "model.safetensors").rename(folder / "weights")
+    (folder / "model.safetensors").symlink_to("weights")
+    assert load_model(folder).config.n_layers == 2
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer.model"])
+def test_files_of_a_terabyte(folder, says, name):
+    """Holes take no disk, but reading them would take the memory."""
+    with open(folder / name, "wb") as file:
+        file.truncate(2**40)
+    says("1099511627776 bytes, far more", lambda: (load_model if name == "config.json" else load_tokenizer)(folder))
+
+
+def test_json_nested_without_end(tmp_path, says):
+    deep = "[" * 10**5
+    for name in ("calibration.json", "metrics.jsonl", "text.jsonl"):
+        (tmp_path / name).write_text(deep + "\n")
+    says("is not JSON", lambda: EarlyExit(tmp_path / "calibration.json"))
+    says("Line 1 .* is not a JSON object", lambda: read_metrics(tmp_path / "metrics.jsonl"))
+    says("line 1 is not JSON", lambda: load_corpus(tmp_path / "text.jsonl", cache_dir=tmp_path, progress=False))
+    header = np.frombuffer(deep.encode(), dtype=np.uint8)
+    np.savez(
+        tmp_path / "trace.npz",
+        header=header,
+        tokens=header,
+        said=header,
+        second=header,
+        confidence=header,
+        experts=header,
+    )
+    says("is not a trace", lambda: load_trace(tmp_path / "trace.npz"))
+
+
+def test_one_line_of_six_million_letters(tmp_path, refused):
+    (tmp_path / "text.txt").write_text("a" * 6 * 10**6)
+    corpora = []
+
+    def load():
+        how = dict(vocab_size=260, cache_dir=tmp_path / "cache", progress=False)
+        corpora.append(load_corpus(tmp_path / "text.txt", **how))
+
+    assert refused(load) is None
+    [corpus] = corpora
+    ids = [*corpus.train.tolist(), *corpus.validation.tolist()]
+    assert sum(len(piece) for piece in map(corpus.tokenizer.id_to_token, ids) if set(piece) == {"a"}) == 6 * 10**6
+
+
+def test_a_classifier_elsewhere(tmp_path, says):
+    settings = {"threshold": 0.5, "confidence": "classifier", "min_layer": 1, "decay": False, "cache": "exact"}
+    settings |= {"tau": 4.0, "classifier": {"file": "../../etc/passwd", "sha256": ""}}
+    certified = {"weights": "", "max_new_tokens": 1, "temperature": 0.0, "repetition_penalty": 1.0}
+    (tmp_path / "calibration.json").write_text(json.dumps({"early_exit": settings, "certified": certified}))
+    says("not a file of its own folder", lambda: EarlyExit(tmp_path / "calibration.json"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(dict(temperature=None), dict(temperature="hot"), dict(top_k=2.5), dict(top_p="most"), dict(seed=0.5)),
+        *(dict(repetition_penalty=[]), dict(max_new_tokens=1.5), dict(batch_size=1.5), dict(stop_tokens=["a"])),
+        *(dict(stop_strings=3), dict(prompts=None), dict(prompts=[[1.5]]), dict(prompts=[2.5]), dict(prompts=[[None]])),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_kind(says, arguments):
+    how = dict(prompts=[[1]], max_new_tokens=1, temperature=1.0, compile=False) | arguments
+    says("prompt" if "prompts" in arguments else next(iter(arguments)), lambda: generate(make_model().eval(), **how))
+
+
+def test_numbers_of_numpy_are_taken():
+    assert Sampling(np.float32(0.5), top_k=np.int64(3), seed=np.int64(1)).top_k == 3
