@@ -8,11 +8,13 @@ B rows, V vocabulary, D width. Knows nothing of training. Next: `plan.py`.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from layerskip_moe.analysis.plan.counts import count_parameters, hidden_width
+from layerskip_moe.generation.kept_caches import ROUNDING
+from layerskip_moe.generation.session import MOST_AHEAD, MOST_NOISE
 from layerskip_moe.nn import ModelConfig
 from layerskip_moe.nn.config import require_whole
 from layerskip_moe.nn.few_rows import MOST_ROWS
@@ -21,8 +23,6 @@ from layerskip_moe.pretrained.quantize import Quantization
 
 DecodingType = Literal["float32", "bfloat16", "float16"]
 _WIDE, _INDEX = 4, 8
-_CACHE_ROUNDING = 256  # positions, as `generation/kept_caches.py` rounds
-_MOST_AHEAD, _MOST_NOISE = 16, 2**20  # as `generation/session.py` draws noise: places, and numbers, at a time
 _NOISE_COPIES = 4  # float64 and int64, while it is hashed
 
 
@@ -51,6 +51,12 @@ class Decoding:
     def __post_init__(self) -> None:
         for name, least in (("rows", 1), ("prompt_tokens", 1), ("new_tokens", 1), ("draft_length", 0)):
             require_whole(name, getattr(self, name), at_least=least)
+        if self.dtype not in get_args(DecodingType):
+            raise ValueError(f"dtype={self.dtype!r} is unknown; it is one of {', '.join(get_args(DecodingType))}.")
+        if self.quantize is not None and self.quantize not in get_args(Quantization):
+            raise ValueError(f"quantize={self.quantize!r} is unknown; it is 'int8' or 'int4', or None.")
+        if not isinstance(self.sampled, bool):
+            raise ValueError(f"sampled={self.sampled!r} must be True or False.")
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ def decoding_memory(config: ModelConfig, decoding: Decoding, *, gpu: bool = True
             f"max_seq_len={config.max_seq_len}; plan for shorter texts."
         )
     number = getattr(torch, decoding.dtype).itemsize
-    capacity = min(-(-positions // _CACHE_ROUNDING) * _CACHE_ROUNDING, config.max_seq_len)
+    capacity = min(-(-positions // ROUNDING) * ROUNDING, config.max_seq_len)
     angles = 2 * config.max_seq_len * config.head_width * _WIDE
     steps = _recorded_bytes(config, decoding, number, gpu) + _noise_bytes(config, decoding)
     return DecodingMemory(
@@ -176,5 +182,5 @@ def _noise_bytes(config: ModelConfig, decoding: Decoding) -> int:
     if not decoding.sampled:
         return 0
     at_once = decoding.rows * config.vocab_size
-    numbers = at_once * max(decoding.draft_length + 1, min(_MOST_AHEAD, _MOST_NOISE // at_once))
+    numbers = at_once * max(decoding.draft_length + 1, min(MOST_AHEAD, MOST_NOISE // at_once))
     return numbers * 8 * _NOISE_COPIES
