@@ -165,6 +165,14 @@ def test_training_with_checkpointing(fields):
         (DENSE, dict(rows=5, sampled=True)),
         (FINE, dict(prompt_tokens=300)),
         ({**FINE, "router_average": 0.5}, dict(rows=2, new_tokens=400)),
+        *((MAIN, dict(rows=4, dtype=dtype)) for dtype in ("bfloat16", "float16")),
+        (FINE, dict(rows=2, dtype="bfloat16", quantize="int8")),
+        (MAIN, dict(rows=4, dtype="bfloat16", quantize="int4")),
+        *(  # recorded, verified in many rows, and many rows
+            ({**MAIN, "vocab_size": 10000}, dict(rows=rows, draft_length=drafts, prompt_tokens=8, sampled=sampled))
+            for rows, drafts, sampled in ((4, 4, False), (30, 4, False), (100, 0, False), (20, 4, True))
+        ),
+        ({**MAIN, "sliding_window": 16}, dict(rows=4, prompt_tokens=400)),
     ],
 )
 def test_decoding_takes_what_is_planned(fields, changes):
