@@ -224,7 +224,8 @@ def _step_bytes(config: ModelConfig, decoding: Decoding, multiply: _Products, gp
     """Of decoding's steps: of few rows all states that recordings keep; of many what one such step takes, with its
     logits. Tokens' noise is there meanwhile.
 
-    With drafts there are three more recordings: of drafting, of a draft's choice and of verification.
+    With drafts there are three more recordings: of drafting, of a draft's choice and of verification. Those that are
+    made anew for fewer rows, as texts end, are left out.
     """
     places, number, packed = decoding.draft_length + 1, multiply.number, decoding.quantize == "int4" and not gpu
     kept = step = 0
@@ -248,7 +249,7 @@ def _many_rows_bytes(config: ModelConfig, decoding: Decoding, rows: int, multipl
     masks = rows * slots * (config.n_heads // config.kv_heads) * (1 + number)
     logits = rows * vocabulary * number
     chosen = rows * vocabulary * 8 * (2 if decoding.sampled else 0)
-    ordered = logits if decoding.draft_length else 0
+    ordered = 2 * logits if decoding.draft_length else 0  # (zeros, and what is put there, made anew)
     head = max(multiply.linear(rows, config.d_model, vocabulary), logits + ordered + chosen)
     return max(_layers_bytes(config, rows, multiply) + read + masks, head + 3 * rows * config.d_model * number)
 
