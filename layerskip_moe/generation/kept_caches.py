@@ -16,7 +16,7 @@ from torch import Tensor
 
 from layerskip_moe.nn import KVCache, MoEDecoder
 
-_ROUNDING = 256  # capacities are multiples of it, so that texts of about the same length find one that fits
+ROUNDING = 256  # capacities are multiples of it, so that texts of about the same length find one that fits
 _LARGEST = 0.25  # of the weights' bytes
 
 
@@ -64,7 +64,7 @@ def take_cache(model: MoEDecoder, batch_size: int, capacity: int, *, n_layers: i
             cache.clear()
             return cache
     del cache, parts  # before there is another
-    capacity = min(-(-capacity // _ROUNDING) * _ROUNDING, model.config.max_seq_len)
+    capacity = min(-(-capacity // ROUNDING) * ROUNDING, model.config.max_seq_len)
     return KVCache(model.config, batch_size, capacity, n_layers=n_layers, dtype=model.dtype, device=model.device)
 
 

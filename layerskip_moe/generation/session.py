@@ -21,7 +21,7 @@ from layerskip_moe.generation.statistics import GenerationStats
 from layerskip_moe.generation.text import TextStream
 from layerskip_moe.nn import KVCache, MoEDecoder, RunOutput
 
-_MOST_AHEAD, _MOST_NOISE = 16, 2**20  # places, and numbers, of noise drawn at a time
+MOST_AHEAD, MOST_NOISE = 16, 2**20  # places, and numbers, of noise drawn at a time
 _KEPT = 64  # last positions of prompts whose states are kept
 
 
@@ -198,7 +198,7 @@ class Session:
         used = [now - then for now, then in zip(done, first, strict=True)]
         if noise is None or max(used) + count > noise.shape[1]:
             vocab_size = self.model.config.vocab_size
-            ahead = max(count, min(_MOST_AHEAD, _MOST_NOISE // (len(done) * vocab_size)))
+            ahead = max(count, min(MOST_AHEAD, MOST_NOISE // (len(done) * vocab_size)))
             places = self.cache.lengths[:, None] + torch.arange(1, ahead + 1, device=self.newest.device)
             noise = gumbel_noise(self.sampling.seed, self.rows, places, vocab_size, stream=stream)
             used, self._noise[stream] = [0] * len(done), (done, noise)

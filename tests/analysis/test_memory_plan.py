@@ -165,6 +165,14 @@ def test_training_with_checkpointing(fields):
         (DENSE, dict(rows=5, sampled=True)),
         (FINE, dict(prompt_tokens=300)),
         ({**FINE, "router_average": 0.5}, dict(rows=2, new_tokens=400)),
+        *((MAIN, dict(rows=4, dtype=dtype)) for dtype in ("bfloat16", "float16")),
+        (FINE, dict(rows=2, dtype="bfloat16", quantize="int8")),
+        (MAIN, dict(rows=4, dtype="bfloat16", quantize="int4")),
+        *(  # recorded, verified in many rows, and many rows
+            ({**MAIN, "vocab_size": 10000}, dict(rows=rows, draft_length=drafts, prompt_tokens=8, sampled=sampled))
+            for rows, drafts, sampled in ((4, 4, False), (30, 4, False), (100, 0, False), (20, 4, True))
+        ),
+        ({**MAIN, "sliding_window": 16}, dict(rows=4, prompt_tokens=400)),
     ],
 )
 def test_decoding_takes_what_is_planned(fields, changes):
@@ -233,6 +241,22 @@ def test_remedies_are_plans_that_differ_in_what_they_say():
     assert together.fits and together.words.count("--") == 5
 
 
+def test_no_remedy_that_experts_cannot_be_shared_by():
+    """An expert's 18 and 10 rows can be halved, by 4 GPUs in 2 columns, and not quartered, by 8, as the batch can."""
+    fields = dict(vocab_size=64, n_layers=2, d_model=10, n_heads=1, head_dim=16, d_ff=9, num_experts=4)
+    config, recipe = ModelConfig(**fields), TrainConfig(**{**RECIPE, "batch_size": 32, "expert_parallel": 2})
+    alone = memory_plan(config, dataclasses.replace(recipe, expert_parallel=1), available=2**10)
+    assert not any("--gpus" in one.words for one in alone.remedies)  # none is enough
+    least = memory_plan(config, recipe, gpus=4).training.peak
+    proposed = memory_plan(config, recipe, gpus=2, available=round(least / 0.9) + 1)
+    assert any(one.words == "--gpus 4" for one in proposed.remedies)
+    with pytest.raises(ValueError, match="rows cannot be shared evenly by 4 processes"):
+        memory_plan(config, recipe, gpus=8)
+    tighter = memory_plan(config, recipe, gpus=2, available=round(least * 0.9))
+    found = [one.words for one in tighter.remedies if "--gpus" in one.words]
+    assert all(words.startswith("--gpus 4 --optimizer") for words in found)
+
+
 def test_remedies_of_decoding():
     config = ModelConfig(**{**MAIN, "max_seq_len": 4096})
     decoding = Decoding(rows=64, prompt_tokens=1000, new_tokens=3000, dtype="float32")
@@ -278,6 +302,12 @@ def test_any_network_can_be_planned(config, gpus, seq_len, precision, again):
             "prompt_tokens=1000 with new_tokens=128 is past max_seq_len=1024",
         ),
         (dict(train=TrainConfig(exit_weights="drafting", drafting_exit=9)), "drafting_exit=9 must be an early exit"),
+        (dict(train=TrainConfig(expert_parallel=2)), "expert_parallel=2 must divide the number of processes, which is"),
+        (dict(train=TrainConfig(expert_parallel=8), gpus=8), "expert_parallel=8 must divide num_experts=4"),
+        (dict(available=float("nan")), "available=nan must be a number of bytes, above 0"),
+        (dict(available=0), "available=0 must be a number of bytes, above 0"),
+        (dict(available=-5), "available=-5 must be a number of bytes, above 0"),
+        (dict(available="8"), "available='8' must be a number of bytes, above 0"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(arguments, message):
@@ -289,6 +319,43 @@ def test_decoding_of_nothing_is_refused():
     for name, value, least in (("rows", 0, 1), ("new_tokens", 0, 1), ("draft_length", -1, 0)):
         with pytest.raises(ValueError, match=f"{name}={value} must be a whole number, {least} or more"):
             Decoding(**{name: value})
+
+
+ANYTHING = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 40), st.integers(), st.floats(), st.text(max_size=5), st.just([]),
+    st.sampled_from(["float32", "bfloat16", "int8", "int4", "int2", "int3"]),
+)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from([field.name for field in dataclasses.fields(Decoding)]), ANYTHING, max_size=3),
+    st.dictionaries(st.sampled_from(["gpus", "available"]), ANYTHING),
+    st.integers(1, 16),
+    st.integers(1, 9),
+)
+def test_anything_is_planned_for_or_refused(decoded, given_too, batch_size, expert_parallel):
+    recipe = TrainConfig(**{**RECIPE, "batch_size": batch_size, "expert_parallel": expert_parallel})
+    try:
+        plan = memory_plan(ModelConfig(**MAIN), recipe, Decoding(**decoded), **given_too)
+    except ValueError as error:
+        assert str(error).endswith(".") and "\n" not in str(error)
+    else:
+        assert plan.training.peak > 0 and plan.decoding.peak > 0
+        assert all("--" in one.words for one in (*plan.remedies, *plan.decoding_remedies))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(quantize="int2"), "quantize='int2' is unknown; it is 'int8' or 'int4', or None."),
+        (dict(dtype="int3"), "dtype='int3' is unknown; it is one of float32, bfloat16, float16."),
+        (dict(sampled="x"), "sampled='x' must be True or False."),
+    ],
+)
+def test_decoding_of_what_is_unknown_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Decoding(**fields)
 
 
 @pytest.mark.slow

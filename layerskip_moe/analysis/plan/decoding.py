@@ -2,27 +2,31 @@
 
     peak = weights + cache + rotary angles + the larger of
         the prompts, run at once, with the layer that takes most
-        the recorded steps (`nn/steps.py`), which keep all their states, and the noise that tokens are drawn with
+        the steps: few rows' are recorded (`nn/steps.py`) and keep all their states, many rows' have logits; and the
+            noise that tokens are drawn with
+
+16-bit weights on a CPU without products of theirs, and packed ones, are turned into floats as they are multiplied.
 
 B rows, V vocabulary, D width. Knows nothing of training. Next: `plan.py`.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from layerskip_moe.analysis.plan.counts import count_parameters, hidden_width
+from layerskip_moe.generation.kept_caches import ROUNDING
+from layerskip_moe.generation.session import MOST_AHEAD, MOST_NOISE
 from layerskip_moe.nn import ModelConfig
 from layerskip_moe.nn.config import require_whole
 from layerskip_moe.nn.few_rows import MOST_ROWS
+from layerskip_moe.nn.products import product_dtype
 from layerskip_moe.nn.steps import room_for
 from layerskip_moe.pretrained.quantize import Quantization
 
 DecodingType = Literal["float32", "bfloat16", "float16"]
 _WIDE, _INDEX = 4, 8
-_CACHE_ROUNDING = 256  # positions, as `generation/kept_caches.py` rounds
-_MOST_AHEAD, _MOST_NOISE = 16, 2**20  # as `generation/session.py` draws noise: places, and numbers, at a time
 _NOISE_COPIES = 4  # float64 and int64, while it is hashed
 
 
@@ -51,6 +55,12 @@ class Decoding:
     def __post_init__(self) -> None:
         for name, least in (("rows", 1), ("prompt_tokens", 1), ("new_tokens", 1), ("draft_length", 0)):
             require_whole(name, getattr(self, name), at_least=least)
+        if self.dtype not in get_args(DecodingType):
+            raise ValueError(f"dtype={self.dtype!r} is unknown; it is one of {', '.join(get_args(DecodingType))}.")
+        if self.quantize is not None and self.quantize not in get_args(Quantization):
+            raise ValueError(f"quantize={self.quantize!r} is unknown; it is 'int8' or 'int4', or None.")
+        if not isinstance(self.sampled, bool):
+            raise ValueError(f"sampled={self.sampled!r} must be True or False.")
 
 
 @dataclass(frozen=True)
@@ -82,13 +92,13 @@ def decoding_memory(config: ModelConfig, decoding: Decoding, *, gpu: bool = True
             f"max_seq_len={config.max_seq_len}; plan for shorter texts."
         )
     number = getattr(torch, decoding.dtype).itemsize
-    capacity = min(-(-positions // _CACHE_ROUNDING) * _CACHE_ROUNDING, config.max_seq_len)
+    capacity = min(-(-positions // ROUNDING) * ROUNDING, config.max_seq_len)
     angles = 2 * config.max_seq_len * config.head_width * _WIDE
-    steps = _recorded_bytes(config, decoding, number, gpu) + _noise_bytes(config, decoding)
+    multiply = _products(decoding, gpu)
     return DecodingMemory(
         weights=_weight_bytes(config, number, decoding.quantize),
         cache=cache_bytes(config, decoding.rows, capacity, number),
-        working=angles + max(_prompt_bytes(config, decoding, number), steps),
+        working=angles + max(_prompt_bytes(config, decoding, multiply), _step_bytes(config, decoding, multiply, gpu)),
     )
 
 
@@ -127,33 +137,132 @@ def _rows_out(config: ModelConfig) -> int:
     return rows
 
 
-def _prompt_bytes(config: ModelConfig, decoding: Decoding, number: int) -> int:
-    """All prompts but their last tokens, in one pass: the stream before, within and after a sublayer, and either what
-    attention or what the widest MLP makes of it."""
-    width, pairs = config.d_model, config.top_k
+@dataclass(frozen=True)
+class _Products:
+    """Bytes that products of many rows take beside their input, as `nn/products.py` makes them.
+
+    number: bytes of a state's numbers; wide: of those that are multiplied; packed: how weights are
+    """
+
+    number: int
+    wide: int
+    packed: Quantization | None
+
+    @property
+    def copy(self) -> int:
+        """Bytes of a number of states that are turned into wider ones, or 0."""
+        return self.wide if self.wide != self.number else 0
+
+    def as_floats(self, weights: int) -> int:
+        """Of weights that are turned into the numbers they are multiplied in; 0 for those that are multiplied as they
+        are. Packed ones are whole bytes on the way."""
+        if self.packed is None:
+            return self.copy * weights
+        return (self.wide + (self.packed == "int4")) * weights
+
+    def linear(self, rows: int, width: int, out: int) -> int:
+        """Of rows [., width] by a matrix [out, width]."""
+        made = rows * (self.copy * width + self.wide * out) + self.as_floats(out * width)
+        return max(made, rows * out * (self.copy + self.number))
+
+    def grouped(self, rows: int, width: int, out: int) -> int:
+        """Of rows [., width] by a matrix [out, width] for each group, one group's being turned at a time."""
+        place = self.wide * out * width if self.packed or self.copy else 0
+        place += (self.wide + 1) * out * width if self.packed == "int4" else 0
+        return rows * (out * self.number + (width + out) * self.copy) + place
+
+
+def _products(decoding: Decoding, gpu: bool) -> _Products:
+    dtype = getattr(torch, decoding.dtype)
+    return _Products(dtype.itemsize, (dtype if gpu else product_dtype(dtype, "cpu")).itemsize, decoding.quantize)
+
+
+def _layers_bytes(config: ModelConfig, tokens: int, multiply: _Products) -> int:
+    """Of many states at once in the layer that takes most: the stream before, within and after a sublayer, and either
+    what attention or what the widest MLP makes of it."""
+    width, number = config.d_model, multiply.number
     queries, keys = config.n_heads * config.head_width, config.kv_heads * config.head_width
-    widest = [5 * queries + 6 * keys]
+    widest = [
+        tokens * number * (4 * width + 5 * queries + 6 * keys),
+        tokens * number * 2 * width + multiply.linear(tokens, width, queries + 2 * keys),
+        tokens * number * (2 * width + 3 * queries + 3 * keys) + multiply.linear(tokens, queries, width),
+    ]
     for layer in range(config.n_layers):
         if config.is_moe(layer):
-            hidden = pairs * config.expert_d_ff
-            widest.append(max(4 * hidden, 2 * hidden + 2 * pairs * width + width) + 3 * pairs * _INDEX // number)
+            pairs, hidden = tokens * config.top_k, config.expert_d_ff
+            kept = tokens * number * 4 * width + pairs * (number * width + 3 * _INDEX)  # what goes into experts
+            widest += [
+                kept + pairs * number * 4 * hidden,
+                kept + multiply.grouped(pairs, width, 2 * hidden),
+                kept + pairs * number * hidden + multiply.grouped(pairs, hidden, width),
+                kept + pairs * number * width + tokens * number * width,
+            ]
         else:
-            widest.append(4 * hidden_width(config))
-    tokens = decoding.rows * (decoding.prompt_tokens - 1)
-    return tokens * (number * (4 * width + max(widest)) + 2 * config.head_width * _WIDE)
+            hidden = hidden_width(config)
+            widest += [
+                tokens * number * (4 * width + 4 * hidden),
+                tokens * number * 3 * width + multiply.linear(tokens, width, 2 * hidden),
+                tokens * number * (3 * width + 3 * hidden) + multiply.linear(tokens, hidden, width),
+            ]
+    return max(widest) + tokens * 2 * config.head_width * _WIDE
 
 
-def _recorded_bytes(config: ModelConfig, decoding: Decoding, number: int, gpu: bool) -> int:
-    """Of the states that recorded steps of few rows keep; steps of many rows keep none, and take less than a prompt.
+def _prompt_bytes(config: ModelConfig, decoding: Decoding, multiply: _Products) -> int:
+    """All prompts but their last tokens, in one pass."""
+    length = decoding.prompt_tokens - 1
+    return _layers_bytes(config, decoding.rows * length, multiply) + _window_bytes(config, length, multiply.number)
 
-    With drafts there are three more recordings: of drafting, of a draft's choice and of verification.
+
+def _window_bytes(config: ModelConfig, length: int, number: int) -> int:
+    """Of the mask of layers with a sliding window, as whether and as numbers; 0 where the window is as long."""
+    if config.sliding_window is None or config.sliding_window >= length:
+        return 0
+    return length * length * (1 + max(2, number))
+
+
+def _step_bytes(config: ModelConfig, decoding: Decoding, multiply: _Products, gpu: bool) -> int:
+    """Of decoding's steps: of few rows all states that recordings keep; of many what one such step takes, with its
+    logits. Tokens' noise is there meanwhile.
+
+    With drafts there are three more recordings: of drafting, of a draft's choice and of verification. Those that are
+    made anew for fewer rows, as texts end, are left out.
     """
-    places = decoding.draft_length + 1
-    total = 0
+    places, number, packed = decoding.draft_length + 1, multiply.number, decoding.quantize == "int4" and not gpu
+    kept = step = 0
     for rows in [decoding.rows] + ([decoding.rows * places] if decoding.draft_length else []):
-        if rows <= MOST_ROWS:
-            total += (rows if gpu else room_for(rows)) * _row_bytes(config, number)
-    return total
+        if rows > MOST_ROWS:
+            step = max(step, _many_rows_bytes(config, decoding, rows, multiply))
+        elif packed:  # cannot be recorded; what is made of weights is there until that is found out
+            step = max(step, _row_bytes(config, number) * room_for(rows) + _unpacked_bytes(config, decoding))
+        else:
+            kept += (rows if gpu else room_for(rows)) * _row_bytes(config, number)
+    drawn, hashed = _noise_bytes(config, decoding)
+    return kept + max(hashed, drawn + step)
+
+
+def _many_rows_bytes(config: ModelConfig, decoding: Decoding, rows: int, multiply: _Products) -> int:
+    """Of one step of more rows than are recorded: of its layers, each of which reads a copy of its cache, or of the
+    head. Where rows draft, those that are to draft less in the end have their logits put in order."""
+    number, vocabulary = multiply.number, config.vocab_size
+    slots = decoding.prompt_tokens + decoding.new_tokens
+    read = 2 * rows * slots * config.kv_heads * config.head_width * number
+    masks = rows * slots * (config.n_heads // config.kv_heads) * (1 + number)
+    logits = rows * vocabulary * number
+    chosen = rows * vocabulary * 8 * (2 if decoding.sampled else 0)
+    ordered = 2 * logits if decoding.draft_length else 0  # (zeros, and what is put there, made anew)
+    head = max(multiply.linear(rows, config.d_model, vocabulary), logits + ordered + chosen)
+    return max(_layers_bytes(config, rows, multiply) + read + masks, head + 3 * rows * config.d_model * number)
+
+
+def _unpacked_bytes(config: ModelConfig, decoding: Decoding) -> int:
+    """Of int4 weights as floats: of all that a step of few rows reads, whose rows choose different experts."""
+    counted, number = count_parameters(config), getattr(torch, decoding.dtype).itemsize
+    unread = 0.0
+    if config.num_experts:
+        idle = (1 - config.top_k / config.num_experts) ** decoding.rows
+        experts = 3 * config.d_model * config.expert_d_ff * config.num_experts
+        unread = idle * experts * sum(config.is_moe(layer) for layer in range(config.n_layers))
+    return round((sum(counted.products) + counted.head - unread) * number)
 
 
 def _row_bytes(config: ModelConfig, number: int) -> int:
@@ -172,9 +281,10 @@ def _row_bytes(config: ModelConfig, number: int) -> int:
     return total * number
 
 
-def _noise_bytes(config: ModelConfig, decoding: Decoding) -> int:
+def _noise_bytes(config: ModelConfig, decoding: Decoding) -> tuple[int, int]:
+    """Of noise when it is drawn, and while it is."""
     if not decoding.sampled:
-        return 0
+        return 0, 0
     at_once = decoding.rows * config.vocab_size
-    numbers = at_once * max(decoding.draft_length + 1, min(_MOST_AHEAD, _MOST_NOISE // at_once))
-    return numbers * 8 * _NOISE_COPIES
+    numbers = at_once * max(decoding.draft_length + 1, min(MOST_AHEAD, MOST_NOISE // at_once))
+    return numbers * 8, numbers * 8 * _NOISE_COPIES

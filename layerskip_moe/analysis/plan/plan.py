@@ -9,7 +9,7 @@ from typing import Any
 from layerskip_moe.analysis.plan.activations import numbers_of
 from layerskip_moe.analysis.plan.counts import Operations, Parameters, count_operations, count_parameters
 from layerskip_moe.analysis.plan.decoding import Decoding, DecodingMemory, decoding_memory
-from layerskip_moe.analysis.plan.training import TrainingMemory, training_memory
+from layerskip_moe.analysis.plan.training import TrainingMemory, check_sharing, training_memory
 from layerskip_moe.nn import ModelConfig
 from layerskip_moe.training import TrainConfig
 
@@ -76,10 +76,13 @@ def memory_plan(
     """Plan for `gpus` GPUs that share a training run (0: for this machine's CPU), and one of them that decodes.
 
     train, decoding: None: their defaults, as far as the network is long enough; available: bytes of each GPU
-    Raises ValueError for less than no GPUs, and for samples, texts and exits that the network does not have.
+    Raises ValueError for less than no GPUs or bytes, for samples, texts and exits that the network does not have, and
+    for batches and experts that so many GPUs cannot share.
     """
     if isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 0:
         raise ValueError(f"gpus={gpus!r} must be a whole number: 0 for the CPU, or how many GPUs there are.")
+    if available is not None and not _is_size(available):
+        raise ValueError(f"available={available!r} must be a number of bytes, above 0 and below 2**63, or None.")
     train = TrainConfig(seq_len=min(TrainConfig.seq_len, config.max_seq_len)) if train is None else train
     if decoding is None:
         half = max(config.max_seq_len // 2, 1)
@@ -101,6 +104,10 @@ def memory_plan(
         if _fits(decoded.peak, available)
         else _decoding_remedies(config, decoding, gpus, available or 0),
     )
+
+
+def _is_size(available: object) -> bool:
+    return isinstance(available, int | float) and not isinstance(available, bool) and 0 < available < 2**63
 
 
 def _fits(peak: int, available: int | None) -> bool:
@@ -136,13 +143,23 @@ def _training_remedies(config: ModelConfig, train: TrainConfig, gpus: int, avail
     elif words:
         found.append(remedy(together, lighter))
     for changed, beside in ((train, ""), (lighter, f" {together}")):
-        for number in (2**power for power in range(_MOST_GPUS.bit_length())):
-            if gpus and number > gpus and train.batch_size % number == 0:
-                sharded = remedy(f"--gpus {number}{beside}", changed, number)
-                if sharded.fits:
-                    found.append(sharded)
-                    break
+        number = 2 * gpus  # what divides the GPUs there are divides those too
+        while gpus and number <= _MOST_GPUS and _can_share(config, train, number):
+            sharded = remedy(f"--gpus {number}{beside}", changed, number)
+            if sharded.fits:
+                found.append(sharded)
+                break
+            number *= 2
     return tuple(dict.fromkeys(found))
+
+
+def _can_share(config: ModelConfig, train: TrainConfig, gpus: int) -> bool:
+    """Whether so many can share a batch and, with expert parallelism, the experts."""
+    try:
+        check_sharing(config, train, gpus)
+    except ValueError:
+        return False
+    return True
 
 
 def _decoding_remedies(config: ModelConfig, decoding: Decoding, gpus: int, available: int) -> tuple[Remedy, ...]:
