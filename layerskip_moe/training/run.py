@@ -1,7 +1,7 @@
 """A run in memory: what changes from step to step, how a step changes it, and what a checkpoint is to hold.
 
-Knows nothing of when it is logged, validated or saved. Next: `losses.py`, `optimizer.py`; `run_state.py`, which takes
-it apart; `loop.py`, which asks.
+Knows nothing of when it is logged, validated or saved. Next: `losses.py`, `optimizer.py`; `run_state.py` and
+`run_facts.py`, which take it apart; `loop.py`, which asks.
 """
 
 import contextlib

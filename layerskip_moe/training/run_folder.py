@@ -27,9 +27,9 @@ _LOCK = ".lock"
 def run_folder(out_dir: Path, *, resume: bool) -> Iterator[Checkpoint | None]:
     """Have out_dir for one run: its newest whole checkpoint where it is to be resumed, else None.
 
-    Made if need be. The checkpoints of a finished run make room for a new one; a stopped run's are refused, as is a
-    folder in which another process, or another thread of this one, trains. A lock belongs to its process: with it, it
-    is gone.
+    Made if need be. The checkpoints of a finished run (`finish_run`) make room for a new one; a stopped run's are
+    refused, as is a folder in which another process, or another thread of this one, trains. A lock belongs to its
+    process: with it, it is gone.
     Raises ValueError for those, and for a resume without a whole checkpoint; OSError, with a sentence, for a folder
     that cannot be written to.
     """

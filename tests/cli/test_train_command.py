@@ -109,7 +109,7 @@ def test_sigterm_saves_and_says_how_to_go_on(text):
 def test_one_seed_is_for_weights_and_batches(shell, text, monkeypatch):
     seen = {}
 
-    def train(model, corpus, recipe, out_dir, *, resume):
+    def train(model, corpus, recipe, out_dir, *, resume, finish):
         seen.update(model=model, recipe=recipe, resume=resume)
         raise FloatingPointError("enough")
 
