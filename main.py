@@ -22,7 +22,7 @@ from layerskip_moe.analysis import write_report
 from layerskip_moe.constants import command_line, default_device, given_constants, override_constants
 from layerskip_moe.pretrained import has_other_card, write_model_card
 from layerskip_moe.study import StudyConfig, describe, side_by_side, study
-from layerskip_moe.training import check_new_run, has_checkpoint
+from layerskip_moe.training import check_new_run, finish_run, has_checkpoint
 from layerskip_moe.training.parallel import join
 
 device: str = default_device(globals())  # "cuda" where there is one, else "cpu"
@@ -169,10 +169,11 @@ recipe = TrainConfig(
     seed=seed,
     checkpoint_every=checkpoint_every,
 )
-result = train(model, corpus, recipe, out_dir, resume=resume)
+result = train(model, corpus, recipe, out_dir, resume=resume, finish=False)
 saved = Path(out_dir) / "model"
 if ranks.is_first:
     model.save_pretrained(saved, tokenizer=corpus.tokenizer, recipe={"corpus": corpus.name, **result.recipe})
+    finish_run(out_dir)
 stage_ends("training")
 
 if compare:

@@ -59,7 +59,7 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """The same for a folder: a new, empty one beside `path` to write files to, and nothing in it that starts with a
-    dot. What `path` was before is removed once the new folder has its place.
+    dot. What `path` was before is removed once the new folder has its place, and put back if it never gets there.
 
     A process that is killed meanwhile leaves folders behind whose names are a dot, path's name, and more.
     """
@@ -73,10 +73,13 @@ def replacing_folder(path: Path) -> Iterator[Path]:
                 _to_disk(file)
             _to_disk(beside)
             if path.exists():
+                shutil.rmtree(before, ignore_errors=True)  # likewise
                 os.replace(path, before)  # the one name cannot be given to two folders, not even for a moment
             os.replace(beside, path)
             _to_disk(path.parent)
         finally:
+            if before.exists() and not path.exists():  # stopped between the two renames
+                os.replace(before, path)
             for folder in (beside, before):
                 shutil.rmtree(folder, ignore_errors=True)
 

@@ -54,6 +54,34 @@ def test_a_folder_takes_the_place_only_when_all_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "deep"]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_stop_between_the_two_renames_of_a_folder_loses_neither(tmp_path, monkeypatch, error):
+    path, renames, replace = tmp_path / "deep" / "folder", [], os.replace
+    with replacing_folder(path) as beside:
+        (beside / "old").write_text("old")
+
+    def stopping(*paths):
+        renames.append(paths)
+        if len(renames) == 2:
+            raise error
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", stopping)
+    with pytest.raises(error), replacing_folder(path) as beside:
+        (beside / "new").write_text("new")
+    assert len(renames) == 3 and list(path.parent.iterdir()) == [path] and list(path.iterdir()) == [path / "old"]
+
+
+def test_a_folder_that_a_killed_process_of_our_number_had_moved_away_is_no_hindrance(tmp_path):
+    path, before = tmp_path / "folder", tmp_path / f".folder.{os.getpid()}.old"
+    for folder in (path, before):
+        folder.mkdir()
+        (folder / "old").write_text("old")
+    with replacing_folder(path) as beside:
+        (beside / "new").write_text("new")
+    assert list(tmp_path.iterdir()) == [path] and list(path.iterdir()) == [path / "new"]
+
+
 def test_all_of_a_folder_is_on_the_disk_before_it_takes_the_place(tmp_path, monkeypatch):
     """In this order: each file, the list of them, the rename, the list that it is in."""
     done, replace = [], os.replace

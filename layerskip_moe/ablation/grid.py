@@ -37,7 +37,7 @@ from layerskip_moe.data import Corpus
 from layerskip_moe.nn import ModelConfig
 from layerskip_moe.training import TrainConfig
 from layerskip_moe.training.losses import step_exit_weights
-from layerskip_moe.training.run_state import fingerprint
+from layerskip_moe.training.run_facts import fingerprint
 
 _LENGTH = ("max_steps", "epochs", "seq_len", "batch_size", "accumulation", "seed")  # equal for all, or set by the grid
 

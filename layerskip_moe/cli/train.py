@@ -22,8 +22,7 @@ from layerskip_moe.cli.flags import fields_of, parse
 from layerskip_moe.cli.options import Text, load_text
 from layerskip_moe.constants import pick_device
 from layerskip_moe.nn import ModelConfig, MoEDecoder
-from layerskip_moe.training import TrainConfig, train
-from layerskip_moe.training.checkpoint import has_checkpoint
+from layerskip_moe.training import TrainConfig, check_new_run, finish_run, train
 from layerskip_moe.training.parallel import join
 
 _VOCAB_SIZE = "ids of the tokenizer, at most; the model has as many as there are"
@@ -35,8 +34,8 @@ class Options:
     """Where a run is kept.
 
     Attributes:
-        out_dir: folder of the run: metrics.jsonl, checkpoints/ and, at the end, model/; one that holds checkpoints is
-            taken only to resume
+        out_dir: folder of the run: metrics.jsonl, checkpoints/ and, at the end, model/; a finished run there is
+            replaced, a stopped one only resumed
         resume: go on from the newest whole one of <out-dir>/checkpoints
         tokenizer: bpe or unigram, trained on the text; or the path of a tokenizer.json
         device: cpu, cuda, cuda:1, ...; None: a GPU where there is one
@@ -61,7 +60,8 @@ def run(arguments: list[str]) -> None:
     options, text, network, recipe = parse("layerskip-moe train", __doc__, groups, arguments)
     config, recipe = ModelConfig(**vars(network)), TrainConfig(**vars(recipe))  # refused before any text is read
     device = pick_device(options.device)
-    _check_out_dir(Path(options.out_dir), options.resume)
+    if not options.resume:
+        check_new_run(options.out_dir)  # which `train` asks for too, after the text is read
     ranks = join(device)  # the processes of a torchrun; else this one alone
     with ranks.one_per_machine_first():
         corpus = load_text(text, options.tokenizer, vocab_size=config.vocab_size, seed=recipe.seed)
@@ -69,16 +69,11 @@ def run(arguments: list[str]) -> None:
 
     # Several processes divide it: whole, it need not fit their GPUs.
     model = MoEDecoder(config, seed=recipe.seed).to(device if ranks.size == 1 else "cpu")
-    result = train(model, corpus, recipe, options.out_dir, resume=options.resume)
+    result = train(model, corpus, recipe, options.out_dir, resume=options.resume, finish=False)
     if not ranks.is_first:
         return
     folder = Path(options.out_dir) / "model"
     model.save_pretrained(folder, tokenizer=corpus.tokenizer, recipe={"corpus": corpus.name, **result.recipe})
+    finish_run(options.out_dir)
     held_out = f", held-out perplexity {result.validation[-1]:.1f}" if result.validation else ""
     print(f"{result.steps} steps in {result.seconds:.0f} s{held_out}; the model is in {folder}")
-
-
-def _check_out_dir(out_dir: Path, resume: bool) -> None:
-    """Raise ValueError where a new run would overwrite another's."""
-    if not resume and has_checkpoint(out_dir):
-        raise ValueError(f"{out_dir} holds checkpoints of another run; give --resume to go on, or another --out-dir.")

@@ -3,6 +3,7 @@
     <out_dir>/checkpoints/step-00000200/    after 200 steps; the newest two are kept
         tensors-00000.safetensors           see `tensor_files.py`
         state.json                          everything else, and the size and sha256 of the other file
+    <out_dir>/checkpoints/finished          once the run has ended and its model is in safe hands
 
 A folder is written beside, read back, and renamed; only then are older ones removed. Nothing in a file is executed.
 Random state is in none: batches and dropout are functions of the step. (The model other people load is
@@ -15,6 +16,7 @@ import hashlib
 import json
 import re
 import shutil
+import stat
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,10 +25,10 @@ from typing import Any
 
 from torch import Tensor
 
-from layerskip_moe.files import explaining_failure, replacing_folder, sha256
+from layerskip_moe.files import explaining_failure, replacing, replacing_folder, sha256
 from layerskip_moe.training.tensor_files import Shapes, list_tensors, write_tensors
 
-CHECKPOINTS, STATE, TENSORS = "checkpoints", "state.json", "tensors-00000.safetensors"
+CHECKPOINTS, STATE, TENSORS, FINISHED = "checkpoints", "state.json", "tensors-00000.safetensors", "finished"
 _FORMAT = 1
 _KEPT = 2
 _LARGEST_STATE = 2**26  # bytes; a state.json has some thousands
@@ -65,6 +67,7 @@ def save_checkpoint(out_dir: Path, facts: Mapping[str, Any], tensors: Mapping[st
                 raise _DamageError("other tensors")
         except _DamageError as damage:
             raise OSError(f"{path} was not read back as it was written ({damage}); is the disk failing?") from None
+    (root / FINISHED).unlink(missing_ok=True)  # the run has gone on: its last checkpoint was damaged
     _prune(root, newest=path)
     return path
 
@@ -95,6 +98,24 @@ def has_checkpoint(out_dir: str | Path) -> bool:
     return bool(_folders(Path(out_dir) / CHECKPOINTS))
 
 
+def finish_run(out_dir: str | Path) -> None:
+    """Say that the run in out_dir has ended, and that nothing is lost if the next run replaces its checkpoints.
+
+    `train` says so itself when it returns, unless it is called with finish=False; then whoever called it does, once the
+    model is saved. Does nothing where there are no checkpoints. Raises OSError, with a sentence, where it cannot be
+    written.
+    """
+    root = Path(out_dir) / CHECKPOINTS
+    if has_checkpoint(out_dir):
+        with explaining_failure("the mark of a finished run", root), replacing(root / FINISHED) as beside:
+            beside.touch()
+
+
+def is_finished(out_dir: Path) -> bool:
+    """Whether `finish_run` has said so of its checkpoints."""
+    return (out_dir / CHECKPOINTS / FINISHED).exists()
+
+
 def steps_done(out_dir: Path) -> tuple[int, int | None] | None:
     """How far the run in out_dir is by its newest checkpoint: (steps done, steps in all, None where it does not say);
     None without a checkpoint. Tensors are not looked at."""
@@ -108,10 +129,12 @@ def steps_done(out_dir: Path) -> tuple[int, int | None] | None:
 
 
 def remove_checkpoints(out_dir: Path) -> None:
-    """Remove all of them, the newest last: a process killed meanwhile leaves a finished run finished."""
-    for _, path in reversed(_folders(out_dir / CHECKPOINTS)):
-        _remove(path)
+    """Remove all of them, the newest last, and then the mark of a finished run: one that a killed process was removing
+    is still a finished one."""
     root = out_dir / CHECKPOINTS
+    for _, path in reversed(_folders(root)):
+        _remove(path)
+    (root / FINISHED).unlink(missing_ok=True)
     remove_leftovers(out_dir)
     if root.is_dir() and not any(root.iterdir()):
         root.rmdir()
@@ -119,28 +142,32 @@ def remove_checkpoints(out_dir: Path) -> None:
 
 def remove_leftovers(out_dir: Path) -> None:
     """Remove what a process that was killed was writing or removing. No other may be at work in out_dir."""
-    for path in (out_dir / CHECKPOINTS).glob(".step-*"):
+    root = out_dir / CHECKPOINTS
+    for path in root.glob(".step-*"):
         shutil.rmtree(path)
+    for path in root.glob(f".{FINISHED}.*"):
+        path.unlink()
 
 
 def _folders(root: Path) -> list[tuple[int, Path]]:
     """(steps done, folder) of every checkpoint, the newest first."""
     if not root.is_dir():
         return []
-    found = [(match, path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
-    return sorted(((int(match[1]), path) for match, path in found), reverse=True)
+    found = [(match, path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))]
+    plain = [(int(match[1]), path) for match, path in found if path.is_dir() and not path.is_symlink()]
+    return sorted(plain, reverse=True)
 
 
 def _read(path: Path, step: int) -> Checkpoint:
     """A checkpoint whose every byte was compared with its digest; _DamageError says what is not as it was written."""
     values = _read_state(path, step)
     files = values["files"]
-    there = {file.name for file in path.iterdir()} - {STATE}
-    if there != files.keys():
-        raise _DamageError(f"{', '.join(sorted(there ^ files.keys()))} missing, or too many")
     try:
+        there = {file.name for file in path.iterdir()} - {STATE}
+        if there != files.keys():
+            raise _DamageError(f"{', '.join(sorted(there ^ files.keys()))} missing, or too many")
         for name, told in files.items():
-            if (path / name).stat().st_size != told["bytes"]:
+            if _size(path / name) != told["bytes"]:
                 raise _DamageError(f"{name} is not as long as it was")
             if sha256(path / name) != told["sha256"]:
                 raise _DamageError(f"{name} is not what it was")
@@ -154,19 +181,33 @@ def _read(path: Path, step: int) -> Checkpoint:
 def _read_state(path: Path, step: int) -> dict[str, Any]:
     """state.json alone, by its own digest."""
     try:
-        if (path / STATE).stat().st_size > _LARGEST_STATE:
+        if _size(path / STATE) > _LARGEST_STATE:
             raise ValueError
         values = json.loads((path / STATE).read_text(encoding="utf-8"))
-        told = values.pop("sha256")
+        intact = values.pop("sha256") == _digest(values)
     except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
         raise _DamageError(f"{STATE} cannot be read") from None
-    if told != _digest(values) or not isinstance(values.get("files"), dict):
+    files = values.get("files")
+    if not intact or not isinstance(files, dict) or any(not _is_told(told) for told in files.values()):
         raise _DamageError(f"{STATE} is not what it was")
     if values.get("format") != _FORMAT:
         raise _DamageError(f"of format {values.get('format')}, where this version reads {_FORMAT}")
-    if values.get("step") != step:
+    if values.get("step") != step or type(values["step"]) is not int:  # 3.0 and true are equal to an int too
         raise _DamageError(f"of step {values.get('step')}")
     return values
+
+
+def _is_told(of_file: Any) -> bool:
+    """Whether this is what `save_checkpoint` tells of a file."""
+    return isinstance(of_file, dict) and of_file.keys() == {"bytes", "sha256"}
+
+
+def _size(path: Path) -> int:
+    """Of a plain file in bytes; OSError for anything else, as reading from a pipe would wait forever."""
+    about = path.lstat()
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError(f"{path.name} is no plain file")
+    return about.st_size
 
 
 def _digest(values: Mapping[str, Any]) -> str:
@@ -187,7 +228,7 @@ def _prune(root: Path, newest: Path) -> None:
 def _is_long_enough(path: Path, step: int) -> bool:
     try:
         files = _read_state(path, step)["files"]
-        return all((path / name).stat().st_size == told["bytes"] for name, told in files.items())
+        return all(_size(path / name) == told["bytes"] for name, told in files.items())
     except (_DamageError, OSError):
         return False
 

@@ -18,7 +18,7 @@ from layerskip_moe.data import ahead, steps_per_epoch
 from layerskip_moe.interrupts import Interrupted, interrupts_wait
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.modes import in_mode
-from layerskip_moe.training.checkpoint import save_checkpoint
+from layerskip_moe.training.checkpoint import finish_run, save_checkpoint
 from layerskip_moe.training.config import TrainConfig
 from layerskip_moe.training.metrics import MetricsWriter, skipped_record, train_record, write_recipe
 from layerskip_moe.training.parallel import check_shared, join
@@ -62,6 +62,7 @@ def train(
     out_dir: str | Path,
     *,
     resume: bool = False,
+    finish: bool = True,
     progress: bool = True,
 ) -> TrainResult:
     """Train the model in place by the LayerSkip recipe.
@@ -70,7 +71,8 @@ def train(
     metrics.jsonl (a line per log_every steps and per validation), checkpoints/, and TensorBoard files when
     tensorboard is installed. resume: go on from out_dir's newest whole checkpoint; the run ends with the weights it
     would have had without the stop, bit for bit on a CPU. Without it, a finished run in out_dir is replaced, and a
-    stopped one refused.
+    stopped one refused. finish: when this returns, the run is finished; with False it is when `finish_run(out_dir)` is
+    called, which is for after the model is saved, so that a kill meanwhile loses nothing.
 
     In processes that torchrun started (`parallel.py`) all of them call this, with the same arguments, and train one
     model together: each on a part of every batch, with a part of the weights. Losses, metrics and weights are those of
@@ -157,6 +159,8 @@ def train(
             raise Interrupted(_told_how_to_resume(out_dir, done, max_steps, checkpoint_every), received)
         best_step = run.take_best()
     give_back(run.network, model, ranks)
+    if finish and ranks.is_first:
+        finish_run(out_dir)
     trained = [r for r in metrics.records if r["split"] == "train"]
     kept = [r for r in metrics.records if r["split"] == "validation" and r["step"] + 1 == best_step]
     tokens = max_steps * per_step * config.seq_len

@@ -1,7 +1,7 @@
 """A run in memory: what changes from step to step, how a step changes it, and what a checkpoint is to hold.
 
-Knows nothing of when it is logged, validated or saved. Next: `losses.py`, `optimizer.py`; `run_state.py`, which takes
-it apart; `loop.py`, which asks.
+Knows nothing of when it is logged, validated or saved. Next: `losses.py`, `optimizer.py`; `run_state.py` and
+`run_facts.py`, which take it apart; `loop.py`, which asks.
 """
 
 import contextlib
@@ -35,7 +35,8 @@ from layerskip_moe.training.losses import (
 from layerskip_moe.training.nonfinite import Skips, where_it_began
 from layerskip_moe.training.optimizer import autocast_dtype, compiles, make_optimizer, set_learning_rate
 from layerskip_moe.training.parallel import Ranks
-from layerskip_moe.training.run_state import check_same_run, fingerprint, restore_tensors, run_tensors
+from layerskip_moe.training.run_facts import check_same_run, fingerprint
+from layerskip_moe.training.run_state import restore_tensors, run_tensors
 from layerskip_moe.training.sharding import clip_gradients, make_network, take_up
 from layerskip_moe.training.step_timer import StepTimer
 

@@ -12,6 +12,7 @@ from layerskip_moe.files import explaining_failure, making_folder
 from layerskip_moe.training.checkpoint import (
     CHECKPOINTS,
     Checkpoint,
+    is_finished,
     newest_checkpoint,
     remove_checkpoints,
     remove_leftovers,
@@ -26,9 +27,9 @@ _LOCK = ".lock"
 def run_folder(out_dir: Path, *, resume: bool) -> Iterator[Checkpoint | None]:
     """Have out_dir for one run: its newest whole checkpoint where it is to be resumed, else None.
 
-    Made if need be. The checkpoints of a finished run make room for a new one; a stopped run's are refused, as is a
-    folder in which another process, or another thread of this one, trains. A lock belongs to its process: with it, it
-    is gone.
+    Made if need be. The checkpoints of a finished run (`finish_run`) make room for a new one; a stopped run's are
+    refused, as is a folder in which another process, or another thread of this one, trains. A lock belongs to its
+    process: with it, it is gone.
     Raises ValueError for those, and for a resume without a whole checkpoint; OSError, with a sentence, for a folder
     that cannot be written to.
     """
@@ -77,9 +78,9 @@ def shared_run_folder(out_dir: Path, ranks: Ranks, *, resume: bool) -> Iterator[
 
 
 def check_new_run(out_dir: str | Path) -> None:
-    """Raise ValueError where a new run in out_dir would lose a stopped one."""
+    """Raise ValueError where a new run in out_dir would lose a stopped one, or one whose model may not be saved yet."""
     done = steps_done(Path(out_dir))
-    if done is None or done[0] == done[1]:
+    if done is None or is_finished(Path(out_dir)):
         return
     of = "" if done[1] is None else f" of {done[1]}"
     raise ValueError(

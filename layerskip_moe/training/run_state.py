@@ -1,29 +1,27 @@
-"""What a run's checkpoint is made of: tensors by flat names, and facts that JSON can hold; and back.
+"""The tensors of a run's checkpoint, by flat names; and back.
 
     model.<name>                        the network's state dict
     best.<name>                         the same at the best validation, where one was kept
     optimizer.<parameter>.<slot>        AdamW's means; of the 8-bit AdamW's, .codes, .scale and .qmap
 
 Learning rates are not in it: they are functions of the step.
-Knows nothing of files. Next: `checkpoint.py`, which keeps them; `loop.py`, whose run this is.
+Knows nothing of files. Next: `run_facts.py`, for what is no tensor; `checkpoint.py`, which keeps both; `run.py`, whose
+they are.
 """
 
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerskip_moe.files import plain
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.quiet_import import quiet_import
 from layerskip_moe.training.checkpoint import Checkpoint
 from layerskip_moe.training.tensor_files import read_tensors
 
-# These may change on resume: nothing computed depends on them.
-_FREE = ("log_every", "checkpoint_every", "max_skipped_steps", "activation_checkpointing", "expert_parallel")
 _QUANTIZED = ("codes", "scale", "qmap")  # the tensors that an 8-bit state of torchao's is made of
+_SLOTS = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW has for a parameter, once it took a step
 
 
 def run_tensors(
@@ -50,10 +48,11 @@ def restore_tensors(
     """
     own, parameters = model.state_dict(), dict(model.named_parameters())
     stored = checkpoint.tensors
-    for group in ("model", "best"):
+    others = ValueError(f"{checkpoint.path} has other tensors than this version's training; start without resume.")
+    for group, wanted in (("model", True), ("best", checkpoint.facts["best"] is not None)):
         names = {name: shape for name, (shape, _) in stored.items() if name.startswith(f"{group}.")}
-        if (names or group == "model") and names != {f"{group}.{n}": tuple(t.shape) for n, t in own.items()}:
-            raise ValueError(f"{checkpoint.path} has other tensors than this version's training; start without resume.")
+        if names != ({f"{group}.{n}": tuple(t.shape) for n, t in own.items()} if wanted else {}):
+            raise others
     room: dict[str, Tensor] = {}
     slots: dict[str, dict[str, dict[str, Tensor]]] = {name: {} for name in parameters}  # of parameter, slot, part
     for name, (shape, dtype) in stored.items():
@@ -66,12 +65,13 @@ def restore_tensors(
             raise ValueError(f"{checkpoint.path} has a tensor {name} that no run has; start without resume.")
         room[name] = _room(shape, dtype, parameters[owner])
         slots[owner].setdefault(slot, {})[part] = room[name]
+    if any(found and (found.keys() != _SLOTS or not all(map(_is_slot, found.values()))) for found in slots.values()):
+        raise others
     read_tensors(checkpoint.path, room)
 
     def of(group: str) -> dict[str, Tensor]:
         return {name.partition(".")[2]: tensor for name, tensor in room.items() if name.startswith(f"{group}.")}
 
-    model.load_state_dict(of("model"))
     names_of = {parameter: name for name, parameter in parameters.items()}
     order = [names_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     state = {
@@ -79,34 +79,9 @@ def restore_tensors(
         for index, name in enumerate(order)
         if slots[name]
     }
+    model.load_state_dict(of("model"))
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return of("best") or None
-
-
-def check_same_run(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming what differs, unless a checkpoint's facts are of the same run as this one's: the same
-    model_config, train_config (but for how often it logs and saves, and when it gives up), max_steps and text."""
-    if not here.keys() <= saved.keys() or any(
-        saved[part].keys() != here[part].keys() for part in ("model_config", "train_config")
-    ):
-        raise ValueError("the checkpoint to resume is not one of this version's training runs; start without resume.")
-    for part in ("model_config", "train_config"):
-        changed = [
-            f"{name} was {value!r} and is now {here[part][name]!r}"
-            for name, value in saved[part].items()
-            if name not in _FREE and plain(here[part][name]) != value
-        ]
-        if changed:
-            raise ValueError(f"the run to resume had other settings: {'; '.join(changed)}; put them back.")
-    if (saved["max_steps"], saved["text"]) != (here["max_steps"], here["text"]):
-        raise ValueError("the run to resume was on another text; give it the same corpus and tokenizer again.")
-
-
-def fingerprint(train: Tensor, validation: Tensor) -> list[int]:
-    """Tells one text, given as its two splits' token ids, from another: lengths, and a checksum of both ends
-    of the training split."""
-    ends = torch.cat([train[:4096], train[-4096:]]).to(torch.int64)
-    return [len(train), len(validation), zlib.crc32(ends.numpy().tobytes())]
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Tensor]]:
@@ -125,6 +100,10 @@ def _joined(slot: str, parts: Mapping[str, Tensor]) -> Tensor:
         from torchao.optim.subclass_8bit import OptimState8bit
     # Means have a sign, means of squares have none. (The type is set by the optimizer, to the parameter's.)
     return OptimState8bit(*(parts[part] for part in _QUANTIZED), slot == "exp_avg")
+
+
+def _is_slot(parts: Mapping[str, Any]) -> bool:
+    return parts.keys() in ({""}, set(_QUANTIZED))
 
 
 def _split(name: str, parameters: Mapping[str, Tensor]) -> tuple[str | None, str, str]:

@@ -1,6 +1,8 @@
 """What the training tests share: a tiny decoder, a text that repeats itself, a short recipe, no TensorBoard."""
 
+import json
 import logging
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -9,7 +11,8 @@ import torch
 
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.training import TrainConfig
-from layerskip_moe.training.checkpoint import newest_checkpoint
+from layerskip_moe.training import checkpoint as files
+from layerskip_moe.training.checkpoint import newest_checkpoint, save_checkpoint
 from layerskip_moe.training.tensor_files import read_tensors
 
 
@@ -75,3 +78,48 @@ def saved():
         return checkpoint.facts, tensors
 
     return read
+
+
+@pytest.fixture(scope="session")
+def tensors_of():
+    """tensors_of(step) -> tensors of every kind, by name."""
+
+    def build(step):
+        return {
+            "a.x": torch.full((3, 5), float(step)),
+            "a.none": torch.empty(0, 4),
+            "b.count": torch.tensor(step),
+            "b.on": torch.tensor([True, False]),
+            "b.codes": torch.arange(256, dtype=torch.uint8),
+            "b.half": torch.tensor([0.5, -torch.inf], dtype=torch.bfloat16),
+            "b.wide": torch.tensor([torch.nan, 1 / 3], dtype=torch.float64),
+        }
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory, tensors_of):
+    """A folder with two checkpoints, of steps 4 and 8; tests copy it."""
+    folder = tmp_path_factory.mktemp("run")
+    for step in (4, 8):
+        save_checkpoint(folder, {"step": step, "note": "é", "best": None}, tensors_of(step))
+    return folder
+
+
+@pytest.fixture
+def copied(two, tmp_path):
+    return shutil.copytree(two, tmp_path / "run")
+
+
+@pytest.fixture
+def sealed():
+    """sealed(path, **changes): write changes to a state.json under a digest that fits, as an enemy would."""
+
+    def write(path, **changes):
+        values = json.loads(path.read_text())
+        values.pop("sha256")
+        values |= changes
+        path.write_text(json.dumps(values | {"sha256": files._digest(values)}))
+
+    return write

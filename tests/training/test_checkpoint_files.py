@@ -3,9 +3,7 @@
 import errno
 import json
 import os
-import pickle
 import random
-import re
 import resource
 import shutil
 import warnings
@@ -20,20 +18,14 @@ from safetensors.torch import load_file, save_file
 
 from layerskip_moe.training import checkpoint as files
 from layerskip_moe.training import has_checkpoint, tensor_files, train
-from layerskip_moe.training.checkpoint import newest_checkpoint, remove_checkpoints, save_checkpoint
+from layerskip_moe.training.checkpoint import (
+    finish_run,
+    is_finished,
+    newest_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+)
 from layerskip_moe.training.tensor_files import list_tensors, read_tensors, write_tensors
-
-
-def tensors_of(step):
-    return {
-        "a.x": torch.full((3, 5), float(step)),
-        "a.none": torch.empty(0, 4),
-        "b.count": torch.tensor(step),
-        "b.on": torch.tensor([True, False]),
-        "b.codes": torch.arange(256, dtype=torch.uint8),
-        "b.half": torch.tensor([0.5, -torch.inf], dtype=torch.bfloat16),
-        "b.wide": torch.tensor([torch.nan, 1 / 3], dtype=torch.float64),
-    }
 
 
 def assert_equal(one, other):
@@ -47,21 +39,7 @@ def names_in(out_dir):
     return sorted(path.name for path in (out_dir / "checkpoints").iterdir())
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """A folder with two checkpoints, of steps 4 and 8; tests copy it."""
-    folder = tmp_path_factory.mktemp("run")
-    for step in (4, 8):
-        save_checkpoint(folder, {"step": step, "note": "é", "best": None}, tensors_of(step))
-    return folder
-
-
-@pytest.fixture
-def copied(two, tmp_path):
-    return shutil.copytree(two, tmp_path / "run")
-
-
-def test_what_is_saved_is_loaded(tmp_path, saved):
+def test_what_is_saved_is_loaded(tensors_of, tmp_path, saved):
     facts = {
         "step": 3,
         "best": None,
@@ -81,7 +59,7 @@ def test_what_is_saved_is_loaded(tmp_path, saved):
         assert file.name == "state.json" or file.suffix == ".safetensors"  # and no pickle
 
 
-def test_a_file_is_what_torch_and_safetensors_write(tmp_path):
+def test_a_file_is_what_torch_and_safetensors_write(tensors_of, tmp_path):
     """Safetensors reads it as it was, and torch's own writer tells its reader the same."""
     path = tmp_path / "tensors-00000.safetensors"
     digest = write_tensors(path, tensors_of(3))
@@ -110,7 +88,7 @@ def test_parts_of_several_processes_are_one_tensor(tmp_path):
     assert torch.equal(into["w"], whole)
 
 
-def test_the_newest_two_are_kept(tmp_path):
+def test_the_newest_two_are_kept(tensors_of, tmp_path):
     for step in (1, 2, 3, 10, 99_999_999, 100_000_000):
         save_checkpoint(tmp_path, {"step": step}, tensors_of(1))
         assert newest_checkpoint(tmp_path).facts["step"] == step
@@ -132,13 +110,34 @@ def test_they_are_removed_with_the_newest_last(copied, monkeypatch):
     assert names_in(copied) == [".step-00000004.gone", "step-00000008"]
 
 
-def test_what_is_cut_short_is_not_one_of_the_two(copied):
+def test_a_finished_run_is_one_until_nothing_of_it_is_left(copied, tensors_of, monkeypatch):
+    finish_run(copied)
+    assert is_finished(copied) and newest_checkpoint(copied).facts["step"] == 8
+
+    def killed(path, real=files._remove):
+        if path.name == "step-00000008":
+            raise KeyboardInterrupt
+        real(path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files, "_remove", killed)
+        remove_checkpoints(copied)
+    assert is_finished(copied) and names_in(copied) == ["finished", "step-00000008"]
+    remove_checkpoints(copied)
+    assert not is_finished(copied) and not (copied / "checkpoints").exists()
+    save_checkpoint(copied, {"step": 4}, tensors_of(4))
+    finish_run(copied)
+    save_checkpoint(copied, {"step": 8}, tensors_of(8))
+    assert not is_finished(copied)  # it has gone on
+
+
+def test_what_is_cut_short_is_not_one_of_the_two(tensors_of, copied):
     (copied / "checkpoints" / "step-00000008" / "state.json").write_text("")
     save_checkpoint(copied, {"step": 12}, tensors_of(12))
     assert names_in(copied) == ["step-00000004", "step-00000012"]
 
 
-def test_a_damaged_one_of_the_same_step_is_replaced(copied, saved):
+def test_a_damaged_one_of_the_same_step_is_replaced(tensors_of, copied, saved):
     (copied / "checkpoints" / "step-00000008" / "state.json").write_text("{}")
     with pytest.warns(UserWarning, match=r"step-00000008 is damaged \(state.json cannot be read\) and passed over"):
         assert newest_checkpoint(copied).facts["step"] == 4
@@ -149,7 +148,7 @@ def test_a_damaged_one_of_the_same_step_is_replaced(copied, saved):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_no_damaged_byte_gets_in(two, saved, tmp_path, data):
+def test_no_damaged_byte_gets_in(tensors_of, two, saved, tmp_path, data):
     """Any byte of any file changed, any file cut or lengthened: the checkpoint before it is taken, whole."""
     folder = tmp_path / "damaged"
     shutil.rmtree(folder, ignore_errors=True)
@@ -187,63 +186,6 @@ def test_where_none_is_whole_all_are_named(copied):
         newest_checkpoint(copied)
 
 
-class Harmful:
-    """Unpickled, it would make a folder."""
-
-    def __reduce__(self):
-        return os.mkdir, ("harm",)
-
-
-def sealed(path, **changes):
-    """Write changes to a state.json under the digest that belongs to them, as an enemy would."""
-    values = json.loads(path.read_text())
-    values.pop("sha256")
-    values |= changes
-    path.write_text(json.dumps(values | {"sha256": files._digest(values)}))
-
-
-@pytest.mark.parametrize(
-    "other",
-    ["pickle", "torch", "deep", "list", "huge", "outside", "format", "step", "no files", "header", "folder", "extra"],
-)
-def test_what_is_no_checkpoint_is_passed_over_and_not_executed(copied, monkeypatch, other):
-    monkeypatch.chdir(copied)
-    newest = copied / "checkpoints" / "step-00000008"
-    state, shard = newest / "state.json", next(newest.glob("*.safetensors"))
-    if other == "pickle":
-        state.write_bytes(pickle.dumps(Harmful()))
-    elif other == "torch":
-        torch.save({"a": Harmful()}, shard)
-        sealed(state, files={shard.name: {"bytes": shard.stat().st_size, "sha256": files.sha256(shard)}})
-    elif other == "deep":
-        state.write_text("[" * 100_000)
-    elif other == "list":
-        state.write_text("[1, 2]")
-    elif other == "huge":
-        with open(state, "rb+") as file:
-            file.truncate(2**40)
-    elif other == "outside":
-        shard.rename(copied / shard.name)
-        sealed(state, files={f"../../{shard.name}": json.loads(state.read_text())["files"][shard.name]})
-    elif other == "format":
-        sealed(state, format=2)
-    elif other == "step":
-        sealed(state, step=80)
-    elif other == "no files":
-        sealed(state, files=3)
-    elif other == "header":  # of a terabyte
-        shard.write_bytes((2**40).to_bytes(8, "little") + shard.read_bytes()[8:])
-        sealed(state, files={shard.name: {"bytes": shard.stat().st_size, "sha256": files.sha256(shard)}})
-    elif other == "folder":
-        shard.unlink()
-        shard.mkdir()
-    else:
-        shutil.copy(shard, newest / "more.safetensors")
-    with pytest.warns(UserWarning, match=re.escape(f"{newest} is damaged")):
-        assert newest_checkpoint(copied).facts["step"] == 4
-    assert not (copied / "harm").exists()
-
-
 def full_disk(patch, after):
     """The disk takes so many bytes of tensors, and then says that it is full."""
 
@@ -269,7 +211,7 @@ def full_disk(patch, after):
 @pytest.mark.parametrize(
     "fault", ["full", "full state", "limit", "read-only", "no rename", "bad disk", "not JSON", "^C"]
 )
-def test_a_save_that_fails_leaves_the_older_ones_alone(copied, saved, monkeypatch, fault):
+def test_a_save_that_fails_leaves_the_older_ones_alone(tensors_of, copied, saved, monkeypatch, fault):
     def refuse(*_):
         raise PermissionError(errno.EROFS, os.strerror(errno.EROFS))
 
@@ -340,5 +282,6 @@ def test_what_a_killed_run_was_writing_is_removed(decoder, text, recipe, tmp_pat
     for name in (".step-00000004.123.tmp", ".step-00000001.gone"):
         (root / name).mkdir()
         (root / name / "x.safetensors").write_bytes(random.Random(0).randbytes(50))
+    (root / ".finished.123.tmp").touch()
     train(decoder(), text(), recipe(), tmp_path, resume=True, progress=False)
-    assert names_in(tmp_path) == ["step-00000002", "step-00000003"]
+    assert names_in(tmp_path) == ["finished", "step-00000002", "step-00000003"]

@@ -11,7 +11,8 @@ import threading
 import pytest
 import torch
 
-from layerskip_moe.training import check_new_run, has_checkpoint, train
+from layerskip_moe.interrupts import Interrupted
+from layerskip_moe.training import check_new_run, finish_run, has_checkpoint, train
 from layerskip_moe.training import run as run_module
 from layerskip_moe.training.run_folder import run_folder
 
@@ -57,6 +58,56 @@ def test_a_stopped_run_that_cannot_be_read_is_not_lost_either(decoder, text, rec
         path.write_text("")
     with pytest.raises(ValueError, match="holds a run that stopped after step 2; go on"):
         train(decoder(), text(), recipe(max_steps=5), stopped, progress=False)
+
+
+def test_a_run_stopped_in_its_last_step_is_not_a_finished_one(decoder, text, recipe, tmp_path, monkeypatch):
+    """It said that the same again goes on: so the next run, without resume, is to leave it."""
+
+    def interrupted(*arguments, step, **others):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return training_losses(*arguments, step=step, **others)
+
+    training_losses = run_module.training_losses
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match=r"stopped after step 3 of 3.*resume=True"):
+        patch.setattr(run_module, "training_losses", interrupted)
+        train(decoder(), text(), recipe(checkpoint_every=1), tmp_path, progress=False)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="holds a run that stopped after step 3 of 3; go on with resume=True"):
+        train(decoder(), text(), recipe(checkpoint_every=1), tmp_path, progress=False)
+    assert contents(tmp_path) == before
+    train(decoder(), text(), recipe(checkpoint_every=1), tmp_path, resume=True, progress=False)
+    check_new_run(tmp_path)
+
+
+def test_a_run_is_finished_when_whoever_saves_its_model_says_so(decoder, text, recipe, tmp_path):
+    for resume in (False, True):
+        train(decoder(), text(), recipe(), tmp_path, resume=resume, finish=False, progress=False)
+        with pytest.raises(ValueError, match="holds a run that stopped after step 3 of 3"):
+            check_new_run(tmp_path)
+    finish_run(tmp_path)
+    check_new_run(tmp_path)
+    finish_run(tmp_path / "nothing")  # nor does it make a folder for one without checkpoints
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_finished_run_that_goes_on_from_an_older_checkpoint_is_no_longer_finished(
+    decoder, text, recipe, tmp_path, monkeypatch
+):
+    config = recipe(max_steps=4, checkpoint_every=1)
+    train(decoder(), text(), config, tmp_path, progress=False)
+    (tmp_path / "checkpoints" / "step-00000004" / "state.json").write_text("")
+
+    def interrupted(*arguments, **others):
+        os.kill(os.getpid(), signal.SIGINT)
+        return training_losses(*arguments, **others)
+
+    training_losses = run_module.training_losses
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(Interrupted), monkeypatch.context() as patch:
+        patch.setattr(run_module, "training_losses", interrupted)
+        train(decoder(), text(), config, tmp_path, resume=True, progress=False)
+    with pytest.raises(ValueError, match="holds a run that stopped after step 4 of 4"):
+        check_new_run(tmp_path)
 
 
 def test_a_finished_runs_checkpoints_are_gone_when_a_new_one_begins(decoder, text, recipe, tmp_path, monkeypatch):
