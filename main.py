@@ -23,6 +23,7 @@ from layerskip_moe.constants import command_line, default_device, given_constant
 from layerskip_moe.pretrained import has_other_card, write_model_card
 from layerskip_moe.study import StudyConfig, describe, side_by_side, study
 from layerskip_moe.training import check_new_run, finish_run, has_checkpoint
+from layerskip_moe.training.checkpoint import remove_checkpoints
 from layerskip_moe.training.parallel import join
 
 device: str = default_device(globals())  # "cuda" where there is one, else "cpu"
@@ -104,6 +105,12 @@ def stage_ends(name: str) -> None:
     clock = time.perf_counter()
 
 
+beside = Path(out_dir) / "without_layerskip"  # where --compare trains the other network
+if not resume:  # a stopped run is not replaced, which is said now, and not after a text was read
+    check_new_run(out_dir)
+    if compare:
+        check_new_run(beside)
+
 # Text -> tokens
 ranks = join(device)  # the processes of a torchrun; else this one alone
 with ranks.one_per_machine_first():
@@ -139,8 +146,8 @@ measured = StudyConfig(
     seed=seed,
 )
 measured.check(config, corpus)  # what decoding will need is checked now, not after minutes of training
-if compare and not resume:
-    check_new_run(Path(out_dir) / "without_layerskip")
+if ranks.is_first and compare and not resume:
+    remove_checkpoints(beside)  # of a comparison with another run, which --resume would take for this one's
 home = device if ranks.size == 1 else "cpu"  # several processes divide it: whole, it need not fit their GPUs
 model = MoEDecoder(config, seed=seed).to(home)
 parameters, active_parameters = model.parameter_counts()
@@ -172,6 +179,8 @@ recipe = TrainConfig(
 result = train(model, corpus, recipe, out_dir, resume=resume, finish=False)
 saved = Path(out_dir) / "model"
 if ranks.is_first:
+    if result.skipped_steps:
+        print(f"{result.skipped_steps} steps were skipped: their loss or gradient was not finite.")
     model.save_pretrained(saved, tokenizer=corpus.tokenizer, recipe={"corpus": corpus.name, **result.recipe})
     finish_run(out_dir)
 stage_ends("training")
@@ -179,7 +188,7 @@ stage_ends("training")
 if compare:
     plainly = replace(recipe, layer_dropout_max=0.0, expert_dropout=0.0)
     plainly = replace(plainly, exit_curriculum="none", exit_weights="equal", drafting_exit=None)
-    other, beside = MoEDecoder(config, seed=seed).to(home), Path(out_dir) / "without_layerskip"
+    other = MoEDecoder(config, seed=seed).to(home)
     other_result = train(other, corpus, plainly, beside, resume=resume and has_checkpoint(beside))
     stage_ends("comparison")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from layerskip_moe.interrupts import Interrupted
+from layerskip_moe.interrupts import Interrupted, is_first_process
 
 
 def command_line(namespace: MutableMapping[str, Any]) -> list[str]:
@@ -168,7 +168,9 @@ def _describe(kind: Any) -> str:
 
 def _one_sentence(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
     if isinstance(error, KeyboardInterrupt):
-        print(f"\n{str(error) or 'interrupted'}", file=sys.stderr)
+        if is_first_process():
+            # Not to sys.stderr, which torch.distributed's hook, around this one, keeps in memory until it is too late.
+            print(f"\n{str(error) or 'interrupted'}", file=sys.__stderr__, flush=True)
         sys.exit(error.exit_status if isinstance(error, Interrupted) else 130)
     told = user_error(error)
     if told is None:

@@ -29,6 +29,11 @@ class Interrupted(KeyboardInterrupt):
         self.exit_status = 128 + received
 
 
+def is_first_process() -> bool:
+    """Whether this one says that it was interrupted: of processes that torchrun started, all of which are, rank 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @dataclass
 class Interruption:
     """The number of the signal that came first, None while there was none."""
@@ -50,8 +55,9 @@ def interrupts_wait() -> Iterator[Interruption]:
         if seen.received is not None:
             raise Interrupted("interrupted", number)
         seen.received = number
-        with suppress(OSError):  # not `print`, which may be what was interrupted
-            os.write(2, _NOTE)
+        if is_first_process():
+            with suppress(OSError):  # not `print`, which may be what was interrupted
+                os.write(2, _NOTE)
 
     before = {}
     if threading.current_thread() is threading.main_thread():

@@ -1,5 +1,6 @@
 """Constants of a script and the command line that overrides them."""
 
+import os
 import subprocess
 import sys
 from typing import Literal
@@ -143,12 +144,15 @@ def test_a_script_ends_with_one_sentence_and_exit_code_1(tmp_path):
         "if layers == 2: raise KeyboardInterrupt\n"
         "if layers == 15:\n"
         "    from layerskip_moe.interrupts import Interrupted\n"
+        "    import torch.distributed as dist\n"
+        "    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)  # has a hook of its own\n"
         "    raise Interrupted('saved, go on with --resume.', 15)\n"
         "print(layers)\n"
     )
 
-    def run(*arguments):
-        return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    def run(*arguments, **environment):
+        line = [sys.executable, script, *arguments]
+        return subprocess.run(line, capture_output=True, text=True, env=os.environ | environment)
 
     done = run("--layers", "3")
     assert (done.returncode, done.stderr) == (1, "error: layers=3 is odd.\n")
@@ -159,6 +163,8 @@ def test_a_script_ends_with_one_sentence_and_exit_code_1(tmp_path):
     for layers, status, said in ((2, 130, "interrupted"), (15, 143, "saved, go on with --resume.")):
         stopped = run("--layers", str(layers))
         assert (stopped.returncode, stopped.stderr) == (status, f"\n{said}\n")
+    another = run("--layers", "15", RANK="1")  # of several that are all told to stop
+    assert (another.returncode, another.stderr) == (143, "")
     ours = run("--layers=5")
     assert ours.returncode == 1 and "Traceback" in ours.stderr  # a fault of ours is not dressed up as the user's
 

@@ -183,6 +183,26 @@ def test_ctrl_c_in_training_saves_and_is_one_sentence(text, tmp_path):
     )
 
 
+def test_a_new_run_clears_an_older_comparison(text, tmp_path, monkeypatch):
+    """Else a --resume, after a stop before its own comparison began, would go on with that one."""
+    from layerskip_moe.training import run as run_module
+
+    def stop(*arguments, **others):
+        raise KeyboardInterrupt
+
+    out, beside = tmp_path / "out", tmp_path / "out" / "without_layerskip" / "checkpoints" / "step-00000004"
+    beside.mkdir(parents=True)
+    (beside / "state.json").write_text('{"step": 4, "max_steps": 4}')
+    monkeypatch.setattr(sys, "argv", [str(MAIN), *command(dataset=text, out_dir=out), "--compare"])
+    monkeypatch.setattr(
+        "layerskip_moe.training.run_folder.steps_done", lambda folder: None
+    )  # all that is there is over
+    monkeypatch.setattr(run_module, "training_losses", stop)
+    with pytest.raises(KeyboardInterrupt):
+        runpy.run_path(str(MAIN), run_name="__main__")
+    assert (out / "recipe.json").exists() and not beside.exists()
+
+
 def test_a_comparison_that_was_stopped_is_found_before_training(text, tmp_path, monkeypatch):
     beside = tmp_path / "out" / "without_layerskip" / "checkpoints" / "step-00000003"
     beside.mkdir(parents=True)

@@ -24,7 +24,7 @@ import sys
 from collections.abc import Sequence
 
 from layerskip_moe.constants import user_error
-from layerskip_moe.interrupts import Interrupted
+from layerskip_moe.interrupts import Interrupted, is_first_process
 
 COMMANDS = ("train", "generate", "evaluate", "report", "export", "calibrate", "trace", "ablate", "plan", "bench")
 
@@ -53,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(file=sys.stderr)  # after the ^C, or a text half written
         code, told = stop.exit_status if isinstance(stop, Interrupted) else 130, str(stop) or "interrupted"
+        if not is_first_process():
+            return code
     except Exception as error:
         sentence = user_error(error)
         if sentence is None:

@@ -76,4 +76,5 @@ def run(arguments: list[str]) -> None:
     model.save_pretrained(folder, tokenizer=corpus.tokenizer, recipe={"corpus": corpus.name, **result.recipe})
     finish_run(options.out_dir)
     held_out = f", held-out perplexity {result.validation[-1]:.1f}" if result.validation else ""
-    print(f"{result.steps} steps in {result.seconds:.0f} s{held_out}; the model is in {folder}")
+    skipped = f", {result.skipped_steps} of them skipped," if result.skipped_steps else ""
+    print(f"{result.steps} steps{skipped} in {result.seconds:.0f} s{held_out}; the model is in {folder}")

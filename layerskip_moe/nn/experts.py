@@ -19,6 +19,14 @@ from layerskip_moe.nn.products import can_group, grouped_product, is_quantized, 
 from layerskip_moe.nn.router import Routing
 
 
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in the type that autocast has products in, where it is on: grouped_mm is not on its list."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
+
+
 def run_experts_one_token(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
     """The loop for x [1, D], where there is nothing to pick out and nothing to put back."""
     parts = [F.linear(swiglu(F.linear(x, gate_up[e])), down[e]) for e in routing.chosen[0].tolist()]
@@ -80,9 +88,7 @@ class Experts(nn.Module):
         down: Tensor = self.down
         if few_rows.are_few(x):
             return few_rows.experts(x, routing.chosen, routing.weights, gate_up, down)
-        if torch.is_autocast_enabled(x.device.type):  # grouped_mm is not on autocast's list
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
+        x, gate_up, down = autocast(x, gate_up, down)
         if gathers(x, gate_up):
             return run_experts_gathered(x, routing, gate_up, down)
         # On a GPU the choice stays there: reading it back waits for the device at every layer.

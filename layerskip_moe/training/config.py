@@ -58,7 +58,8 @@ class TrainConfig:
             (see `router_coherence_loss` in balance.py); 0: none
         bias_update_rate: step of the choice bias, where ModelConfig.bias_balancing is on
 
-        precision: "auto": bfloat16 where the hardware has it, float16 on an older GPU, else float32
+        precision: "auto": bfloat16 where the hardware has it, float16 on an older GPU, else float32; the type of the
+            machine at hand, also of a run that began on another
         compile: train with compiled blocks; None: on one GPU only; on a CPU it pays from some 500 steps on
         activation_checkpointing: keep only blocks' inputs for the backward pass, and compute the rest again: less
             memory for a third more arithmetic

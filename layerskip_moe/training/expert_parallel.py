@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
 from torch.distributed.tensor import DTensor
 
-from layerskip_moe.nn.experts import Experts, expert_by_expert, run_experts_sorted
+from layerskip_moe.nn.experts import Experts, autocast, expert_by_expert, run_experts_sorted
 from layerskip_moe.nn.router import Routing
 
 
@@ -24,10 +24,7 @@ def run_experts_across(experts: Experts, group: dist.ProcessGroup, x: Tensor, ro
     Every rank of the group must call it, also one without tokens.
     """
     assert isinstance(experts.gate_up, DTensor) and isinstance(experts.down, DTensor)
-    gate_up, down = experts.gate_up.to_local(), experts.down.to_local()
-    if torch.is_autocast_enabled(x.device.type):  # grouped_mm is not on autocast's list
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
+    x, gate_up, down = autocast(x, experts.gate_up.to_local(), experts.down.to_local())
 
     def run(rows: Tensor, load: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         return _run_by_owners(rows, load, gate_up, down, group)

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from layerskip_moe.training.config import TrainConfig
 
 TIMEOUT = timedelta(minutes=10)  # that a rank waits for another before it gives up, and all end
+_PATIENCE = timedelta(days=1)  # ... while another reads a text, and trains a tokenizer on it
 
 
 @dataclass(frozen=True)
@@ -72,18 +73,27 @@ class Ranks:
 
     def raise_together(self, error: Exception | None) -> None:
         """Raise rank 0's error, if it has one, on every rank."""
-        told = [error]
+        error = self.first_ones(error)
+        if error is not None:
+            raise error
+
+    def first_ones(self, value: Any) -> Any:
+        """What rank 0 has for this value."""
+        told = [value]
         if self.size > 1:
             dist.broadcast_object_list(told)
-        if told[0] is not None:
-            raise told[0]
+        return told[0]
+
+    def everyones(self, value: Any) -> list[Any]:
+        """What each rank has for this value, a plain one."""
+        told = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(told, value)
+        return told
 
     def check_agree(self, facts: Any) -> None:
         """Raise ValueError on every rank unless all have the same facts, plain values."""
-        if self.size == 1:
-            return
-        told: list[Any] = [None] * self.size
-        dist.all_gather_object(told, facts)
+        told = self.everyones(facts)
         other = [rank for rank, theirs in enumerate(told) if theirs != told[0]]
         if other:
             raise ValueError(
@@ -95,12 +105,16 @@ class Ranks:
     def one_per_machine_first(self) -> Iterator[None]:
         """The block, done by one process of each machine, and by its others when that one is through: they find in the
         cache what it left there."""
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if self.size > 1 and local > 0:
-            dist.barrier()
+        if self.size == 1:
+            yield
+            return
+        local, patient = int(os.environ.get("LOCAL_RANK", "0")), dist.new_group(backend="gloo", timeout=_PATIENCE)
+        if local > 0:
+            dist.barrier(patient)
         yield
-        if self.size > 1 and local == 0:
-            dist.barrier()
+        if local == 0:
+            dist.barrier(patient)
+        dist.destroy_process_group(patient)
 
 
 def join(device: torch.device | str, *, timeout: timedelta = TIMEOUT) -> Ranks:

@@ -35,7 +35,7 @@ from layerskip_moe.training.losses import (
 from layerskip_moe.training.nonfinite import Skips, where_it_began
 from layerskip_moe.training.optimizer import autocast_dtype, compiles, make_optimizer, set_learning_rate
 from layerskip_moe.training.parallel import Ranks
-from layerskip_moe.training.run_facts import check_same_run, fingerprint
+from layerskip_moe.training.run_facts import check_same_run, fingerprint, weights_fingerprint
 from layerskip_moe.training.run_state import restore_tensors, run_tensors
 from layerskip_moe.training.sharding import clip_gradients, make_network, take_up
 from layerskip_moe.training.step_timer import StepTimer
@@ -64,7 +64,8 @@ class Run:
         self.config, self.max_steps, self.corpus = config, max_steps, corpus
         self.ranks = ranks = ranks or Ranks(0, 1, model.device)
         self.text = fingerprint(corpus.train, corpus.validation)
-        ranks.check_agree((self.text, max_steps, config, model.config))
+        if ranks.size > 1:
+            ranks.check_agree((self.text, max_steps, config, model.config, weights_fingerprint(model)))
         self.network = make_network(model, ranks, expert_parallel=config.expert_parallel)
         self.model = model = self.network.model
         self.timer = StepTimer(model.device)
@@ -162,10 +163,10 @@ class Run:
     def told_why_it_stops(self, step: int) -> str:
         """The sentence for a run whose last steps, up to `step`, were skipped: where it began, and what to do."""
         began = step + 1 - self.skips.in_a_row
-        if self.ranks.size > 1:
-            return self.skips.told(step, "a layer that a single process, resumed there, will name")
-        with contextlib.closing(self._losses(began, self.text_from(began))) as losses:
-            return self.skips.told(step, where_it_began(self.model, (part.total for part in losses)))
+        calling = calling_blocks(self.model, compile=False, checkpointing=self.config.activation_checkpointing)
+        with calling, contextlib.closing(self._losses(began, self.text_from(began))) as losses:
+            where = where_it_began(self.model, (part.total for part in losses), self.ranks)
+        return self.skips.told(step, where)
 
     def _move_balance_bias(self, losses: Losses) -> None:
         for layer, load in losses.load.items():
@@ -215,7 +216,8 @@ class Run:
         facts = checkpoint.facts
         check_same_run(facts, self.facts(0))
         weights = restore_tensors(checkpoint, self.model, self.optimizer)
-        self.scaler.load_state_dict(facts["scaler"])
+        if facts["scaler"]:  # else precision="auto" was another type on another machine: the scale begins anew
+            self.scaler.load_state_dict(facts["scaler"])
         self.best = facts["best"] and {**facts["best"], "weights": weights}
         self.skips = Skips(**facts["skips"])
         self.started = time.perf_counter() - facts["seconds"]

@@ -3,7 +3,6 @@
 Knows nothing of what is written to it. Next: `checkpoint.py`; `loop.py`, which works in it.
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -70,11 +69,7 @@ def shared_run_folder(out_dir: Path, ranks: Ranks, *, resume: bool) -> Iterator[
             except (ValueError, OSError) as error:
                 refused = error
         ranks.raise_together(refused)
-        if resume and not ranks.is_first:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the first one warns
-                checkpoint = newest_checkpoint(out_dir)
-        yield checkpoint
+        yield ranks.first_ones(checkpoint)  # which is read whole, to be verified, by that one alone
 
 
 def check_new_run(out_dir: str | Path) -> None:

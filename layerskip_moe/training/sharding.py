@@ -140,7 +140,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, ranks: Rank
     parameters = list(parameters)
     if ranks.size == 1:
         return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-    parts = [_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    parts = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
     norm = ranks.total(torch.nn.utils.get_total_norm(parts).double().square()).sqrt()
     for part in parts:
         part.mul_((limit / (norm + 1e-6)).clamp(max=1.0).to(part.dtype))
@@ -152,7 +152,8 @@ def mesh_of(parameter: Tensor) -> Any:
     return parameter.device_mesh if isinstance(parameter, DTensor) else None
 
 
-def _part(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor that may be divided."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -88,6 +88,13 @@ def test_errors_inside_a_command(shell, monkeypatch, error, code, said):
     assert shell("train") == (code, "", said)
 
 
+def test_of_several_interrupted_processes_the_first_one_says_so(shell, monkeypatch):
+    monkeypatch.setattr(train_command, "run", raising(KeyboardInterrupt()))
+    for rank, said in (("0", "\ninterrupted\n"), ("1", "\n")):
+        monkeypatch.setenv("RANK", rank)
+        assert shell("train") == (130, "", said)
+
+
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("x"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x")])
 def test_our_own_mistakes_keep_their_traceback(shell, monkeypatch, error):
     monkeypatch.setattr(train_command, "run", raising(error))

@@ -1,7 +1,9 @@
 """One of the processes that the parallel tests start, which find each other by what torchrun would tell them; or the
 only one. `python one_of_many.py runs.json out_dir` trains each run of the file, and keeps what came of it in out_dir.
 
-A run: {"network": ModelConfig's fields, "recipe": TrainConfig's, "stop_at": a step at which all stop, "resume"}.
+A run: {"network": ModelConfig's fields, "recipe": TrainConfig's, "stop_at": a step at which all stop, "resume",
+"seeds": of each process's weights, "broken": a part of the network that gives nan in the last process}.
+What such a run says in the end is kept too.
 """
 
 import json
@@ -38,7 +40,11 @@ def text():
     return SimpleNamespace(train=steps.cumsum(0)[:800] % 16, validation=steps.cumsum(0)[800:] % 16)
 
 
-def run(out_dir, *, network=None, recipe=None, stop_at=None, resume=False):
+def breaks(module, arguments, output):
+    return (output[0] * torch.nan, *output[1:]) if isinstance(output, tuple) else output * torch.nan
+
+
+def run(out_dir, *, network=None, recipe=None, stop_at=None, resume=False, seeds=None, broken=None):
     """Train, or go on training; every process keeps its weights, the first one metrics and the exported model."""
     rank, losses = int(os.environ.get("RANK", "0")), run_module.training_losses
 
@@ -47,11 +53,19 @@ def run(out_dir, *, network=None, recipe=None, stop_at=None, resume=False):
             raise Stopped
         return losses(*arguments, step=step, **others)
 
-    model = MoEDecoder(ModelConfig(**NETWORK | (network or {})))
+    model = MoEDecoder(ModelConfig(**NETWORK | (network or {})), seed=seeds[rank] if seeds else 0)
+    if broken is not None and rank + 1 == int(os.environ.get("WORLD_SIZE", "1")):
+        model.get_submodule(broken).register_forward_hook(breaks)
     run_module.training_losses = stopping
     try:
         result = train(model, text(), TrainConfig(**RECIPE | (recipe or {})), out_dir, resume=resume, progress=False)
     except Stopped:
+        return
+    except (ValueError, FloatingPointError) as error:
+        if seeds is None and broken is None:
+            raise
+        Path(out_dir).mkdir(exist_ok=True)
+        (Path(out_dir) / f"said-{rank}.txt").write_text(str(error))
         return
     finally:
         run_module.training_losses = losses

@@ -101,6 +101,15 @@ def test_a_stopped_and_resumed_run_ends_as_the_unbroken_one(decoder, text, recip
     )  # fmt: skip
 
 
+def test_a_run_goes_on_where_auto_is_float16(decoder, text, recipe, saved, tmp_path, monkeypatch):
+    """Begun in bfloat16, say, and resumed on an older GPU: there is no scale to take up."""
+    config, types = recipe(max_steps=4, accumulation=2, precision="auto", checkpoint_every=2), [None, torch.float16]
+    monkeypatch.setattr(run_module, "autocast_dtype", lambda *_: types.pop(0))
+    run_until(monkeypatch, 3, decoder(n_layers=2), text(validation=0), config, tmp_path)
+    train(decoder(n_layers=2), text(validation=0), config, tmp_path, resume=True, progress=False)
+    assert saved(tmp_path)[0]["step"] == 4 and saved(tmp_path)[0]["scaler"]["scale"] == 2**16
+
+
 def test_the_loss_scale_of_float16_is_resumed_too(decoder, text, recipe, saved, tmp_path, monkeypatch):
     config = recipe(max_steps=4, accumulation=2, precision="float16", checkpoint_every=2)
     unbroken, model = decoder(n_layers=2), decoder(n_layers=2)

@@ -10,6 +10,9 @@ import torch
 from layerskip_moe.training import run as run_module
 from layerskip_moe.training import train
 from layerskip_moe.training.nonfinite import where_it_began
+from layerskip_moe.training.parallel import Ranks
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def weights_of(model):
@@ -126,7 +129,8 @@ def test_skipping_goes_on_after_a_resume(decoder, text, recipe, tmp_path, monkey
         ("norm", "backward", "the gradient of norm"),
     ],
 )
-def test_where_it_began_is_found(decoder, text, recipe, tmp_path, module, direction, told):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_where_it_began_is_found(decoder, text, recipe, tmp_path, module, direction, told, checkpointing):
     """From its third step on, one part of the network gives nan, or hands nan back."""
 
     def breaks(module, arguments, output):
@@ -144,8 +148,9 @@ def test_where_it_began_is_found(decoder, text, recipe, tmp_path, module, direct
     model = decoder()
     model.embedding.register_forward_pre_hook(lambda *_: steps.append(1))
     model.get_submodule(module).register_forward_hook(breaks)
+    config = recipe(max_steps=9, max_skipped_steps=2, activation_checkpointing=checkpointing)
     with pytest.raises(FloatingPointError, match=r"at step 2, and 1 more") as stopped:
-        train(model, text(validation=0), recipe(max_steps=9, max_skipped_steps=2), tmp_path, progress=False)
+        train(model, text(validation=0), config, tmp_path, progress=False)
     assert told in str(stopped.value)
 
 
@@ -160,9 +165,9 @@ def test_a_weight_that_overflows_is_named(decoder, text, recipe, tmp_path):
 def test_what_is_finite_when_looked_at_again_is_said_so(decoder):
     model = decoder()
     losses = (model(torch.arange(4)[None]).square().mean() for _ in range(2))
-    assert where_it_began(model, losses).startswith("a place unknown")
+    assert where_it_began(model, losses, ALONE).startswith("a place unknown")
     loss = model(torch.arange(4)[None]).sum()
-    assert where_it_began(model, iter([loss * torch.inf])) == "the loss, after outputs that are all finite"
+    assert where_it_began(model, iter([loss * torch.inf]), ALONE) == "the loss, after outputs that are all finite"
     assert not any(module._forward_hooks for module in model.modules())
 
 

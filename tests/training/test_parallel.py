@@ -98,7 +98,12 @@ def two(tmp_path_factory):
     """What came of RUNS in two processes, and of a run that one process began and two ended."""
     folder = tmp_path_factory.mktemp("two")
     alone(dict(stop_at=3), folder / "resumed")
-    finish(start(2, RUNS | {"experts by 2": by(2), "resumed": dict(resume=True)}, folder))
+    others = {"experts by 2": by(2), "resumed": dict(resume=True), "other weights": dict(seeds=[0, 1])}
+    others["nan"] = dict(
+        broken="blocks.2.mlp.experts",
+        recipe=dict(layer_dropout_max=0.0, max_skipped_steps=2, activation_checkpointing=True),
+    )
+    finish(start(2, RUNS | others, folder))
     return folder
 
 
@@ -161,6 +166,17 @@ def test_only_the_first_process_writes(two):
         "metrics.jsonl", "recipe.json", "checkpoints", ".lock", "model", "result.json", "weights-0.pt", "weights-1.pt"
     }  # fmt: skip
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 6 + 2  # of steps, and of validations
+
+
+def test_processes_with_other_weights_do_not_train_together(two):
+    said = {(two / "other weights" / f"said-{rank}.txt").read_text() for rank in range(2)}
+    assert len(said) == 1 and said.pop().startswith("processes [1] were given another text, model or TrainConfig than")
+    assert not (two / "other weights" / "checkpoints").exists()
+
+
+def test_what_is_not_finite_in_one_process_is_named_by_all(two):
+    said = {(two / "nan" / f"said-{rank}.txt").read_text() for rank in range(2)}
+    assert len(said) == 1 and "at step 0, and 1 more in a row; it began in the output of layer 2 (blocks." in said.pop()
 
 
 CPU = torch.device("cpu")
