@@ -36,7 +36,8 @@ def test_a_saved_model_is_decoded_and_lists_are_words_between_commas(shell, chec
     [
         (
             ["bench"],
-            "there is nothing to measure; give one of decode, prefill, train, memory, speculation, policies, communication, or",
+            "there is nothing to measure; give one of decode, prefill, train, memory, speculation, policies, "
+            "communication, or",
         ),
         (["bench", "decoed"], "'decoed' is nothing to measure; did you mean decode?"),
         (
