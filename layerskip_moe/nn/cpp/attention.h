@@ -12,7 +12,7 @@ namespace few_rows {
 struct Reader {
   const float* query;
   int64_t first, last;
-  std::vector<float> weights;  // by slot, from `first`: scores, and then their softmax
+  Numbers weights;  // by slot, from `first`: scores, and then their softmax
   float* mixed;
 
   float* weight_of(int64_t slot) { return weights.data() + slot - first; }
@@ -42,7 +42,7 @@ void score(const Cached* const* keys, Reader* readers, int64_t slot, int64_t hea
   }
 }
 
-inline void softmax(std::vector<float>& scores) {
+inline void softmax(Numbers& scores) {
   const int64_t length = static_cast<int64_t>(scores.size()), whole = length - length % WIDTH;
   float *score = scores.data(), total = 0;
   Floats largest_by_lane = Floats{} - INFINITY, totals = {};
@@ -77,7 +77,7 @@ template <int HEADS, class Cached>
 void mix(const Cached* values, Reader* readers, int64_t begin, int64_t end, int64_t head_dim) {
   begin = std::max(begin, readers->first), end = std::min(end, readers->last);
   int64_t d = 0;
-  for (; d + CHAINS * WIDTH <= head_dim; d += CHAINS * WIDTH) mix_parts<HEADS, CHAINS>(values, readers, begin, end, head_dim, d);
+  for (; d + 4 * WIDTH <= head_dim; d += 4 * WIDTH) mix_parts<HEADS, 4>(values, readers, begin, end, head_dim, d);
   for (; d + WIDTH <= head_dim; d += WIDTH) mix_parts<HEADS, 1>(values, readers, begin, end, head_dim, d);
   for (; d < head_dim; ++d)
     for (int h = 0; h < HEADS; ++h)
@@ -127,8 +127,8 @@ inline void attend_into(
   }
   const auto nobody = [](const std::vector<int64_t>& of_row) { return of_row.empty(); };
   queries_of.erase(std::remove_if(queries_of.begin(), queries_of.end(), nobody), queries_of.end());
-  const std::vector<float> query = as_floats(queries);
-  std::vector<float> y(n_queries * heads * head_dim);
+  const Numbers query = as_floats(queries);
+  Numbers y(n_queries * heads * head_dim, 0.0f);
 
   with_float_type(keys.scalar_type(), [&](auto type) {
     auto* all_keys = static_cast<decltype(type)>(keys.data_ptr());
@@ -149,7 +149,7 @@ inline void attend_into(
           for (int64_t h = 0; h < per_group; ++h) {
             const int64_t last = position[n] + 1, first = window > 0 ? std::max<int64_t>(0, last - window) : 0;
             const int64_t at = (n * heads + unit % groups * per_group + h) * head_dim;
-            readers.push_back({query.data() + at, first, last, std::vector<float>(last - first), y.data() + at});
+            readers.push_back({query.data() + at, first, last, Numbers(last - first), y.data() + at});
           }
         const int64_t start = (row[of_row[0]] * groups + unit % groups) * capacity * head_dim;
         attend_to_row(all_keys + start, all_values + start, readers, per_group, head_dim, static_cast<float>(scale));

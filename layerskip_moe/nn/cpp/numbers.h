@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -166,48 +167,87 @@ void for_each(float* values, const float* others, int64_t count, const Function&
   if (i < count) apply(i, sizeof(float) * (count - i));
 }
 
-constexpr int CHAINS = 4;  // sums that do not wait for one another
+// Keeps a value that several multiplications share in a register: compilers load it anew for each.
+inline void hold(Floats& value) {
+#if defined(__AVX__)
+  asm("" : "+v"(value));
+#endif
+}
 
-// out[n][o] = w[o] . x[n] for ROWS rows of x and OUTPUTS of w, which is read as it lies. The order of summation depends
-// on neither count.
-template <int OUTPUTS, int ROWS, class Weight>
+// Numbers at work: uninitialised, and where no register's load straddles two lines of cache.
+template <class Number>
+struct Aligned {
+  using value_type = Number;
+  Aligned() = default;
+  template <class Other>
+  Aligned(const Aligned<Other>&) {}
+  Number* allocate(size_t count) { return static_cast<Number*>(::operator new(count * sizeof(Number), std::align_val_t(64))); }
+  void deallocate(Number* numbers, size_t) { ::operator delete(numbers, std::align_val_t(64)); }
+  void construct(Number*) {}
+  void construct(Number* place, Number value) { *place = value; }
+  bool operator==(const Aligned&) const { return true; }
+};
+using Numbers = std::vector<float, Aligned<float>>;
+
+// Rows that a weight is multiplied by while it is in a register: as many as there are registers for four sums of each.
+constexpr int MOST_AT_ONCE = WIDTH == 16 ? 4 : 3;
+constexpr int64_t NEAR = 1 << 14;  // bytes of a block of outputs that leave room in the first cache for the next ones
+
+// out[n][o] = w[o] . x[n] for ROWS rows of x and OUTPUTS of w. The order of summation depends on neither count.
+// COLD: the weights are read for the first time. A single row's floats are read as they lie, which is fastest where reading
+// is all there is to wait for. Else outputs go side by side, which no processor foresees: so what lies two blocks ahead is
+// asked for, in the order it lies in.
+template <int OUTPUTS, int ROWS, bool COLD, class Weight>
 inline void dot(const Weight* w, const float* const* x, int64_t inputs, float (*out)[4]) {
-  constexpr int64_t STEP = CHAINS * WIDTH;
-  const int64_t whole = inputs - inputs % STEP;
+  constexpr bool ONE_BY_ONE = ROWS == 1 && sizeof(Weight) == sizeof(float);
+  constexpr int TOGETHER = ONE_BY_ONE ? 1 : OUTPUTS;
+  constexpr int64_t STEP_BYTES = OUTPUTS * WIDTH * sizeof(Weight);
+  const int64_t whole = inputs - inputs % WIDTH, block = OUTPUTS * inputs * static_cast<int64_t>(sizeof *w);
+  const bool ask = COLD && !ONE_BY_ONE && block <= NEAR;
   Floats sums[ROWS][4] = {};
-  for (int o = 0; o < OUTPUTS; ++o) {
-    Floats chains[ROWS][CHAINS] = {};
-    for (int64_t k = 0; k < whole; k += STEP)
-      for (int c = 0; c < CHAINS; ++c) {
-        const Floats weights = load(w + o * inputs + k + c * WIDTH);
-        for (int n = 0; n < ROWS; ++n) chains[n][c] = multiply_add(weights, load(x[n] + k + c * WIDTH), chains[n][c]);
+  for (int first = 0; first < OUTPUTS; first += TOGETHER) {
+    const char* ahead = reinterpret_cast<const char*>(w) + 2 * block;
+    for (int64_t k = 0; k < whole; k += WIDTH) {
+      Floats weights[TOGETHER];
+      for (int o = 0; o < TOGETHER; ++o) weights[o] = load(w + (first + o) * inputs + k);
+      for (int64_t line = 0; ask && line < STEP_BYTES; line += 64) __builtin_prefetch(ahead + line);
+      ahead += STEP_BYTES;
+      for (int n = 0; n < ROWS; ++n) {
+        Floats numbers = load(x[n] + k);
+        hold(numbers);
+        for (int o = 0; o < TOGETHER; ++o) sums[n][first + o] = multiply_add(weights[o], numbers, sums[n][first + o]);
       }
-    for (int64_t k = whole; k < inputs; k += WIDTH) {
-      const int64_t count = std::min(WIDTH, inputs - k);
-      const Floats weights = load_first(w + o * inputs + k, count);
-      for (int n = 0; n < ROWS; ++n) chains[n][0] = multiply_add(weights, load_first(x[n] + k, count), chains[n][0]);
     }
-    for (int n = 0; n < ROWS; ++n) sums[n][o] = (chains[n][0] + chains[n][1]) + (chains[n][2] + chains[n][3]);
+  }
+  for (int o = 0; whole < inputs && o < OUTPUTS; ++o) {
+    const Floats weights = load_first(w + o * inputs + whole, inputs - whole);
+    for (int n = 0; n < ROWS; ++n) sums[n][o] = multiply_add(weights, load_first(x[n] + whole, inputs - whole), sums[n][o]);
   }
   for (int n = 0; n < ROWS; ++n) sum_four(sums[n], out[n]);
 }
 
-// give(o, n, w[o] . x[n]) for outputs begin..end - 1 and all rows.
+// `multiply` for OUTPUTS outputs from o on.
 template <int OUTPUTS, class Weight, class Give>
-inline void multiply_block(const Weight* w, int64_t begin, const std::vector<const float*>& x, int64_t inputs, const Give& give) {
+inline void multiply_block(const Weight* w, int64_t o, const std::vector<const float*>& x, int64_t inputs, const Give& give) {
   const int64_t rows = static_cast<int64_t>(x.size());
-  const auto multiply_rows = [&](auto some, int64_t n) {
+  const auto multiply_rows = [&](auto some, auto cold, int64_t n) {
     float products[some.value][4];
-    dot<OUTPUTS, some.value>(w + begin * inputs, &x[n], inputs, products);
-    for (int i = 0; i < some.value; ++i)
-      for (int o = 0; o < OUTPUTS; ++o) give(begin + o, n + i, products[i][o]);
+    dot<OUTPUTS, some.value, cold.value>(w + o * inputs, &x[n], inputs, products);
+    for (int i = 0; i < some.value; ++i) give(std::integral_constant<int, OUTPUTS>(), o, n + i, products[i]);
   };
-  int64_t n = 0;
-  for (; n + 3 <= rows; n += 3) multiply_rows(std::integral_constant<int, 3>(), n);
-  if (rows - n == 2) multiply_rows(std::integral_constant<int, 2>(), n);
-  if (rows - n == 1) multiply_rows(std::integral_constant<int, 1>(), n);
+  const auto multiply_left = [&](auto cold, int64_t n) {
+    const int64_t left = rows - n;
+    if (left >= MOST_AT_ONCE) return multiply_rows(std::integral_constant<int, MOST_AT_ONCE>(), cold, n);
+    if (left == 3) return multiply_rows(std::integral_constant<int, 3>(), cold, n);
+    if (left == 2) return multiply_rows(std::integral_constant<int, 2>(), cold, n);
+    if (left == 1) multiply_rows(std::integral_constant<int, 1>(), cold, n);
+  };
+  multiply_left(std::true_type(), 0);
+  for (int64_t n = MOST_AT_ONCE; n < rows; n += MOST_AT_ONCE) multiply_left(std::false_type(), n);
 }
 
+// For outputs begin..end - 1 and all rows, give(count, o, n, products): products[i] = w[o + i] . x[n], of count.value
+// outputs, 4 or 1.
 template <class Weight, class Give>
 inline void multiply(const Weight* w, int64_t begin, int64_t end, const std::vector<const float*>& x, int64_t inputs, const Give& give) {
   int64_t o = begin;

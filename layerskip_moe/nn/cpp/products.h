@@ -18,15 +18,15 @@ inline void linear_into(
     const Tensor& y, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale, const std::optional<Tensor>& bias) {
   const int64_t rows = present_rows(x), inputs = x.size(1), outputs = weight.size(0);
   const Column scales(scale, 1.0f), biases(bias, 0.0f);
-  const std::vector<float> floats = as_floats(x);
+  const Numbers floats = as_floats(x);
   std::vector<const float*> x_rows(rows);
   for (int64_t n = 0; n < rows; ++n) x_rows[n] = floats.data() + n * inputs;
-  std::vector<float> products(rows * outputs);
+  Numbers products(rows * outputs);
   with_weight_type(weight.scalar_type(), [&](auto type) {
     const auto* w = static_cast<decltype(type)>(weight.data_ptr());
     torch::stable::parallel_for(0, outputs, grain(inputs * sizeof *w), [&](int64_t begin, int64_t end) {
-      multiply(w, begin, end, x_rows, inputs, [&](int64_t o, int64_t n, float product) {
-        products[n * outputs + o] = product * scales[o] + biases[o];
+      multiply(w, begin, end, x_rows, inputs, [&](auto count, int64_t o, int64_t n, const float* some) {
+        for (int i = 0; i < count.value; ++i) products[n * outputs + o + i] = some[i] * scales[o + i] + biases[o + i];
       });
     });
   });
@@ -54,14 +54,14 @@ struct Needed {
 // out[pair] = w[expert] . inputs of that pair, for experts' matrices w [E, outputs, inputs].
 template <class Weight>
 void multiply_needed(
-    const Weight* w, const std::vector<Needed>& needed, int64_t outputs, int64_t inputs, const Column& scales, std::vector<float>& out) {
+    const Weight* w, const std::vector<Needed>& needed, int64_t outputs, int64_t inputs, const Column& scales, Numbers& out) {
   const int64_t n_needed = static_cast<int64_t>(needed.size());
   torch::stable::parallel_for(0, n_needed * outputs, grain(inputs * sizeof *w), [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end;) {
       const Needed& one = needed[unit / outputs];
       const int64_t first = unit % outputs, last = std::min(outputs, first + end - unit), row = one.expert * outputs;
-      multiply(w + row * inputs, first, last, one.inputs, inputs, [&](int64_t o, int64_t i, float product) {
-        out[one.pairs[i] * outputs + o] = product * scales[row + o];
+      multiply(w + row * inputs, first, last, one.inputs, inputs, [&](auto count, int64_t o, int64_t n, const float* some) {
+        for (int i = 0; i < count.value; ++i) out[one.pairs[n] * outputs + o + i] = some[i] * scales[row + o + i];
       });
       unit += last - first;
     }
@@ -76,8 +76,8 @@ inline void experts_into(
   const Column gate_up_scales(gate_up_scale, 1.0f), down_scales(down_scale, 1.0f);
   const int64_t* choice = static_cast<const int64_t*>(chosen.data_ptr());
   const float* share = static_cast<const float*>(weights.data_ptr());
-  const std::vector<float> floats = as_floats(x);
-  std::vector<float> gates_and_ups(pairs * 2 * hidden), activation(pairs * hidden), result(pairs * width), total(rows * width);
+  const Numbers floats = as_floats(x);
+  Numbers gates_and_ups(pairs * 2 * hidden), activation(pairs * hidden), result(pairs * width), total(rows * width, 0.0f);
 
   for (int64_t pair = 0; pair < pairs; ++pair)
     STD_TORCH_CHECK(0 <= choice[pair] && choice[pair] < n_experts, "a chosen expert does not exist");

@@ -50,7 +50,7 @@ inline std::vector<Tensor> replay_round(
   for (const auto& step : program.steps) step();
 
   Tensor tokens = torch::stable::new_zeros(newest, {n_rows, places}), accepted = torch::stable::new_zeros(newest, {n_rows});
-  const std::vector<float> logits = as_floats(program.outputs[0]);
+  const Numbers logits = as_floats(program.outputs[0]);
   const float* logit = logits.data();
   for (int64_t r = 0; r < n_rows; ++r) {
     const double* drawn = noise ? static_cast<const double*>(noise->data_ptr()) + r * places * vocabulary : nullptr;

@@ -30,12 +30,12 @@ inline Tensor norm(const Tensor& x, const Tensor& weight, double epsilon) {
   Tensor y = torch::stable::new_empty(x, x.sizes());
   perform([=] {
     const int64_t width = weight.numel();
-    const std::vector<float> weights = as_floats(weight, true);
-    std::vector<float> floats = as_floats(x);
+    const Numbers weights = as_floats(weight, true);
+    Numbers floats = as_floats(x);
     for (float* part = floats.data(); part < floats.data() + floats.size(); part += width) {
       const float* values = part;
       float squares[1][4];
-      dot<1, 1>(values, &values, width, squares);
+      dot<1, 1, false>(values, &values, width, squares);
       const float scale = 1.0f / std::sqrt(squares[0][0] / static_cast<float>(width) + static_cast<float>(epsilon));
       for (int64_t d = 0; d < width; ++d) part[d] *= scale * weights[d];
     }
@@ -51,7 +51,7 @@ inline Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, cons
   perform([=] {
     const int64_t rows = present_rows(x), heads = x.size(1), head_dim = x.size(2), half = head_dim / 2;
     const int64_t* position = static_cast<const int64_t*>(positions.data_ptr());
-    std::vector<float> floats = as_floats(x);
+    Numbers floats = as_floats(x);
     for (int64_t n = 0; n < rows; ++n) {
       STD_TORCH_CHECK(0 <= position[n] && position[n] < cos.size(0), "a position has no angle");
       const float* c = static_cast<const float*>(cos.data_ptr()) + position[n] * head_dim;
@@ -72,8 +72,8 @@ inline Tensor add(const Tensor& x, const Tensor& y) {
   check_sizes(x.numel() == y.numel());
   Tensor total = torch::stable::new_empty(x, x.sizes());
   perform([=] {
-    std::vector<float> floats = as_floats(x);
-    const std::vector<float> others = as_floats(y);
+    Numbers floats = as_floats(x);
+    const Numbers others = as_floats(y);
     for (size_t i = 0; i < floats.size(); ++i) floats[i] += others[i];
     give(floats, total);
   });
@@ -84,8 +84,8 @@ inline Tensor swiglu(const Tensor& gate_up) {
   Tensor y = torch::stable::new_empty(gate_up, {gate_up.size(0), gate_up.size(1) / 2});
   perform([=] {
     const int64_t rows = present_rows(gate_up), hidden = gate_up.size(1) / 2;
-    const std::vector<float> floats = as_floats(gate_up);
-    std::vector<float> activation(rows * hidden);
+    const Numbers floats = as_floats(gate_up);
+    Numbers activation(rows * hidden);
     for (int64_t n = 0; n < rows; ++n) activate(floats.data() + 2 * n * hidden, hidden, activation.data() + n * hidden);
     give(activation, y);
   });
@@ -96,8 +96,8 @@ inline Tensor gate(const Tensor& x, const Tensor& logits) {
   check_sizes(logits.numel() == x.size(0));
   Tensor y = torch::stable::new_empty(x, x.sizes());
   perform([=] {
-    std::vector<float> floats = as_floats(x);
-    const std::vector<float> gates = as_floats(logits);
+    Numbers floats = as_floats(x);
+    const Numbers gates = as_floats(logits);
     for (size_t i = 0; i < floats.size(); ++i) floats[i] /= 1.0f + std::exp(-gates[i / (floats.size() / gates.size())]);
     give(floats, y);
   });
@@ -113,7 +113,7 @@ inline std::tuple<Tensor, Tensor> route(const Tensor& logits, const std::optiona
   perform([=] {
     const int64_t rows = present_rows(logits), n_experts = logits.size(1);
     const Column biases(bias, 0.0f);
-    std::vector<float> probabilities(n_experts), scores(n_experts);
+    Numbers probabilities(n_experts), scores(n_experts);
     for (int64_t n = 0; n < rows; ++n) {
       const float* logit = static_cast<const float*>(logits.data_ptr()) + n * n_experts;
       int64_t* choice = static_cast<int64_t*>(chosen.data_ptr()) + n * top_k;
@@ -156,7 +156,7 @@ inline Tensor remember(
       STD_TORCH_CHECK(0 <= row[n] && row[n] < memory.size(0), "a row lies outside the cache");
       std::memcpy(kept + (row[n] * capacity + position[n]) * n_experts, logit + n * n_experts, n_experts * sizeof(float));
     }
-    std::vector<float> totals(count * n_experts);
+    Numbers totals(count * n_experts, 0.0f);
     for (int64_t n = 0; n < count; ++n) {
       const int64_t latest = position[n] - position[n] % hold;
       const float* slot = kept + (row[n] * capacity + latest) * n_experts;
@@ -188,7 +188,7 @@ inline Tensor choose(const Tensor& logits, const std::optional<Tensor>& noise) {
   Tensor tokens = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Long);
   perform([=] {
     const int64_t rows = present_rows(logits), vocabulary = logits.size(1);
-    const std::vector<float> floats = as_floats(logits);
+    const Numbers floats = as_floats(logits);
     const double* drawn = noise ? static_cast<const double*>(noise->data_ptr()) : nullptr;
     for (int64_t n = 0; n < rows; ++n)
       static_cast<int64_t*>(tokens.data_ptr())[n] =

@@ -52,14 +52,14 @@ inline int64_t present_rows(const Tensor& tensor) { return tensor.size(0) / rows
 
 // x [rows, ...] in float32. Rows may lie apart, as those of a part of a projection do; what is within a row lies together.
 // They are those that are there, or all.
-inline std::vector<float> as_floats(const Tensor& x, bool all = false) {
+inline Numbers as_floats(const Tensor& x, bool all = false) {
   int64_t per_row = 1;
   for (int64_t dim = x.dim() - 1; dim > 0; --dim) {
     STD_TORCH_CHECK(x.size(dim) == 1 || x.stride(dim) == per_row, "few-row products take rows that lie together");
     per_row *= x.size(dim);
   }
   const int64_t rows = all ? x.size(0) : present_rows(x), apart = x.stride(0);
-  std::vector<float> floats(rows * per_row);
+  Numbers floats(rows * per_row);
   with_float_type(x.scalar_type(), [&](auto type) {
     const auto* from = static_cast<decltype(type)>(x.data_ptr());
     for (int64_t n = 0; n < rows; ++n)
@@ -69,7 +69,7 @@ inline std::vector<float> as_floats(const Tensor& x, bool all = false) {
 }
 
 // Write numbers into a tensor of their count.
-inline void give(const std::vector<float>& floats, const Tensor& y) {
+inline void give(const Numbers& floats, const Tensor& y) {
   with_float_type(y.scalar_type(), [&](auto type) {
     auto* to = static_cast<decltype(type)>(y.data_ptr());
     for (size_t i = 0; i < floats.size(); ++i) store(floats[i], to + i);
