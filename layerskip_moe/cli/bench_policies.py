@@ -26,9 +26,9 @@ from layerskip_moe.cli.flags import parse
 from layerskip_moe.cli.options import Precision, load_network
 from layerskip_moe.files import plain, replacing
 from layerskip_moe.generation.cost_model import CostModel, fit_cost_model
-from layerskip_moe.generation.fingerprint import model_fingerprint
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.compiling import can_compile, compiling
+from layerskip_moe.nn.fingerprint import model_fingerprint
 
 
 @dataclass(frozen=True)
