@@ -1,6 +1,6 @@
 """How a network is trained: length, optimizer, and the LayerSkip recipe's dials.
 
-Knows nothing of the network's sizes. Next: `losses.py` (what a step computes), `loop.py` (the steps).
+Knows nothing of the network's sizes. Next: `losses.py` (what a step computes), `run.py` (the steps).
 """
 
 import math
