@@ -22,8 +22,8 @@ from layerskip_moe.analysis.learn_then_test import Trial, certified, p_value, se
 from layerskip_moe.generation import EarlyExit, check_prompts
 from layerskip_moe.generation.calibration import Certified, write_calibration
 from layerskip_moe.generation.confidence import first_exit
-from layerskip_moe.generation.fingerprint import model_fingerprint
 from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.nn.fingerprint import model_fingerprint
 
 SHAPE_SHARE = 4  # one sequence in so many chooses the shape; the others certify
 NEW_DOCUMENTS = "new documents like these"

@@ -18,7 +18,7 @@ import numpy as np
 
 from layerskip_moe.files import plain, replacing
 from layerskip_moe.nn import ModelConfig
-from layerskip_moe.nn.config import require_whole, shown
+from layerskip_moe.refusals import require_whole, shortened, shown
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -135,7 +135,7 @@ def load_trace(path: str | Path) -> Trace:
         lengths = [entry["tokens"] for entry in header["texts"]]
         about = {**header["about"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({shown(str(error))[1:-1].rstrip('.')}); record it anew.") from None
+        raise ValueError(f"{path} is damaged ({shortened(str(error)).rstrip('.')}); record it anew.") from None
     _check_arrays(path, arrays, config, lengths)
     return Trace(list(_texts(header["texts"], arrays)), config, about)
 

@@ -12,7 +12,7 @@ checkpoint nothing is timed, and the same command prints the same numbers again.
 
 import json
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from layerskip_moe.cli.flags import parse
 from layerskip_moe.cli.options import Precision, load_network
 from layerskip_moe.files import plain, replacing
 from layerskip_moe.generation.cost_model import CostModel, fit_cost_model
-from layerskip_moe.generation.fingerprint import model_fingerprint
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.compiling import can_compile, compiling
+from layerskip_moe.nn.fingerprint import model_fingerprint
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,13 @@ def run(arguments: list[str]) -> None:
 
 def _recorded_cost(options: Options, trace: Trace) -> CostModel:
     """What recording measured; ValueError where the trace does not tell."""
-    try:
-        assert isinstance(trace.about["machine"], dict)
-        return CostModel(**trace.about["cost_model"])
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
+    told, names = trace.about.get("cost_model"), {field.name for field in fields(CostModel)}
+    if not isinstance(trace.about.get("machine"), dict) or not isinstance(told, dict) or told.keys() != names:
         raise ValueError(
-            f"{options.trace} does not tell what its model's rounds cost ({error!r}); give --checkpoint, to measure it."
-        ) from None
+            f"{options.trace} does not tell what its model's rounds cost, and on which machine; give --checkpoint, to "
+            "measure it."
+        )
+    return CostModel(**told)
 
 
 def _model(options: Options, trace: Trace) -> MoEDecoder:

@@ -6,9 +6,9 @@ Next: `self_speculative.py`.
 
 from dataclasses import dataclass
 
-from layerskip_moe.generation.sampling import require_index
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import ModelConfig
+from layerskip_moe.refusals import require_index
 
 
 @dataclass(frozen=True)

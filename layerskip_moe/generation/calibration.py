@@ -18,9 +18,9 @@ from typing import Any
 
 from layerskip_moe.files import plain, replacing, sha256
 from layerskip_moe.generation.exit_classifier import ExitClassifier, load_classifier
-from layerskip_moe.generation.fingerprint import model_fingerprint
 from layerskip_moe.generation.session import Session
-from layerskip_moe.nn.config import shown
+from layerskip_moe.nn.fingerprint import model_fingerprint
+from layerskip_moe.refusals import shown
 
 _MOST_BYTES = 2**24  # of a file that is read
 

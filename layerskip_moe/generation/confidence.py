@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip_moe.generation.exit_classifier import ExitClassifier
-from layerskip_moe.nn.config import shown
+from layerskip_moe.refusals import shown
 
 # A name, trained probes, or a function of (hidden [N, D], previous [N, D], logits [N, V]) to confidences [N].
 Confidence = Literal["softmax_diff", "state"] | ExitClassifier | Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -28,7 +28,7 @@ from layerskip_moe.generation.confidence import (
 from layerskip_moe.generation.exit_classifier import ExitClassifier
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import KVCache, ModelConfig
-from layerskip_moe.nn.config import shown
+from layerskip_moe.refusals import shown
 
 CacheRule = Literal["propagate", "exact"]
 

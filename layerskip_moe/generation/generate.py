@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from layerskip_moe.generation.autoregressive import Autoregressive
-from layerskip_moe.generation.sampling import Sampling, require_index
+from layerskip_moe.generation.sampling import Sampling
 from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.statistics import GenerationStats
 from layerskip_moe.generation.text import TextStream, unshown_token
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.nn.compiling import can_compile, compiling, is_watched
-from layerskip_moe.nn.config import shown
 from layerskip_moe.nn.kernels import using_kernels
 from layerskip_moe.nn.modes import evaluating
+from layerskip_moe.refusals import require_index, shown
 from layerskip_moe.special_tokens import end_of_text_ids
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from layerskip_moe.generation.sampling import Sampling, gumbel_noise
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import KVCache, MoEDecoder
 from layerskip_moe.nn.compiling import compiling
-from layerskip_moe.nn.config import shown
 from layerskip_moe.nn.modes import evaluating
+from layerskip_moe.refusals import shown
 
 WINDOW = 32  # tokens that a set is judged by
 ENOUGH = 0.95  # agreement above which no better set is looked for

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from layerskip_moe.generation.layer_sets import layer_indices
-from layerskip_moe.generation.sampling import require_index
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import ModelConfig
-from layerskip_moe.nn.config import shown
 from layerskip_moe.nn.noise import hash_uniform
+from layerskip_moe.refusals import require_index, shown
 
 _STREAM = 4  # of the draws that leave out layers; see verification.py for 1 to 3
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from layerskip_moe.generation.autoregressive import check_exit_layer
 from layerskip_moe.generation.ngrams import Texts, check_ngrams
 from layerskip_moe.generation.proposals import draft, propose, verify, verify_rest
-from layerskip_moe.generation.sampling import require_index
 from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.verification import Round, check_drafting
 from layerskip_moe.nn import ModelConfig
+from layerskip_moe.refusals import require_index
 
 
 @dataclass(frozen=True)

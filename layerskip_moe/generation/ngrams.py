@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from layerskip_moe.generation.sampling import require_index
 from layerskip_moe.generation.session import Session
+from layerskip_moe.refusals import require_index
 
 
 class Text:

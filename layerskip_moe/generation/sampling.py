@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from layerskip_moe.nn import few_rows
-from layerskip_moe.nn.config import shown
 from layerskip_moe.nn.noise import hash_uniform
+from layerskip_moe.refusals import require_index, shown
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,6 @@ class Sampling:
     def filters(self) -> bool:
         """Whether more than temperature and noise decides: some tokens are left out, or weighed down."""
         return self.top_k is not None or self.top_p is not None or self.repetition_penalty != 1.0
-
-
-def require_index(name: str, value: object) -> None:
-    """Raise ValueError, naming the argument, for what cannot count: numbers with a fraction, texts, lists."""
-    if not hasattr(value, "__index__"):
-        raise ValueError(f"{name}={shown(value)} must be a whole number.")
 
 
 def log_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:

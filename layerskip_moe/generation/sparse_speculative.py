@@ -26,11 +26,10 @@ from layerskip_moe.generation.layer_sets import (
     random_layers,
 )
 from layerskip_moe.generation.proposals import draft
-from layerskip_moe.generation.sampling import require_index
 from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.verification import Round, check_drafting
 from layerskip_moe.nn import ModelConfig
-from layerskip_moe.nn.config import shown
+from layerskip_moe.refusals import require_index, shown
 
 Search = Literal["random", "swift", "clasp"]
 

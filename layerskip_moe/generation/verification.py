@@ -12,10 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from layerskip_moe.generation.sampling import choose_with_confidence, log_probabilities, require_index
+from layerskip_moe.generation.sampling import choose_with_confidence, log_probabilities
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn.noise import hash_uniform
 from layerskip_moe.nn.ragged import before_the_first_wrong
+from layerskip_moe.refusals import require_index
 
 # "shared": draft and full model choose with the same noise, and the full model's choice is the output, so the text
 # equals plain decoding's token for token. "rejection": accept a draft x with probability min(1, p(x) / q(x)), else

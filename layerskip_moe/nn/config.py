@@ -3,9 +3,10 @@
 Knows nothing of how the network is trained or decoded. Next: `decoder.py`, which builds it.
 """
 
-import reprlib
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from layerskip_moe.refusals import require_number, require_whole, shown
 
 # Past every network there is, and such that no product of a weight's sizes is past 64 bits; what a damaged file says is
 # refused here, before it is built layer by layer.
@@ -46,7 +47,7 @@ class RopeScaling:
         if self.attention_factor is not None:
             names.append("attention_factor")
         for name in names:
-            _require_number(f"rope_scaling's {name}", getattr(self, name))
+            require_number(f"rope_scaling's {name}", getattr(self, name))
             if not getattr(self, name) > 0:
                 raise ValueError(f"rope_scaling's {name}={getattr(self, name)} must be above 0.")
         if self.kind != "linear":
@@ -195,7 +196,7 @@ class ModelConfig:
             raise ValueError(f"qk_norm={shown(self.qk_norm)} is unknown; it is 'head', 'full' or None.")
         positive = ["rope_theta", "norm_eps", "init_std"] + (["clip_qkv"] if self.clip_qkv is not None else [])
         for name in ("dropout", *positive):
-            _require_number(name, getattr(self, name))
+            require_number(name, getattr(self, name))
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout} must be a probability, 0 or more and below 1.")
         for name in positive:
@@ -241,7 +242,7 @@ class ModelConfig:
                 f"moe_layers={shown(self.moe_layers)} is unknown; it is 'all', 'every other', 'first half', "
                 "'last half' or a list of layer indices."
             )
-        _require_number("router_average", self.router_average)
+        require_number("router_average", self.router_average)
         if not 0.0 <= self.router_average < 1.0:
             raise ValueError(f"router_average={self.router_average} must be 0 or more and below 1; 0 is no average.")
         require_whole("router_hold", self.router_hold, at_least=1)
@@ -307,29 +308,3 @@ def _rope_scaling(fields: Any) -> RopeScaling:
         raise ValueError(
             f"rope_scaling={shown(fields)} does not describe a RopeScaling ({shown(str(error))})."
         ) from None
-
-
-def require_whole(name: str, value: object, at_least: int, at_most: int | None = None) -> int:
-    """The value, a whole number; ValueError, naming it, where it is not one, too small or too large."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ValueError(f"{name}={shown(value)} must be a whole number, {at_least} or more.")
-    if at_most is not None and value > at_most:
-        raise ValueError(f"{name}={shown(value)} is more than any network has; it must be {at_most} or less.")
-    return value
-
-
-def shown(value: object) -> str:
-    """A value as a sentence shows it: as `repr` does, the middle of what is long left out."""
-    short = reprlib.Repr()
-    short.maxlevel = 3
-    short.maxlist = short.maxtuple = short.maxdict = short.maxset = 12
-    short.maxstring = short.maxother = short.maxlong = 120
-    told = short.repr(value)
-    return told if len(told) <= 240 else f"{told[:160]}...{told[-60:]}"
-
-
-def _require_number(name: str, value: object) -> None:
-    if (
-        isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e308 < value < 1e308
-    ):  # NaN is not either
-        raise ValueError(f"{name}={shown(value)} must be a finite number.")

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from layerskip_moe.nn import ModelConfig, MoEDecoder
-from layerskip_moe.nn.config import shown
 from layerskip_moe.pretrained.families import read_config, write_config
 from layerskip_moe.pretrained.json_file import read_json
 from layerskip_moe.pretrained.record import RECORD, read_record
 from layerskip_moe.pretrained.weights import pickles, weight_file_names
+from layerskip_moe.refusals import shortened
 
 CONFIG = "config.json"
 OUR_TYPE = "layerskip_moe"
@@ -101,7 +101,7 @@ def _network(fields: Any, path: Path) -> ModelConfig:
     unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(ModelConfig)})
     if unknown:
         raise ValueError(
-            f"{path} has fields this layerskip_moe does not know ({shown(', '.join(unknown))[1:-1]}); "
+            f"{path} has fields this layerskip_moe does not know ({shortened(', '.join(unknown))}); "
             "correct them, or install the version that wrote it."
         )
     if "vocab_size" not in fields:

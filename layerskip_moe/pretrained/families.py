@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerskip_moe.nn import ModelConfig
-from layerskip_moe.nn.config import MOST_LAYERS, require_whole, shown
+from layerskip_moe.nn.config import MOST_LAYERS
 from layerskip_moe.pretrained.position_fields import read_rope, read_window, whole, write_rope, write_window
+from layerskip_moe.refusals import require_whole, shortened, shown
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def _refuse_what_is_not_computed(values: Mapping[str, Any]) -> None:
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise ValueError(
-            f"quantization_config says that the weights are packed ({shown(str(method))[1:-1]}); give the checkpoint "
+            f"quantization_config says that the weights are packed ({shortened(str(method))}); give the checkpoint "
             "before quantisation."
         )
     # Fields of no family here that transformers looks for in all of them.

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from layerskip_moe.nn import ModelConfig, RopeScaling
-from layerskip_moe.nn.config import require_whole, shown
 from layerskip_moe.nn.rotary import yarn_attention_factor
+from layerskip_moe.refusals import require_whole, shown
 
 
 def whole(values: Mapping[str, Any], field: str, at_least: int = 1) -> int:

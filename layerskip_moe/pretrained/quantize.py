@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from layerskip_moe.nn import MoEDecoder
-from layerskip_moe.nn.config import shown
 from layerskip_moe.nn.experts import Experts
 from layerskip_moe.quiet_import import quiet_import
+from layerskip_moe.refusals import shown
 
 Quantization = Literal["int8", "int4"]
 

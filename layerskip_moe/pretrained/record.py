@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from layerskip_moe.files import sha256
-from layerskip_moe.nn.config import shown
 from layerskip_moe.pretrained.json_file import read_json, write_json
+from layerskip_moe.refusals import shown
 
 RECORD = "layerskip_moe.json"
 FORMAT_VERSION = 2

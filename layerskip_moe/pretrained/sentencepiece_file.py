@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerskip_moe.nn.config import shown
+from layerskip_moe.refusals import shortened
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer, decoders, models, normalizers
@@ -40,7 +40,7 @@ def read_sentencepiece(path: Path, settings: Mapping[str, Any]) -> "Tokenizer":
         raise
     except Exception as error:  # `tokenizers` raises bare Exception, and TypeError for pieces that are no text
         told = str(error).splitlines()[0]
-        raise ValueError(f"{path} holds no tokenizer that can be built ({shown(told)[1:-1]}); copy it again.") from None
+        raise ValueError(f"{path} holds no tokenizer that can be built ({shortened(told)}); copy it again.") from None
 
 
 def _build(proto: Any, path: Path, settings: Mapping[str, Any]) -> "Tokenizer":

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip_moe.files import replacing
-from layerskip_moe.nn.config import shown
 from layerskip_moe.pretrained.hub import local_folder
 from layerskip_moe.pretrained.json_file import read_json
 from layerskip_moe.pretrained.record import check_files
 from layerskip_moe.pretrained.sentencepiece_file import read_sentencepiece
+from layerskip_moe.refusals import shortened, shown
 from layerskip_moe.special_tokens import (
     BEGIN_OF_TEXT_NAMES,
     END_OF_TEXT_NAMES,
@@ -181,7 +181,7 @@ def _read_tokenizer_json(path: Path) -> "Tokenizer":
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # `tokenizers` raises bare Exception
-        raise ValueError(f"{path} is not a whole tokenizer ({shown(str(error))[1:-1]}); copy it again.") from None
+        raise ValueError(f"{path} is not a whole tokenizer ({shortened(str(error))}); copy it again.") from None
 
 
 def _add_tokens(tokenizer: "Tokenizer", folder: Path, config: Mapping[str, Any]) -> None:

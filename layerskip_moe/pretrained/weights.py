@@ -20,9 +20,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from layerskip_moe.nn import ModelConfig, MoEDecoder
-from layerskip_moe.nn.config import shown
 from layerskip_moe.pretrained.json_file import read_json, write_json
 from layerskip_moe.pretrained.layouts import Place
+from layerskip_moe.refusals import shortened, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_FILES = ("model*.safetensors", INDEX)  # as patterns
@@ -56,12 +56,12 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                 for name in file.keys():  # noqa: SIM118
                     if name in stored:
                         raise ValueError(
-                            f"{path} and {stored[name].file.name} both hold {_shortened(name)}; remove the stray one."
+                            f"{path} and {stored[name].file.name} both hold {shortened(name)}; remove the stray one."
                         )
                     view = file.get_slice(name)
                     stored[name] = StoredTensor(path, tuple(view.get_shape()), view.get_dtype())
         except SafetensorError as error:
-            told = _shortened(str(error))
+            told = shortened(str(error))
             raise ValueError(f"{path} is not a whole safetensors file ({told}); copy it again.") from None
     return stored
 
@@ -230,7 +230,7 @@ def _indexed_files(index: Path) -> list[Path]:
             raise ValueError(f"{index} names the file {shown(name)}, which is not a safetensors file of this folder.")
         if not (index.parent / name).is_file():
             raise ValueError(
-                f"{index} names {_shortened(name)}, which is not there; copy the whole folder of the checkpoint."
+                f"{index} names {shortened(name)}, which is not there; copy the whole folder of the checkpoint."
             )
         files.append(index.parent / name)
     return files
@@ -239,7 +239,7 @@ def _indexed_files(index: Path) -> list[Path]:
 def _float_type(name: str, tensor: StoredTensor) -> torch.dtype:
     if tensor.dtype not in _TYPES:
         raise ValueError(
-            f"{tensor.file} stores {_shortened(name)} as {tensor.dtype}, a quantised form that cannot be computed with "
+            f"{tensor.file} stores {shortened(name)} as {tensor.dtype}, a quantised form that cannot be computed with "
             f"exactly; only {', '.join(_TYPES)} are read."
         )
     return _TYPES[tensor.dtype]
@@ -264,15 +264,10 @@ def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
     if not torch.stack(tensor.aminmax()).isfinite().all():
         kind = str(tensor.dtype).removeprefix("torch.")
         raise ValueError(
-            f"{file} holds {_shortened(name)} with numbers that are NaN or infinite in {kind}, so that whatever it "
+            f"{file} holds {shortened(name)} with numbers that are NaN or infinite in {kind}, so that whatever it "
             "computes would be; give a dtype that holds them, or a checkpoint from before the training diverged."
         )
 
 
 def _enumerate(names: list[str]) -> str:
-    return ", ".join(map(_shortened, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-
-def _shortened(name: str) -> str:
-    """A name that a file gives, which may be of any letters and any length."""
-    return shown(name)[1:-1]
+    return ", ".join(map(shortened, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -1,7 +1,7 @@
 """How training calls a block: compiled, or keeping only its input for the backward pass (activation checkpointing).
 
 Both replace the block's `forward`, so that whatever gathers its parameters before and after a call still does.
-Knows nothing of what a block computes. Next: `nn/block.py`; `loop.py`, which asks.
+Knows nothing of what a block computes. Next: `nn/block.py`; `run.py`, which asks.
 """
 
 from collections.abc import Callable, Iterator

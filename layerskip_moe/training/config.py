@@ -1,12 +1,13 @@
 """How a network is trained: length, optimizer, and the LayerSkip recipe's dials.
 
-Knows nothing of the network's sizes. Next: `losses.py` (what a step computes), `loop.py` (the steps).
+Knows nothing of the network's sizes. Next: `losses.py` (what a step computes), `run.py` (the steps).
 """
 
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from layerskip_moe.refusals import require_whole
 from layerskip_moe.training.exit_loss import Curriculum, WeightKind
 from layerskip_moe.training.torchtune_parts import SCALES, Scale
 
@@ -135,10 +136,10 @@ class TrainConfig:
             "expert_parallel",
             "max_skipped_steps",
         ):
-            _at_least(name, getattr(self, name), 1)
+            require_whole(name, getattr(self, name), 1)
         for name in ("max_steps", "drafting_exit", "warmup_steps", "validate_every", "checkpoint_every"):
             if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 1 if name in ("max_steps", "drafting_exit") else 0)
+                require_whole(name, getattr(self, name), 1 if name in ("max_steps", "drafting_exit") else 0)
         if self.drafting_exit is not None and self.exit_weights != "drafting":
             raise ValueError(
                 f"drafting_exit={self.drafting_exit} is for exit_weights='drafting', not {self.exit_weights!r}."
@@ -185,11 +186,6 @@ class TrainConfig:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _at_least(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number, {least} or more.")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

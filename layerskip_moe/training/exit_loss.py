@@ -6,7 +6,7 @@ with the curriculum C in `active_exits`, the weights in `exit_weights` and J in 
 pure functions of the step, so a resumed run supervises what the uninterrupted one would have.
 
 B batch, T positions, D width, V vocabulary, L layers, N = B T rows.
-Knows nothing of optimizers, nor of how the hidden states came about. Next: `loop.py`, which adds the losses
+Knows nothing of optimizers, nor of how the hidden states came about. Next: `losses.py`, which adds the losses
 of `balance.py`.
 """
 

@@ -2,7 +2,7 @@
 
 Everything random is a pure function of (seed, step, sample), so the same step always gives the same losses.
 Knows nothing of optimizers or files. Next: `exit_loss.py`, `layer_dropout.py`, `balance.py` for the
-parts, `loop.py` for what is done with the result.
+parts, `run.py` for what is done with the result.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

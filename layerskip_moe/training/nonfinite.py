@@ -1,6 +1,6 @@
 """Steps whose loss or gradient is not finite: how many were skipped, and where in the network it began.
 
-Knows nothing of optimizers. (Gradients past float16's range are another matter, the loss scaler's.) Next: `loop.py`.
+Knows nothing of optimizers. (Gradients past float16's range are another matter, the loss scaler's.) Next: `run.py`.
 """
 
 import itertools

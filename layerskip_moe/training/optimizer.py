@@ -1,6 +1,6 @@
 """AdamW, its learning rate over the run, and how a device trains: in what number type, and compiled or not.
 
-Knows nothing of the recipe. Next: `loop.py`.
+Knows nothing of the recipe. Next: `run.py`.
 """
 
 import math

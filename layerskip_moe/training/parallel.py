@@ -4,7 +4,8 @@
 there is one rank, and everything here gives back what it was given. The ranks stand in a mesh of R / e by e: all of
 them have samples of their own, and the e of a row (`expert_parallel`) hold a layer's experts between them.
 
-Knows nothing of networks. Next: `sharding.py` (a model divided over the mesh), `expert_parallel.py`, `loop.py`.
+Knows nothing of networks. Next: `sharding.py` (a model divided over the mesh), `expert_parallel.py`; `loop.py`,
+which joins.
 """
 
 import atexit

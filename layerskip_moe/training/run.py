@@ -19,6 +19,7 @@ from torch import Tensor
 from layerskip_moe.data import batches
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.block import MoEMLP
+from layerskip_moe.nn.fingerprint import model_fingerprint
 from layerskip_moe.nn.noise import hash_uniform
 from layerskip_moe.training.balance import bias_update
 from layerskip_moe.training.block_calls import calling_blocks
@@ -35,7 +36,7 @@ from layerskip_moe.training.losses import (
 from layerskip_moe.training.nonfinite import Skips, where_it_began
 from layerskip_moe.training.optimizer import autocast_dtype, compiles, make_optimizer, set_learning_rate
 from layerskip_moe.training.parallel import Ranks
-from layerskip_moe.training.run_facts import check_same_run, fingerprint, weights_fingerprint
+from layerskip_moe.training.run_facts import check_same_run, fingerprint
 from layerskip_moe.training.run_state import restore_tensors, run_tensors
 from layerskip_moe.training.sharding import clip_gradients, make_network, take_up
 from layerskip_moe.training.step_timer import StepTimer
@@ -65,7 +66,7 @@ class Run:
         self.ranks = ranks = ranks or Ranks(0, 1, model.device)
         self.text = fingerprint(corpus.train, corpus.validation)
         if ranks.size > 1:
-            ranks.check_agree((self.text, max_steps, config, model.config, weights_fingerprint(model)))
+            ranks.check_agree((self.text, max_steps, config, model.config, model_fingerprint(model)))
         self.network = make_network(model, ranks, expert_parallel=config.expert_parallel)
         self.model = model = self.network.model
         self.timer = StepTimer(model.device)

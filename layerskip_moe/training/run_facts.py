@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from layerskip_moe.files import plain
-from layerskip_moe.nn import MoEDecoder
 
 # These may change on resume: nothing computed depends on them.
 _FREE = ("log_every", "checkpoint_every", "max_skipped_steps", "activation_checkpointing", "expert_parallel")
@@ -44,16 +43,6 @@ def fingerprint(train: Tensor, validation: Tensor) -> list[int]:
     of the training split."""
     ends = torch.cat([train[:4096], train[-4096:]]).to(torch.int64)
     return [len(train), len(validation), zlib.crc32(ends.numpy().tobytes())]
-
-
-def weights_fingerprint(model: MoEDecoder) -> int:
-    """Tells one model's weights from another's: a checksum of both ends of every tensor."""
-    checksum = 0
-    for tensor in model.state_dict().values():
-        flat = tensor.detach().flatten()
-        ends = torch.cat([flat[:1024], flat[-1024:]]).cpu()
-        checksum = zlib.crc32(ends.view(torch.uint8).numpy().tobytes(), checksum)
-    return checksum
 
 
 def _is_object(value: Any, names: set[str] | None = None) -> bool:

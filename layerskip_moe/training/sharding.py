@@ -6,7 +6,7 @@ each rank getting the part that it keeps. Embedding, norm and head belong to no 
 beginning of a pass to its end. With `expert_parallel` a layer's experts are divided twice: so many to each rank of a
 row of the mesh, and the numbers of these over the ranks of a column.
 
-Knows nothing of losses. Next: `parallel.py` (the ranks), `expert_parallel.py` (how tokens find experts), `loop.py`.
+Knows nothing of losses. Next: `parallel.py` (the ranks), `expert_parallel.py` (how tokens find experts), `run.py`.
 """
 
 import copy

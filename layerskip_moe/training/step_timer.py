@@ -1,6 +1,6 @@
 """Where a training step's time goes: seconds for each part of it.
 
-Knows nothing of what the parts do. Next: `loop.py` and `losses.py`, which say where a part begins and ends;
+Knows nothing of what the parts do. Next: `run.py` and `losses.py`, which say where a part begins and ends;
 `metrics.py`, which writes the seconds down.
 """
 

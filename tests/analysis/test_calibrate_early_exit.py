@@ -13,7 +13,7 @@ from layerskip_moe.analysis.learn_then_test import p_value, sequences_needed
 from layerskip_moe.analysis.train_classifier import train_classifier
 from layerskip_moe.generation import EarlyExit, generate
 from layerskip_moe.generation.calibration import Certified
-from layerskip_moe.generation.fingerprint import model_fingerprint
+from layerskip_moe.nn.fingerprint import model_fingerprint
 
 PROMPTS = [[i % 17, (5 * i + 1) % 17, (i * i) % 17][: 1 + i % 3] for i in range(40)]
 REFERENCES = [[(3 * i + t) % 17 for t in range(1 + i % 8)] for i in range(40)]

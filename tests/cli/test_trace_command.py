@@ -1,11 +1,11 @@
 """`layerskip-moe trace`, and `layerskip-moe bench policies` on what it wrote."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
-from layerskip_moe.analysis.trace import load_trace
+from layerskip_moe.analysis.trace import load_trace, save_trace
 from layerskip_moe.cli import bench_policies, trace
 from layerskip_moe.pretrained import load_tokenizer
 
@@ -97,6 +97,23 @@ def test_another_model_s_trace_is_refused(shell, recorded, checkpoint):
     given = ["bench", "policies", "--trace", recorded, "--checkpoint", checkpoint, "--dtype", "bfloat16"]
     code, out, err = shell(*given)
     assert (code, out) == (1, "") and "was recorded with another model" in err and "or in another --dtype" in err
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {},
+        {"machine": {}},
+        {"machine": "mine", "cost_model": {"layer": 0.001}},
+        {"machine": {}, "cost_model": 0.001},
+        {"machine": {}, "cost_model": {"layer": 0.001, "head": 0.001}},
+        {"machine": {}, "cost_model": {}},
+    ],
+)
+def test_a_trace_without_costs_needs_its_model(shell, recorded, about):
+    save_trace(replace(load_trace(recorded), about=about), recorded)
+    code, out, err = shell("bench", "policies", "--trace", recorded)
+    assert (code, out) == (1, "") and "does not tell what its model's rounds cost" in err and "give --checkpoint" in err
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from layerskip_moe.generation import EarlyExit, generate
 from layerskip_moe.generation.calibration import Certified, write_calibration
 from layerskip_moe.generation.exit_classifier import ExitClassifier
-from layerskip_moe.generation.fingerprint import model_fingerprint
 from layerskip_moe.nn import ModelConfig, MoEDecoder
+from layerskip_moe.nn.fingerprint import model_fingerprint
 
 SIZES = dict(vocab_size=11, n_layers=3, d_model=8, n_heads=2, num_experts=2, top_k=1, d_ff=8, max_seq_len=16)
 

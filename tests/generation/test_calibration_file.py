@@ -9,7 +9,7 @@ import torch
 
 from layerskip_moe.generation import EarlyExit, generate
 from layerskip_moe.generation.calibration import Certified
-from layerskip_moe.generation.fingerprint import model_fingerprint
+from layerskip_moe.nn.fingerprint import model_fingerprint
 from layerskip_moe.pretrained import quantize
 
 OWN = {"threshold": 0.75, "confidence": "state", "min_layer": 2, "decay": True, "cache": "exact", "tau": 3.0}

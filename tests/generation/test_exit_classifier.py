@@ -9,7 +9,7 @@ import torch
 from layerskip_moe.generation import EarlyExit, generate
 from layerskip_moe.generation.calibration import Certified, write_calibration
 from layerskip_moe.generation.exit_classifier import ExitClassifier, load_classifier
-from layerskip_moe.generation.fingerprint import model_fingerprint
+from layerskip_moe.nn.fingerprint import model_fingerprint
 
 PROMPTS = [[3], [5, 1, 7, 2], [8, 8, 1, 0, 2, 3]]
 SETTINGS = {"threshold": [0.5, 0.6, 1.0, 0.0], "min_layer": 1, "decay": True, "cache": "exact", "tau": 3.0}

@@ -19,11 +19,11 @@ from layerskip_moe.analysis.plan.counts import count_parameters, hidden_width
 from layerskip_moe.generation.kept_caches import ROUNDING
 from layerskip_moe.generation.session import MOST_AHEAD, MOST_NOISE
 from layerskip_moe.nn import ModelConfig
-from layerskip_moe.nn.config import require_whole
 from layerskip_moe.nn.few_rows import MOST_ROWS
 from layerskip_moe.nn.products import product_dtype
 from layerskip_moe.nn.steps import room_for
 from layerskip_moe.pretrained.quantize import Quantization
+from layerskip_moe.refusals import require_whole
 
 DecodingType = Literal["float32", "bfloat16", "float16"]
 _WIDE, _INDEX = 4, 8

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from layerskip_moe.generation.fingerprint import model_fingerprint
 from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.nn.fingerprint import model_fingerprint
 from layerskip_moe.pretrained import quantize
 
-SIZES = dict(bias_balancing=True, d_ff=16)
+SIZES = dict(dtype=torch.float32, bias_balancing=True, d_ff=16)
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
@@ -55,7 +55,7 @@ def test_what_is_written_between_two_calls_is_seen(tiny_model):
 
 
 def test_large_tensors_are_looked_at_from_end_to_end(tiny_model):
-    model = tiny_model(vocab_size=9000)
+    model = tiny_model(torch.float32, vocab_size=9000)
     before = model_fingerprint(model)
     assert model.embedding.weight.numel() > 2**16
     for rows in (slice(0, 3), slice(4000, 4003), slice(-3, None)):

@@ -1,6 +1,7 @@
-"""What tells a model from every other: a file made with one is refused with another.
+"""What tells a model from every other: a file made with one is refused with another, and so are ranks that differ.
 
-Knows nothing of such files. Next: `calibration.py` and `analysis/trace.py`, which are two.
+Knows nothing of files and ranks. Next: `generation/calibration.py`, `analysis/trace.py` and `training/run.py`, which
+ask.
 """
 
 import hashlib
@@ -9,12 +10,10 @@ from dataclasses import asdict
 
 import torch
 
-from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.nn.decoder import MoEDecoder
 from layerskip_moe.nn.products import as_floats, is_quantized
 
 _UNUSED = ("max_seq_len", "dropout", "init_std")  # settings that change no text
-
-
 _MOST = 2**16  # numbers of a tensor that are read
 
 
