@@ -7,12 +7,13 @@ L layers, E experts, K chosen. Knows nothing of acceptance. Next: `policies/adap
 other; `bench/replay.py`.
 """
 
+import math
 import operator
 import random
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,8 +25,9 @@ from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import ModelConfig, MoEDecoder, few_rows
 from layerskip_moe.nn.modes import evaluating
 
-_SECONDS = 1.5  # for timing rounds
-_BLOCKS, _STEPS = 5, 3  # of each kind, while there is time, and of each block
+_SECONDS = 1.2  # for timing rounds at first
+_BLOCKS, _STEPS = 4, 3  # of each kind at most, and of each block
+_COLD = 8  # places that come before: what a kind of step reads is not near at first
 
 
 @dataclass(frozen=True)
@@ -108,22 +110,35 @@ class CostModel:
         return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** rows) if self.num_experts else 0.0
 
 
-_fitted: "WeakKeyDictionary[MoEDecoder, dict[object, CostModel]]" = WeakKeyDictionary()
+@dataclass
+class _Fit:
+    """asked: how often it was asked for; blocks: what was timed lately; cost: fitted to them"""
+
+    asked: int = 0
+    blocks: "list[_Block]" = field(default_factory=list)
+    cost: CostModel | None = None
+
+
+_fits: "WeakKeyDictionary[MoEDecoder, dict[object, _Fit]]" = WeakKeyDictionary()
 
 
 def fit_cost_model(model: MoEDecoder, batch_size: int = 1, *, exits: Sequence[int] = ()) -> CostModel:
     """Time rounds of this model, for 2 seconds at most where a round takes less than a tenth of that, and fit the cost
-    model; at once where it was done before in this process. The rounds are those of `generate` under `compiling`, which
-    is left as it is.
+    model. A process's first seconds are not like those that follow, and machines drift: when it is asked for the second
+    time, the fourth, the eighth and so on, half a second of rounds takes the place of the oldest ones; else what was
+    fitted is given at once. The rounds are those of `generate` under `compiling`, which is left as it is.
 
     exits: exit layers, rising, that rounds are to be drafted by; by default some between early and late
     """
     key = batch_size, model.device, model.dtype, model.compiled, tuple(exits)
-    fitted = _fitted.setdefault(model, {})
-    if key not in fitted:
+    fit = _fits.setdefault(model, {}).setdefault(key, _Fit())
+    fit.asked += 1
+    if fit.asked.bit_count() == 1:
         with evaluating(model):
-            fitted[key] = _fit(model, batch_size, exits)
-    return fitted[key]
+            fit.blocks = _time_rounds(model, batch_size, exits, fit.blocks)
+        fit.cost = _fitted_to(_uncosted(model.config), fit.blocks)
+    assert fit.cost is not None
+    return fit.cost
 
 
 @dataclass(frozen=True)
@@ -132,7 +147,7 @@ class _Block:
 
     exit_layer, drafted: 0 and 0 of plain decoding; by row
     experts: as `RoundReport` has them, of one of the steps; None of plain decoding
-    seconds: of the others; of the one, where a text has room for no more
+    seconds: of the last few; of the last, where a text has room for no more
     """
 
     exit_layer: int
@@ -159,27 +174,37 @@ class _Kind:
         self.report = round
 
 
-def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int]) -> CostModel:
+def _time_rounds(
+    model: MoEDecoder, batch_size: int, exits: Sequence[int], before: "Sequence[_Block]"
+) -> "list[_Block]":
+    """Blocks of rounds, the latest of those before and new ones; where there are none before, more are timed."""
     config = model.config
     kinds = _kinds(config, batch_size, exits)
-    blocks, started, draw = list[_Block](), time.perf_counter(), random.Random(0)
-    least, before = 2 * len(kinds), -1  # the first of a kind is recorded, and takes longer
+    blocks, started, draw = list[_Block](), time.perf_counter(), random.Random(len(before))
+    least = len(kinds) if before else 2 * len(kinds)  # the very first of a kind is recorded, and takes longer
+    most, had = (least if before else _BLOCKS * len(kinds)), -1
 
     def is_over() -> bool:
         late = len(blocks) >= least and time.perf_counter() - started > _SECONDS
-        return late or len(blocks) >= _BLOCKS * len(kinds)
+        return late or len(blocks) >= most
 
-    while before < len(blocks) and not is_over():
-        before = len(blocks)
+    while had < len(blocks) and not is_over():
+        had = len(blocks)
         tokens = min(256, config.max_seq_len - 2)
         prompts = [[draw.randrange(config.vocab_size) for _ in range(2)] for _ in range(batch_size)]
-        session = Session(model, prompts, Sampling(), max_new_tokens=tokens)
+        # (Greedy text would run in circles, and read fewer experts.)
+        session = Session(model, prompts, Sampling(temperature=1.0), max_new_tokens=tokens)
         _run(session, kinds, blocks, is_over)
         session.close()
-    empty = CostModel(
-        config.n_layers, _moe_layers(config), config.num_experts, config.top_k * bool(config.num_experts), ()
-    )
-    return _fitted_to(empty, blocks[len(kinds) :] or blocks)
+    if not before:
+        blocks = blocks[len(kinds) :] or blocks
+    return [*before, *blocks][-_BLOCKS * len(kinds) :]
+
+
+def _uncosted(config: ModelConfig) -> CostModel:
+    """The cost model of such a network, without costs."""
+    top_k = config.top_k * bool(config.num_experts)
+    return CostModel(config.n_layers, _moe_layers(config), config.num_experts, top_k, ())
 
 
 def _run(session: Session, kinds: list[tuple[int, int]], blocks: list[_Block], is_over: Callable[[], bool]) -> None:
@@ -193,16 +218,17 @@ def _run(session: Session, kinds: list[tuple[int, int]], blocks: list[_Block], i
     while len(session.row_numbers) == rows and min(session.remaining) > longest and not is_over():
         policy.pair = exit_layer, drafts = kinds[len(blocks) % len(kinds)]
         seconds, experts = list[float](), None
-        for turn in range(_STEPS + 1):
+        cold = math.ceil(_COLD / (rows * (drafts + 1)))
+        for turn in range(cold + _STEPS):
             if turn and (len(session.row_numbers) < rows or min(session.remaining) <= longest):
                 break
-            policy.experts = turn == 0  # the first, behind one of another kind, is slower
+            policy.experts = turn == 0
             began = time.perf_counter()
             (drafting if drafts else plain).step(session)
             seconds.append(time.perf_counter() - began)  # a GPU was waited for: it was asked for the tokens
             if policy.experts and drafts and policy.report is not None:
                 experts = policy.report.experts
-        blocks.append(_Block(exit_layer, (drafts,) * rows, experts, seconds[1:] or seconds))
+        blocks.append(_Block(exit_layer, (drafts,) * rows, experts, seconds[cold:] or seconds[-1:]))
 
 
 def _kinds(config: ModelConfig, batch_size: int, exits: Sequence[int]) -> list[tuple[int, int]]:
