@@ -13,7 +13,7 @@ import random
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,8 +25,8 @@ from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import ModelConfig, MoEDecoder, few_rows
 from layerskip_moe.nn.modes import evaluating
 
-_SECONDS = 1.2  # for timing rounds at first
-_BLOCKS, _STEPS = 4, 3  # of each kind at most, and of each block
+_SECONDS = 1.5  # for timing rounds
+_BLOCKS, _STEPS = 5, 3  # of each kind, while there is time, and of each block
 _COLD = 8  # places that come before: what a kind of step reads is not near at first
 
 
@@ -110,35 +110,22 @@ class CostModel:
         return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** rows) if self.num_experts else 0.0
 
 
-@dataclass
-class _Fit:
-    """asked: how often it was asked for; blocks: what was timed lately; cost: fitted to them"""
-
-    asked: int = 0
-    blocks: "list[_Block]" = field(default_factory=list)
-    cost: CostModel | None = None
-
-
-_fits: "WeakKeyDictionary[MoEDecoder, dict[object, _Fit]]" = WeakKeyDictionary()
+_fitted: "WeakKeyDictionary[MoEDecoder, dict[object, CostModel]]" = WeakKeyDictionary()
 
 
 def fit_cost_model(model: MoEDecoder, batch_size: int = 1, *, exits: Sequence[int] = ()) -> CostModel:
     """Time rounds of this model, for 2 seconds at most where a round takes less than a tenth of that, and fit the cost
-    model. A process's first seconds are not like those that follow, and machines drift: when it is asked for the second
-    time, the fourth, the eighth and so on, half a second of rounds takes the place of the oldest ones; else what was
-    fitted is given at once. The rounds are those of `generate` under `compiling`, which is left as it is.
+    model; at once where it was done before in this process. The rounds are those of `generate` under `compiling`, which
+    is left as it is.
 
     exits: exit layers, rising, that rounds are to be drafted by; by default some between early and late
     """
     key = batch_size, model.device, model.dtype, model.compiled, tuple(exits)
-    fit = _fits.setdefault(model, {}).setdefault(key, _Fit())
-    fit.asked += 1
-    if fit.asked.bit_count() == 1:
+    fitted = _fitted.setdefault(model, {})
+    if key not in fitted:
         with evaluating(model):
-            fit.blocks = _time_rounds(model, batch_size, exits, fit.blocks)
-        fit.cost = _fitted_to(_uncosted(model.config), fit.blocks)
-    assert fit.cost is not None
-    return fit.cost
+            fitted[key] = _fit(model, batch_size, exits)
+    return fitted[key]
 
 
 @dataclass(frozen=True)
@@ -174,37 +161,28 @@ class _Kind:
         self.report = round
 
 
-def _time_rounds(
-    model: MoEDecoder, batch_size: int, exits: Sequence[int], before: "Sequence[_Block]"
-) -> "list[_Block]":
-    """Blocks of rounds, the latest of those before and new ones; where there are none before, more are timed."""
+def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int]) -> CostModel:
     config = model.config
     kinds = _kinds(config, batch_size, exits)
-    blocks, started, draw = list[_Block](), time.perf_counter(), random.Random(len(before))
-    least = len(kinds) if before else 2 * len(kinds)  # the very first of a kind is recorded, and takes longer
-    most, had = (least if before else _BLOCKS * len(kinds)), -1
+    blocks, started, draw = list[_Block](), time.perf_counter(), random.Random(0)
+    least, before = 2 * len(kinds), -1  # the first of a kind is recorded, and takes longer
 
     def is_over() -> bool:
         late = len(blocks) >= least and time.perf_counter() - started > _SECONDS
-        return late or len(blocks) >= most
+        return late or len(blocks) >= _BLOCKS * len(kinds)
 
-    while had < len(blocks) and not is_over():
-        had = len(blocks)
+    while before < len(blocks) and not is_over():
+        before = len(blocks)
         tokens = min(256, config.max_seq_len - 2)
         prompts = [[draw.randrange(config.vocab_size) for _ in range(2)] for _ in range(batch_size)]
         # (Greedy text would run in circles, and read fewer experts.)
         session = Session(model, prompts, Sampling(temperature=1.0), max_new_tokens=tokens)
         _run(session, kinds, blocks, is_over)
         session.close()
-    if not before:
-        blocks = blocks[len(kinds) :] or blocks
-    return [*before, *blocks][-_BLOCKS * len(kinds) :]
-
-
-def _uncosted(config: ModelConfig) -> CostModel:
-    """The cost model of such a network, without costs."""
-    top_k = config.top_k * bool(config.num_experts)
-    return CostModel(config.n_layers, _moe_layers(config), config.num_experts, top_k, ())
+    empty = CostModel(
+        config.n_layers, _moe_layers(config), config.num_experts, config.top_k * bool(config.num_experts), ()
+    )
+    return _fitted_to(empty, blocks[len(kinds) :] or blocks)
 
 
 def _run(session: Session, kinds: list[tuple[int, int]], blocks: list[_Block], is_over: Callable[[], bool]) -> None:

@@ -125,7 +125,12 @@ class SelfSpeculative:
             with _asking:
                 resting = rests(session)
             if resting:
+                started = time.perf_counter()
                 Autoregressive().step(session)
+                rested = getattr(policy, "rested", None)
+                if rested is not None:
+                    with _asking:
+                        rested(time.perf_counter() - started)
                 return
         if session.state is not None:  # the cache of a draft model that differs, which `start` made
             self._speculative(drafter).step(session)
@@ -146,18 +151,20 @@ class SelfSpeculative:
             drafted, confidences = draft(session, round_, exit_layers, stop, drafter, watch)
             tokens, accepted = round_.settle(verify(session, round_, drafted, watch))
         seconds = time.perf_counter() - started  # a GPU was waited for: it was asked how many drafts were right
+        shadowed = shadow_tokens(session, round_, watch, tokens) if watch.shadow else None
+        rows, started = session.row_numbers, time.perf_counter()
+        session.append(tokens, accepted, drafted=round_.limits)
         report = RoundReport(
-            rows=session.row_numbers,
+            rows=rows,
             exit_layers=exit_layers,
             drafted=round_.limits,
             accepted=accepted,
             confidences=confidences,
-            seconds=seconds,
+            seconds=seconds + time.perf_counter() - started,
             tokens=tokens,
             experts=experts_read(watch, session.model.config) if experts else None,
-            shadow=shadow_tokens(session, round_, watch, tokens) if watch.shadow else None,
+            shadow=shadowed,
         )
-        session.append(tokens, accepted, drafted=round_.limits)
         with _asking:
             policy.observe(report)
 

@@ -127,33 +127,18 @@ def test_fitting_leaves_the_model_as_it_was(tiny_model, monkeypatch, sizes, rows
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
-def test_rounds_are_timed_again_ever_more_rarely(tiny_model, monkeypatch):
+def test_rounds_are_timed_once_for_each_way_to_decode(tiny_model, monkeypatch):
     timed = []
     monkeypatch.setattr(
-        cost_model, "_time_rounds", lambda model, rows, exits, before: timed.append((rows, model.compiled)) or [*before]
+        cost_model, "_fit", lambda model, rows, exits: timed.append((rows, model.compiled)) or len(timed)
     )
     model, other = tiny_model(), tiny_model()
-    for _ in range(9):
-        fit_cost_model(model)
-    assert timed == [(1, False)] * 4  # the first time, the second, the fourth and the eighth
-    timed.clear()
-    fit_cost_model(model, 2), fit_cost_model(other)
+    assert [fit_cost_model(model), fit_cost_model(model), fit_cost_model(model, 2), fit_cost_model(other)] == [
+        1,
+        1,
+        2,
+        3,
+    ]
     with compiling(model):
-        fit_cost_model(model)
-    assert timed == [(2, False), (1, False), (1, True)]
-
-
-def test_later_rounds_take_the_place_of_the_oldest(tiny_model, monkeypatch):
-    monkeypatch.setattr(cost_model, "_SECONDS", 0.0)
-    model = tiny_model()
-    kinds = len(cost_model._kinds(model.config, 1, ()))
-    blocks = cost_model._time_rounds(model, 1, (), [])
-    assert len(blocks) == kinds
-    for times in (2, 3, 4, 4):
-        newer = cost_model._time_rounds(model, 1, (), blocks)
-        assert len(newer) == times * kinds
-        assert newer[: len(newer) - kinds] == blocks[-len(newer) + kinds :]
-        assert {(block.exit_layer, block.drafted) for block in newer[-kinds:]} == {
-            (layer if drafts else 0, (drafts,)) for layer, drafts in cost_model._kinds(model.config, 1, ())
-        }
-        blocks = newer
+        assert fit_cost_model(model) == fit_cost_model(model) == 4
+    assert timed == [(1, False), (2, False), (1, False), (1, True)]

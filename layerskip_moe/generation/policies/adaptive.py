@@ -2,18 +2,19 @@
 
 Expected tokens come from `acceptance.py`, seconds from `../cost_model.py`. A round that verifies several tokens reads
 the union of their experts: how much smaller it is than that of independent choices is learnt from the text, too.
-Rounds' own times are not: a machine's speed drifts, from minute to minute, by more than they could tell plans apart by,
-and a plan that was followed while all was fast would be kept for it.
+Steps' own times tell how drafting compares with plain decoding by now (`drift.py`).
 
 A rows, K drafts at most, L layers. Knows nothing of how a round is made. Next: `../self_speculative.py`.
 """
 
+import math
 import weakref
 
 from torch import Tensor
 
 from layerskip_moe.generation.cost_model import CostModel, fit_cost_model
 from layerskip_moe.generation.policies.acceptance import Acceptance
+from layerskip_moe.generation.policies.drift import Drift
 from layerskip_moe.generation.policies.fixed import check_length
 from layerskip_moe.generation.policies.new_text import NewText
 from layerskip_moe.generation.policies.policy import RoundReport
@@ -28,6 +29,9 @@ _RETHINK = 4  # rounds from one choice of a plan to the next
 _LOOK, _LOOK_LATER = 6, 48  # rounds from one look at what other exits would have said to the next: at first, and later
 _REST, _LONGEST_REST = 16, 128  # steps of plain decoding from one look to the next, where drafting does not pay
 _UNION_MEMORY = 0.8  # of the unions of earlier looks
+_DOUBT = 0.15  # of a fitted cost model: how far drafting may be from what it says, beside plain steps
+_SURE = 0.08  # doubt beyond this is worth a try of what else may be best
+_COLD = 4  # plain steps after others that take longer
 
 
 class Adaptive:
@@ -57,6 +61,9 @@ class Adaptive:
         self._acceptance: Acceptance | None = None
         self._is_new_text = NewText()
         self._union = 1.0  # experts that places read, over those of independent choices
+        self._drift = Drift(0.0)
+        self._rested = self._drafted = 0  # plain steps, and rounds by one exit, in a row
+        self._resting = 0  # rows that rest
         self._rounds = self._rest = self._looks = 0
         self._to_look, self._next_rest = _LOOK, _REST
         self._exit, self._lengths, self._rows = 0, list[int](), list[int]()
@@ -69,7 +76,7 @@ class Adaptive:
         if is_another:
             self._acceptances, self._looks, self._to_look = {}, 0, _LOOK
         if is_another or rows != self._n_rows:
-            self._union = 1.0
+            self._union, self._drift = 1.0, Drift(0.0 if self._given else _DOUBT)
         self._prepared_for, self._n_rows = weakref.ref(model), rows
         if not self._given:
             self.cost_model = fit_cost_model(model, rows, exits=self.exits)
@@ -83,8 +90,15 @@ class Adaptive:
             self._begin(session)
         if self._rest:
             self._rest -= 1
+            self._resting = len(session.row_numbers)
             return True
         return False
+
+    def rested(self, seconds: float) -> None:
+        """How long that step took."""
+        self._rested, self._drafted = self._rested + 1, 0
+        if self._rested > _COLD:
+            self._drift.see(seconds, self._seconds(0, 0, self._resting, self._resting), drafting=False)
 
     def _begin(self, session: Session) -> None:
         """Another text: of this one nothing is known yet. Where nothing is known at all, its prompt is looked at."""
@@ -119,11 +133,15 @@ class Adaptive:
     def _choose(self, rows: list[int]) -> None:
         """The best plan, unless the present one is nearly as good."""
         pays = _PAYS if len(rows) == 1 else _PAYS_IN_BATCHES
-        plans = [(pays * len(rows) / self._seconds(0, 0, len(rows), len(rows)), 0, [0] * len(rows))]
+        # What is not done now is tried where it may well be better.
+        tried = math.exp(max(self._drift.doubt - _SURE, 0.0) * (1 if self._exit else -1))
+        plans = [(tried * pays * len(rows) / self._seconds(0, 0, len(rows), len(rows)), 0, [0] * len(rows))]
         plans += [self._best_lengths(exit_layer, rows) for exit_layer in self.exits]
         best = max(plans, key=lambda plan: plan[0])
         present = next(plan for plan in plans if plan[1] == self._exit)
-        _, self._exit, self._lengths = best if best[0] > _BETTER * present[0] or rows != self._rows else present
+        _, exit_layer, self._lengths = best if best[0] > _BETTER * present[0] or rows != self._rows else present
+        if exit_layer != self._exit:
+            self._exit, self._drafted = exit_layer, 0
         self._rows = rows
 
     def _best_lengths(self, exit_layer: int, rows: list[int]) -> tuple[float, int, list[int]]:
@@ -155,7 +173,8 @@ class Adaptive:
         cost = self.cost_model
         assert cost is not None, "`prepare` came before"
         later = self._union * cost.more_experts(exit_layer, places)
-        return max(cost.seconds_of(cost.amounts(exit_layer, longest, rows, places, later)), 1e-9)
+        seconds = cost.seconds_of(cost.amounts(exit_layer, longest, rows, places, later))
+        return max(seconds * (math.exp(self._drift.offset) if longest else 1.0), 1e-9)
 
     def observe(self, round: RoundReport) -> None:
         """Learn what was accepted, and where it was asked what other exits would have said and how many experts were
@@ -168,10 +187,20 @@ class Adaptive:
         if round.shadow is not None:
             self._see_shadow(round, round.shadow)
             self._see_experts(round)
+        else:
+            self._see_seconds(round)
         if self._exit:
             self._next_rest = _REST
         else:
             self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)
+
+    def _see_seconds(self, round: RoundReport) -> None:
+        """How long a round took that was like the one before."""
+        longest, places, rows = max(round.drafted), sum(round.drafted) + len(round.drafted), len(round.drafted)
+        self._rested, self._drafted = 0, self._drafted + 1
+        if longest and self._drafted > 1:
+            reckoned = self._seconds(max(round.exit_layers), longest, places, rows) / math.exp(self._drift.offset)
+            self._drift.see(round.seconds, reckoned, drafting=True)
 
     def _see_shadow(self, round: RoundReport, shadow: Tensor) -> None:
         """What the other exits would have said, of the tokens that became text."""
