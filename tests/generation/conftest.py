@@ -24,8 +24,9 @@ def _tiny_model(seed=0, **overrides):
 @torch.enable_grad()
 def _trained_model(**overrides):
     """Taught that token x is followed by 2 x + 3: its greedy text visits many tokens, where that of random
-    weights repeats one or two. Stopped early, so that early layers still disagree with the last one."""
-    model = _tiny_model(**overrides)
+    weights repeats one or two. Stopped early, so that early layers still disagree with the last one. In float64, so that
+    it is the same model on every machine."""
+    model = _tiny_model(**overrides).double()
     text = torch.arange(29)[:, None]
     for _ in range(8):
         text = torch.cat([text, (2 * text[:, -1:] + 3) % 29], dim=1)
@@ -36,7 +37,7 @@ def _trained_model(**overrides):
         with torch.no_grad():
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
                 parameter -= 0.04 * parameter.norm() * gradient / (gradient.norm() + 1e-9)
-    return model.requires_grad_(False)
+    return model.float().requires_grad_(False)
 
 
 @functools.cache
