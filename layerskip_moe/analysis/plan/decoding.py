@@ -22,6 +22,7 @@ from layerskip_moe.nn import ModelConfig
 from layerskip_moe.nn.config import require_whole
 from layerskip_moe.nn.few_rows import MOST_ROWS
 from layerskip_moe.nn.products import product_dtype
+from layerskip_moe.nn.rotary import table_length
 from layerskip_moe.nn.steps import room_for
 from layerskip_moe.pretrained.quantize import Quantization
 
@@ -93,7 +94,7 @@ def decoding_memory(config: ModelConfig, decoding: Decoding, *, gpu: bool = True
         )
     number = getattr(torch, decoding.dtype).itemsize
     capacity = min(-(-positions // ROUNDING) * ROUNDING, config.max_seq_len)
-    angles = 2 * config.max_seq_len * config.head_width * _WIDE
+    angles = 2 * table_length(capacity, config.max_seq_len) * config.head_width * _WIDE
     multiply = _products(decoding, gpu)
     return DecodingMemory(
         weights=_weight_bytes(config, number, decoding.quantize),
