@@ -18,6 +18,8 @@ import torch
 
 from layerskip_moe.interrupts import Interrupted, is_first_process
 
+_MOST_LETTERS = 1000  # of a sentence
+
 
 def command_line(namespace: MutableMapping[str, Any]) -> list[str]:
     """The arguments of the script that `namespace` (its globals()) belongs to; none in a notebook cell, whose
@@ -76,11 +78,16 @@ def user_error(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OSError):  # a file that is not there, a full disk
         where = "" if error.filename is None else f"{error.filename}: "
-        return f"{where}{error.strerror or error}."
+        return _readable(f"{where}{error.strerror or error}.")
     # A UnicodeError is a ValueError too, but no sentence of ours.
     if isinstance(error, ValueError | FloatingPointError) and not isinstance(error, UnicodeError):
-        return str(error)
+        return _readable(str(error))
     return None
+
+
+def _readable(sentence: str) -> str:
+    """The sentence; of one that repeats what is longer than anyone reads, a path without end, both ends."""
+    return sentence if len(sentence) <= _MOST_LETTERS else f"{sentence[:600]} ... {sentence[-400:]}"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -83,7 +83,9 @@ def read_calibration(path: str | Path) -> tuple[dict[str, Any], Certified]:
     calibrated with."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"There is no calibration file '{path}'; give a number between 0 and 1, or the JSON's path.")
+        raise ValueError(
+            f"There is no calibration file {shown(str(path))}; give a number between 0 and 1, or the JSON's path."
+        )
     if path.stat().st_size > _MOST_BYTES:
         raise ValueError(f"'{path}' has {path.stat().st_size} bytes, far more than a calibration; give its JSON.")
     try:

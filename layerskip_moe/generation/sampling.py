@@ -8,6 +8,7 @@ lossless strategy and batch size. Greedy is the case without noise.
 Knows nothing of models, caches or drafts. Next: `session.py`.
 """
 
+import sys
 from dataclasses import dataclass
 from numbers import Real
 
@@ -47,15 +48,16 @@ class Sampling:
         if self.top_k is not None:
             require_index("top_k", self.top_k)
         require_index("seed", self.seed)
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or a number above it.")
+        if not 0.0 <= self.temperature <= sys.float_info.max:  # whole numbers may be past it
+            raise ValueError(f"temperature={shown(self.temperature)} must be 0 (greedy) or a number above it.")
         if self.top_k is not None and not self.top_k >= 1:  # NaN is not either
             raise ValueError(f"top_k={self.top_k} must be 1 or more, or None to keep every token.")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1.")
-        if not 0.0 < self.repetition_penalty < float("inf"):
+        if not 0.0 < self.repetition_penalty <= sys.float_info.max:
             raise ValueError(
-                f"repetition_penalty={self.repetition_penalty} must be above 0; 1 changes nothing, 1.2 is usual."
+                f"repetition_penalty={shown(self.repetition_penalty)} must be a finite number above 0; 1 changes "
+                "nothing, 1.2 is usual."
             )
 
     @property
@@ -70,8 +72,8 @@ class Sampling:
 
 
 def require_index(name: str, value: object) -> None:
-    """Raise ValueError, naming the argument, for what cannot count: numbers with a fraction, texts, lists."""
-    if not hasattr(value, "__index__"):
+    """Raise ValueError, naming the argument, for what cannot count: fractions, truth values, texts, lists."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ValueError(f"{name}={shown(value)} must be a whole number.")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.nn.config import shown
 from layerskip_moe.pretrained.model_card import CARD, is_ours, write_model_card
 from layerskip_moe.pretrained.weights import HOW_TO_CONVERT, WEIGHT_FILES, weight_file_names
 
@@ -45,7 +46,9 @@ def local_folder(
     if isinstance(folder_or_id, Path) or folder.exists() or _is_written_as_a_path(folder_or_id):
         if not folder.is_dir():
             found = "is a file" if folder.exists() else "does not exist"
-            raise ValueError(f"{folder} {found}; give the folder that save_pretrained wrote, or an id on the hub.")
+            raise ValueError(
+                f"{shown(str(folder))} {found}; give the folder that save_pretrained wrote, or an id on the hub."
+            )
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for checkpoints on the hub; {folder} is a folder here.")
         _check_links(folder)

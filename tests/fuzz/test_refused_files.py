@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from layerskip_moe.analysis.metrics_file import read_metrics
 from layerskip_moe.analysis.trace import load_trace
+from layerskip_moe.constants import user_error
 from layerskip_moe.data import load_corpus
-from layerskip_moe.generation import EarlyExit, Sampling, generate
+from layerskip_moe.generation import EarlyExit, LayerSkipping, Sampling, SparseSpeculative, generate
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.pretrained import load_model, load_tokenizer, quantize, save_model
 
@@ -193,6 +195,7 @@ def test_a_classifier_elsewhere(tmp_path, says):
     [
         *(dict(temperature=None), dict(temperature="hot"), dict(top_k=2.5), dict(top_p="most"), dict(seed=0.5)),
         *(dict(repetition_penalty=[]), dict(max_new_tokens=1.5), dict(batch_size=1.5), dict(stop_tokens=["a"])),
+        *(dict(temperature=10**400), dict(repetition_penalty=10**400), dict(top_k=True), dict(seed=False)),
         *(dict(stop_strings=3), dict(prompts=None), dict(prompts=[[1.5]]), dict(prompts=[2.5]), dict(prompts=[[None]])),
     ],
     ids=str,
@@ -200,6 +203,35 @@ def test_a_classifier_elsewhere(tmp_path, says):
 def test_arguments_of_another_kind(says, arguments):
     how = dict(prompts=[[1]], max_new_tokens=1, temperature=1.0, compile=False) | arguments
     says("prompt" if "prompts" in arguments else next(iter(arguments)), lambda: generate(make_model().eval(), **how))
+
+
+@pytest.mark.parametrize(
+    ("words", "make"),
+    [
+        ("random=True must be a whole number", lambda: LayerSkipping(random=True)),
+        ("draft_top_k=True must be a whole number", lambda: SparseSpeculative(draft_top_k=True)),
+        ("tau=10+.*0 must be a number of 0 or more", lambda: EarlyExit(0.5, decay=True, tau=10**400)),
+        (r"no calibration file '\\n\\n'", lambda: EarlyExit("\n\n")),
+    ],
+    ids=["random", "draft_top_k", "tau", "threshold"],
+)
+def test_settings_of_strategies_that_are_none(says, words, make):
+    says(words, lambda: generate(make_model().eval(), [[1]], make(), max_new_tokens=1, compile=False))
+
+
+@pytest.mark.parametrize("texts", [[None], ["x"], "abc", [[1]], {"a": 1}], ids=str)
+def test_a_trace_whose_texts_are_no_texts(tmp_path, says, texts):
+    header = dict(version=2, config=dict(vocab_size=11), about={}, texts=texts)
+    arrays = {name: np.zeros(1) for name in ("tokens", "said", "second", "confidence", "experts")}
+    np.savez(tmp_path / "trace.npz", header=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8), **arrays)
+    says("is damaged .it does not say of each text", lambda: load_trace(tmp_path / "trace.npz"))
+
+
+def test_a_path_of_thousands_of_letters(says, is_a_sentence):
+    says("xxx.*xxx' does not exist; give the folder", lambda: load_model("x" * 5000))
+    with pytest.raises(OSError) as error:
+        Path("x" * 5000).read_text()
+    assert is_a_sentence(user_error(error.value)) and is_a_sentence(user_error(ValueError("x" * 10**6 + ".")))
 
 
 def test_numbers_of_numpy_are_taken():
