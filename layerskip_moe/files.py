@@ -21,7 +21,13 @@ def cache_folder(chosen: str | Path | None = None) -> Path:
     import platformdirs
 
     chosen = chosen or os.environ.get("LAYERSKIP_MOE_CACHE")
-    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("layerskip_moe")
+    return expanded(chosen) if chosen else platformdirs.user_cache_path("layerskip_moe")
+
+
+def expanded(path: str | Path) -> Path:
+    """The path, with the home folder for a ~ that it begins with; that of an unknown user stays, and is not found.
+    (`Path.expanduser` raises RuntimeError for it.)"""
+    return Path(os.path.expanduser(path))
 
 
 @contextmanager

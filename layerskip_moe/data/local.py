@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from layerskip_moe.data.source import Document, Source
+from layerskip_moe.nn.config import shown
 
 VALIDATION_SHARE = 0.05
 TEXT_SUFFIXES = (".txt", ".md", ".py")
@@ -53,19 +54,19 @@ def path_source(path: Path, sample_fraction: float, seed: int) -> Source:
     Raises ValueError for a missing path, an unsupported suffix, undecodable bytes, a line without `text`,
     and for too little text.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # (which raises nothing, as `Path.is_dir` does for a name that is too long)
         paths = _visible_files(path, SUFFIXES)
         if not paths:
             raise ValueError(f"The folder {path} holds no {_listed(SUFFIXES)} file: name another folder.")
         documents = _read_folder(path, paths)
-    elif path.is_file():
+    elif os.path.isfile(path):
         if path.suffix.lower() not in SUFFIXES:
             raise ValueError(
                 f"{path} ends in '{path.suffix}', which cannot be read: convert it to {_listed(SUFFIXES)}."
             )
         documents = _hold_back_tail(_read_file(path))
     else:
-        raise ValueError(f"There is no file or folder {path.absolute()}: check the path.")
+        raise ValueError(f"There is no file or folder {shown(str(path.absolute()))}: check the path.")
     if not documents:
         raise ValueError(f"{path} is empty: it must hold some text to train on.")
     return _source(path.resolve().name, documents, sample_fraction, seed)

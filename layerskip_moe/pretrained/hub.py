@@ -4,11 +4,13 @@ What was brought once is found in the cache when there is no network (huggingfac
 Knows nothing of what is in the files. Next: `checkpoint.py`, which reads and writes the folder.
 """
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerskip_moe.files import expanded
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.config import shown
 from layerskip_moe.pretrained.model_card import CARD, is_ours, write_model_card
@@ -42,10 +44,11 @@ def local_folder(
     such checkpoint, has its weights (if these are wanted) only as pickles, does not let it be read, or cannot be
     reached while the cache does not have it.
     """
-    folder = Path(folder_or_id).expanduser()
-    if isinstance(folder_or_id, Path) or folder.exists() or _is_written_as_a_path(folder_or_id):
-        if not folder.is_dir():
-            found = "is a file" if folder.exists() else "does not exist"
+    folder = expanded(folder_or_id)
+    exists = os.path.exists(folder)  # (which raises nothing, as `Path.exists` does for a name that is too long)
+    if isinstance(folder_or_id, Path) or exists or _is_written_as_a_path(folder_or_id):
+        if not os.path.isdir(folder):
+            found = "is a file" if exists else "does not exist"
             raise ValueError(
                 f"{shown(str(folder))} {found}; give the folder that save_pretrained wrote, or an id on the hub."
             )

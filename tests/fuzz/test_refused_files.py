@@ -228,10 +228,20 @@ def test_a_trace_whose_texts_are_no_texts(tmp_path, says, texts):
 
 
 def test_a_path_of_thousands_of_letters(says, is_a_sentence):
-    says("xxx.*xxx' does not exist; give the folder", lambda: load_model("x" * 5000))
+    long = "x" * 5000
+    says(r"x\.\.\.x+' does not exist; give the folder", lambda: load_model(long))
+    says(r"no dataset, file or folder 'x+\.\.\.", lambda: load_corpus(long))
+    says(r"no file or folder .*x\.\.\.x+", lambda: load_corpus(Path(long)))
+    says(r"no tokenizer 'x+\.\.\.", lambda: load_corpus(__file__, tokenizer=long))
+    says(r"no calibration file 'x+\.\.\.", lambda: EarlyExit(long))
     with pytest.raises(OSError) as error:
         Path("x" * 5000).read_text()
     assert is_a_sentence(user_error(error.value)) and is_a_sentence(user_error(ValueError("x" * 10**6 + ".")))
+
+
+def test_the_home_of_nobody(says):
+    for load in (load_model, load_corpus, lambda path: load_corpus(__file__, tokenizer=path)):
+        says("~nobody at all/file", lambda load=load: load("~nobody at all/file"))
 
 
 def test_numbers_of_numpy_are_taken():
