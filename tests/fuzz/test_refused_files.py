@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -166,6 +168,33 @@ def test_json_nested_without_end(tmp_path, says):
         experts=header,
     )
     says("is not a trace", lambda: load_trace(tmp_path / "trace.npz"))
+
+
+def write_bomb(path, kind):
+    """A few kilobytes that say they hold gigabytes, and do: one text in many rows, many that are empty or none, or
+    texts of one letter."""
+    if kind == "one text in many rows":
+        column = pa.DictionaryArray.from_arrays(pa.array([0] * 10**5, pa.int32()), pa.array(["x" * 10**6]))
+    elif kind == "nothing in many rows":
+        column = pa.nulls(5 * 10**6, pa.string())
+    elif kind == "empty texts":
+        column = pa.array([""] * 5 * 10**6)
+    else:
+        column = pa.array(["x" * 2**26] * 5)
+    dictionary = kind != "texts of one letter"
+    pq.write_table(pa.table({"text": column}), path, compression="zstd", use_dictionary=dictionary, store_schema=False)
+    assert path.stat().st_size < 10**6
+
+
+@pytest.mark.parametrize(
+    "kind", ["one text in many rows", "nothing in many rows", "empty texts", "texts of one letter"]
+)
+def test_a_parquet_file_that_would_fill_the_memory(tmp_path, says, kind):
+    write_bomb(tmp_path / "a.parquet", kind)
+    says(
+        r"a.parquet is of \d+ bytes, but its texts would take more than 268435456",
+        lambda: load_corpus(tmp_path / "a.parquet", cache_dir=tmp_path, progress=False),
+    )
 
 
 def test_one_line_of_six_million_letters(tmp_path, refused):
