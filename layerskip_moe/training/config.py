@@ -13,7 +13,7 @@ from layerskip_moe.training.torchtune_parts import SCALES, Scale
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 OptimizerName = Literal["adamw", "adamw8bit"]
-_LARGEST = 2**63 - 1  # of all numbers but the seed: what is computed with them stays finite
+_LARGEST = 2**63 - 1  # of epochs, and of whole numbers but the seed, which may be past what a float holds
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class TrainConfig:
         _one_of("optimizer", self.optimizer, get_args(OptimizerName))
         _one_of("precision", self.precision, get_args(Precision))
         for name, value in asdict(self).items():
-            if name != "seed" and isinstance(value, int | float) and value > _LARGEST:
+            if (name == "epochs" or (isinstance(value, int) and name != "seed")) and value > _LARGEST:
                 raise ValueError(f"{name}={shown(value)} is too large; it must be {_LARGEST} or less.")
 
 

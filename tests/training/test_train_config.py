@@ -50,7 +50,7 @@ REFUSED = {
 
 LARGE = [  # and then could not be computed with
     *(("max_steps", 10**400), ("warmup_steps", 2**63), ("exit_rotation", 10**30), ("batch_size", 2**63)),
-    *(("epochs", 1e308), ("learning_rate", 10**400), ("weight_decay", 10**400), ("exit_loss_scale", 1e300)),
+    *(("epochs", 1e308), ("learning_rate", 10**400), ("weight_decay", 10**400)),
 ]
 
 ACCEPTED = {
@@ -124,7 +124,7 @@ def test_drafting_weights_without_early_exits_are_refused():
 
 @pytest.mark.parametrize(("name", "value"), LARGE, ids=[name for name, _ in LARGE])
 def test_numbers_without_end_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"^{name}=.* (is too large; it must be 9223372036854775807 or less.|finite)"):
+    with pytest.raises(ValueError, match=f"^{name}=.* is too large; it must be 9223372036854775807 or less."):
         TrainConfig(**{name: value})
     assert TrainConfig(seed=10**400).seed == 10**400, "a seed may be any number"
 
