@@ -108,7 +108,8 @@ def as_json(value: Any) -> Any:
 
 
 def _read(path: Path, setting: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A file of these settings. A field that came to a config after it was written counts as its default, and is there."""
+    """A file of these settings. A field that came to a config after it was written counts as its default, which is
+    put in."""
     if not path.exists():
         return None
     found = _parsed(path)
