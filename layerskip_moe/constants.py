@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from layerskip_moe.interrupts import Interrupted, is_first_process
+from layerskip_moe.nn.config import shown
 
 _MOST_LETTERS = 1000  # of a sentence
 
@@ -61,9 +62,11 @@ def pick_device(device: str | None) -> str:
     try:
         kind = torch.empty(0, device=device).device.type
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device={device!r} is not to be had here; 'cpu' always is, 'cuda' with a GPU.") from error
+        raise ValueError(
+            f"device={shown(device)} is not to be had here; 'cpu' always is, 'cuda' with a GPU."
+        ) from error
     if kind not in ("cpu", "cuda"):
-        raise ValueError(f"device={device!r} is not supported; 'cpu' always is, 'cuda' with a GPU.")
+        raise ValueError(f"device={shown(device)} is not supported; 'cpu' always is, 'cuda' with a GPU.")
     return device
 
 
@@ -136,7 +139,7 @@ def _pairs(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            raise ValueError(f"{word!r} is not understood; constants are given as --name value.")
+            raise ValueError(f"{shown(word)} is not understood; constants are given as --name value.")
         name, equals, value = word[2:].partition("=")
         if equals:
             pairs.append((name, value))

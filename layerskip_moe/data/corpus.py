@@ -126,7 +126,8 @@ def _find_source(dataset: str | Path, config: str | None, fraction: float, seed:
     if not looks_local and _HUB_NAME.fullmatch(str(dataset)):
         return hub_source(str(dataset), str(dataset), config, fraction, seed, root / "hub")
     if config is not None:
-        raise ValueError(f"config={config!r} is for hub datasets 'owner/name': leave it out for {shown(str(dataset))}.")
+        told = shown(str(dataset))
+        raise ValueError(f"config={shown(config)} is for hub datasets 'owner/name': leave it out for {told}.")
     if dataset == "python-stdlib":
         return stdlib_source(fraction, seed)
     if isinstance(dataset, str) and dataset in SHORT_NAMES:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from layerskip_moe.generation.sampling import choose_with_confidence, log_probabilities, require_index
 from layerskip_moe.generation.session import Session
+from layerskip_moe.nn.config import shown
 from layerskip_moe.nn.noise import hash_uniform
 from layerskip_moe.nn.ragged import before_the_first_wrong
 
@@ -32,7 +33,7 @@ def check_drafting(draft_length: int, coupling: Coupling) -> None:
     if draft_length < 1:
         raise ValueError(f"draft_length={draft_length} must be 1 or more; plain decoding is Autoregressive().")
     if coupling not in ("shared", "rejection"):
-        raise ValueError(f"coupling={coupling!r} is unknown; it is 'shared' or 'rejection'.")
+        raise ValueError(f"coupling={shown(coupling)} is unknown; it is 'shared' or 'rejection'.")
 
 
 @dataclass

@@ -53,7 +53,7 @@ def local_folder(
                 f"{shown(str(folder))} {found}; give the folder that save_pretrained wrote, or an id on the hub."
             )
         if revision is not None:
-            raise ValueError(f"revision={revision!r} is for checkpoints on the hub; {folder} is a folder here.")
+            raise ValueError(f"revision={shown(revision)} is for checkpoints on the hub; {folder} is a folder here.")
         _check_links(folder)
         return folder
     folder = _download(folder_or_id, revision, token, patterns)

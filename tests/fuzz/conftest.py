@@ -80,7 +80,7 @@ def _bounds():
 
 
 def _is_a_sentence(message):
-    return "\n" not in message and 10 < len(message) <= LETTERS and message.endswith(".")
+    return "\n" not in message and 10 < len(message) <= LETTERS and message.endswith((".", "?"))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,9 @@ from layerskip_moe.analysis.metrics_file import read_metrics
 from layerskip_moe.analysis.trace import load_trace
 from layerskip_moe.constants import user_error
 from layerskip_moe.data import load_corpus
-from layerskip_moe.generation import EarlyExit, LayerSkipping, Sampling, SparseSpeculative, generate
+from layerskip_moe.data.tokenizer import train_tokenizer
+from layerskip_moe.generation import EarlyExit, LayerSkipping, Sampling, SelfSpeculative, SparseSpeculative, generate
+from layerskip_moe.generation.policies import DEL, Cascade, DraftVerify, Heuristic
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.pretrained import load_model, load_tokenizer, quantize, save_model
 
@@ -240,9 +242,16 @@ def test_arguments_of_another_kind(says, arguments):
         ("random=True must be a whole number", lambda: LayerSkipping(random=True)),
         ("draft_top_k=True must be a whole number", lambda: SparseSpeculative(draft_top_k=True)),
         ("tau=10+.*0 must be a number of 0 or more", lambda: EarlyExit(0.5, decay=True, tau=10**400)),
+        ("exit_layer='x+.* must be a whole number", lambda: SelfSpeculative("x" * 10**5)),
+        ("coupling='x+.* is unknown", lambda: SelfSpeculative(1, coupling="x" * 10**5)),
+        ("threshold='a' must be between", lambda: SelfSpeculative(policy=Heuristic(1, threshold="a"))),
+        ("length='a' must be a whole", lambda: SelfSpeculative(policy=DraftVerify(1, length="a"))),
+        ("decay=10+.* must be between", lambda: SelfSpeculative(policy=DEL(decay=10**400))),
+        ("decay=None must be between", lambda: SelfSpeculative(policy=DEL(decay=None))),
+        ("trials=2.5 must be a whole", lambda: SelfSpeculative(policy=Cascade(1, trials=2.5))),
         (r"no calibration file '\\n\\n'", lambda: EarlyExit("\n\n")),
     ],
-    ids=["random", "draft_top_k", "tau", "threshold"],
+    ids=lambda value: value.partition("=")[0] if isinstance(value, str) else "",
 )
 def test_settings_of_strategies_that_are_none(says, words, make):
     says(words, lambda: generate(make_model().eval(), [[1]], make(), max_new_tokens=1, compile=False))
@@ -254,6 +263,15 @@ def test_a_trace_whose_texts_are_no_texts(tmp_path, says, texts):
     arrays = {name: np.zeros(1) for name in ("tokens", "said", "second", "confidence", "experts")}
     np.savez(tmp_path / "trace.npz", header=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8), **arrays)
     says("is damaged .it does not say of each text", lambda: load_trace(tmp_path / "trace.npz"))
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "null", "1.5", "true", '"x"', "[]", '"1e1"'])
+def test_ids_of_tokens_that_are_none(tmp_path, says, number):
+    train_tokenizer("bpe", 270, [("train", "The quick brown fox.\n" * 9)], progress=False).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    (tmp_path / "added_tokens.json").write_text(f'{{"<new>": {number}}}')
+    says("does not list its tokens as transformers does", lambda: load_tokenizer(tmp_path))
 
 
 def test_a_path_of_thousands_of_letters(says, is_a_sentence):
