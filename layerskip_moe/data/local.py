@@ -58,8 +58,8 @@ def path_source(path: Path, sample_fraction: float, seed: int) -> Source:
     .txt, .md, .py: one document per file. .jsonl: one per line, its `text`. .parquet: one per row of the
     column `text`. A folder is split by a hash of each file's relative name; a single file keeps the last 5%
     of its documents for validation, or of its characters where it is one document.
-    Raises ValueError for a missing path, an unsupported suffix, undecodable bytes, a line without `text`,
-    and for too little text.
+    Raises ValueError for a missing path, an unsupported suffix, undecodable bytes, a line without `text`, a parquet
+    file whose texts would take far more than it, and for too little text.
     """
     if os.path.isdir(path):  # (which raises nothing, as `Path.is_dir` does for a name that is too long)
         paths = _visible_files(path, SUFFIXES)
