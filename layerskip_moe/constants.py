@@ -17,6 +17,9 @@ from typing import Any
 import torch
 
 from layerskip_moe.interrupts import Interrupted, is_first_process
+from layerskip_moe.refusals import shown
+
+_MOST_LETTERS = 1000  # of a sentence
 
 
 def command_line(namespace: MutableMapping[str, Any]) -> list[str]:
@@ -59,9 +62,11 @@ def pick_device(device: str | None) -> str:
     try:
         kind = torch.empty(0, device=device).device.type
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device={device!r} is not to be had here; 'cpu' always is, 'cuda' with a GPU.") from error
+        raise ValueError(
+            f"device={shown(device)} is not to be had here; 'cpu' always is, 'cuda' with a GPU."
+        ) from error
     if kind not in ("cpu", "cuda"):
-        raise ValueError(f"device={device!r} is not supported; 'cpu' always is, 'cuda' with a GPU.")
+        raise ValueError(f"device={shown(device)} is not supported; 'cpu' always is, 'cuda' with a GPU.")
     return device
 
 
@@ -76,11 +81,16 @@ def user_error(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OSError):  # a file that is not there, a full disk
         where = "" if error.filename is None else f"{error.filename}: "
-        return f"{where}{error.strerror or error}."
+        return _readable(f"{where}{error.strerror or error}.")
     # A UnicodeError is a ValueError too, but no sentence of ours.
     if isinstance(error, ValueError | FloatingPointError) and not isinstance(error, UnicodeError):
-        return str(error)
+        return _readable(str(error))
     return None
+
+
+def _readable(sentence: str) -> str:
+    """The sentence; of one that repeats what is longer than anyone reads, a path without end, both ends."""
+    return sentence if len(sentence) <= _MOST_LETTERS else f"{sentence[:600]} ... {sentence[-400:]}"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -129,7 +139,7 @@ def _pairs(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            raise ValueError(f"{word!r} is not understood; constants are given as --name value.")
+            raise ValueError(f"{shown(word)} is not understood; constants are given as --name value.")
         name, equals, value = word[2:].partition("=")
         if equals:
             pairs.append((name, value))

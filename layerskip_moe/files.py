@@ -21,7 +21,13 @@ def cache_folder(chosen: str | Path | None = None) -> Path:
     import platformdirs
 
     chosen = chosen or os.environ.get("LAYERSKIP_MOE_CACHE")
-    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("layerskip_moe")
+    return expanded(chosen) if chosen else platformdirs.user_cache_path("layerskip_moe")
+
+
+def expanded(path: str | Path) -> Path:
+    """The path, with the home folder for a ~ that it begins with; that of an unknown user stays, and is not found.
+    (`Path.expanduser` raises RuntimeError for it.)"""
+    return Path(os.path.expanduser(path))
 
 
 @contextmanager
@@ -61,7 +67,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """The same for a folder: a new, empty one beside `path` to write files to, and nothing in it that starts with a
     dot. What `path` was before is removed once the new folder has its place, and put back if it never gets there.
 
-    A process that is killed meanwhile leaves folders behind whose names are a dot, path's name, and more.
+    A process that is killed meanwhile leaves folders behind whose names are a dot, path's name, and more. Between the
+    two renames it leaves none of path's name: `set_aside` finds what was there.
     """
     beside, before = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     with making_folder(path.parent):
@@ -82,6 +89,17 @@ def replacing_folder(path: Path) -> Iterator[Path]:
                 os.replace(before, path)
             for folder in (beside, before):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> dict[Path, Path]:
+    """Folders within this one that `replacing_folder` had moved away when its process was killed: the path of each,
+    which is nobody's now, and where it is. They are whole: what is being removed has another at its path."""
+    found = {}
+    for before in folder.glob(".*.old"):
+        path = folder / before.name[1:].rsplit(".", 2)[0]
+        if before.is_dir() and not path.exists():
+            found[path] = before
+    return found
 
 
 def _to_disk(path: Path) -> None:

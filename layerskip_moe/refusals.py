@@ -31,8 +31,8 @@ def require_whole(name: str, value: object, at_least: int, at_most: int | None =
 
 
 def require_index(name: str, value: object) -> None:
-    """Raise ValueError, naming the argument, for what cannot count: numbers with a fraction, texts, lists."""
-    if not hasattr(value, "__index__"):
+    """Raise ValueError, naming the argument, for what cannot count: fractions, truth values, texts, lists."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ValueError(f"{name}={shown(value)} must be a whole number.")
 
 

@@ -4,12 +4,13 @@ import errno
 import json
 import math
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from layerskip_moe.files import explaining_failure, plain, replacing, replacing_folder
+from layerskip_moe.files import explaining_failure, plain, replacing, replacing_folder, set_aside
 
 
 def test_replacing_takes_the_place_only_when_all_is_written(tmp_path):
@@ -70,6 +71,26 @@ def test_a_stop_between_the_two_renames_of_a_folder_loses_neither(tmp_path, monk
     with pytest.raises(error), replacing_folder(path) as beside:
         (beside / "new").write_text("new")
     assert len(renames) == 3 and list(path.parent.iterdir()) == [path] and list(path.iterdir()) == [path / "old"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a process of its own")
+def test_a_kill_between_the_two_renames_leaves_the_older_folder_to_be_found(tmp_path):
+    path = tmp_path / "folder.of.mine"
+    with replacing_folder(path) as beside:
+        (beside / "old").write_text("old")
+    assert set_aside(tmp_path) == {}
+    child = os.fork()
+    if not child:
+        renames, replace = [], os.replace
+        os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL) if renames else renames.append(replace(*paths))
+        with replacing_folder(path) as beside:
+            (beside / "new").write_text("new")
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL and not path.exists()
+    [(name, before)] = set_aside(tmp_path).items()
+    assert name == path and [file.name for file in before.iterdir()] == ["old"]
+    path.mkdir()
+    assert set_aside(tmp_path) == {}, "there is another now"
 
 
 def test_a_folder_that_a_killed_process_of_our_number_had_moved_away_is_no_hindrance(tmp_path):

@@ -6,7 +6,6 @@ Knows nothing of what a variant changes. Next: `summary.py`, which compares the 
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,24 +16,25 @@ import torch
 from tqdm.auto import tqdm
 
 from layerskip_moe.ablation.measure import MeasureConfig
-from layerskip_moe.ablation.runs import (
+from layerskip_moe.ablation.result_files import (
     DECODING,
-    MODEL,
     RESULT,
-    Run,
     as_json,
     check_machine,
     decoding_setting,
     read_result,
-    time_run,
-    train_run,
+    read_run,
+    read_timing,
 )
+from layerskip_moe.ablation.runs import MODEL, Run, time_run, train_run
 from layerskip_moe.ablation.timing import DecodingConfig
 from layerskip_moe.ablation.variants import BASE, Variant
 from layerskip_moe.ablation.write import write_ablation
+from layerskip_moe.analysis.report_text.markdown import number
 from layerskip_moe.bench import describe_machine
 from layerskip_moe.data import Corpus
 from layerskip_moe.nn import ModelConfig
+from layerskip_moe.refusals import shown
 from layerskip_moe.training import TrainConfig
 from layerskip_moe.training.losses import step_exit_weights
 from layerskip_moe.training.run_facts import fingerprint
@@ -146,12 +146,16 @@ def _others(asked: Sequence[Run], network: ModelConfig, recipe: TrainConfig, out
         if path.parent in folders:
             continue
         name = path.parent.parent.name
+        changed, seed = read_run(path)
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            variant = changes.setdefault(name, Variant(**saved["changes"]))  # one name stands for the same in all seeds
-            runs.append(_run(name, variant, network, recipe, out_dir, saved["seed"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} does not fit here ({error!r}); remove it, or give another out_dir.") from None
+            variant = changes.setdefault(name, Variant(**changed))  # one name stands for the same in all seeds
+            run = _run(name, variant, network, recipe, out_dir, seed)
+            if run.folder != path.parent:
+                raise ValueError(f"its seed is {seed}")
+        except (ValueError, TypeError) as error:
+            why = shown(str(error))[1:-1]
+            raise ValueError(f"{path} does not fit here ({why}); remove it, or give another out_dir.") from None
+        runs.append(run)
     return runs
 
 
@@ -203,7 +207,10 @@ def _known(run: Run, setting: Mapping[str, Any], decoding: DecodingConfig) -> di
     result = read_result(run.folder / RESULT, setting)
     if result is None:
         return None
-    timed = read_result(run.folder / DECODING, decoding_setting(decoding))
+    if (result["variant"], result["seed"]) != (run.variant, run.recipe.seed):
+        told = f"{shown(result['variant'])}, seed {shown(result['seed'])}"
+        raise ValueError(f"{run.folder / RESULT} is of another run ({told}); remove it, and the run is made again.")
+    timed = read_timing(run.folder / DECODING, decoding_setting(decoding))
     return result | {
         "decoding": timed and timed["decoding"],
         "timed_on": timed and timed["machine"],
@@ -216,7 +223,7 @@ def _trained(result: Mapping[str, Any]) -> str:
     if result["failed"]:
         return f"{run}: failed, {result['failed']}"
     took = result["training_seconds"] + result["measuring_seconds"]
-    return f"{run}: perplexity {result['exits']['perplexity'][-1]:.2f} ({took:.0f} s)"
+    return f"{run}: perplexity {number(result['exits']['perplexity'][-1], 2)} ({took:.0f} s)"
 
 
 def _timed(timed: Mapping[str, Any]) -> str:

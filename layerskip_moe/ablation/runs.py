@@ -5,7 +5,8 @@
                                         result.json     once it is measured: this run is not trained again
                                         decoding.json   once it is timed: this run is not timed again
 
-Knows nothing of the other runs. Next: `grid.py`, which makes all of them; `measure.py` and `timing.py`.
+Knows nothing of the other runs. Next: `result_files.py`, which reads them; `grid.py`, which makes all of
+them; `measure.py` and `timing.py`.
 """
 
 import json
@@ -18,24 +19,18 @@ from typing import Any
 import torch
 
 from layerskip_moe.ablation.measure import MeasureConfig, measure
+from layerskip_moe.ablation.result_files import DECODING, RESULT, as_json, decoding_setting
 from layerskip_moe.ablation.timing import DecodingConfig, time_decoding
 from layerskip_moe.ablation.variants import Variant
 from layerskip_moe.bench import describe_machine
 from layerskip_moe.data import Corpus
-from layerskip_moe.files import plain, replacing
+from layerskip_moe.files import replacing
 from layerskip_moe.interrupts import Interrupted
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.training import TrainConfig, train
 from layerskip_moe.training.checkpoint import has_checkpoint, remove_checkpoints
 
-RESULT, DECODING, MODEL = "result.json", "decoding.json", "model"
-_MACHINE = ("cpu", "cores", "torch_threads", "device", "accelerator")  # what speeds are compared on, beside torch
-_KINDS: dict[str, type] = {
-    "network": ModelConfig,
-    "recipe": TrainConfig,
-    "measures": MeasureConfig,
-    "decoding": DecodingConfig,
-}
+MODEL = "model"
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ def train_run(
     run: Run, setting: Mapping[str, Any], corpus: Corpus, measures: MeasureConfig, device: torch.device, progress: bool
 ) -> dict[str, Any]:
     """Train, save the model, measure it, and write result.json, upon which the checkpoints are removed; what was
-    written. setting: all that it depends on, which `read_result` compares.
+    written. setting: all that it depends on, which `result_files.read_result` compares.
 
     A run that was stopped goes on from its newest one, and Ctrl-C says so. Where the loss stops being finite, `failed`
     does.
@@ -119,61 +114,6 @@ def time_run(
     )
     _write(run.folder / DECODING, timed)
     return timed
-
-
-def decoding_setting(decoding: DecodingConfig) -> dict[str, Any]:
-    """What a timing depends on, beside the model and the machine."""
-    return as_json({"decoding": asdict(decoding)})
-
-
-def read_result(path: Path, setting: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A result.json or decoding.json; None where there is none. ValueError where it is damaged or of other settings.
-
-    A field that came to a config after the file was written counts as its default.
-    """
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        saved = {part: _complete(part, found["setting"][part]) for part in setting}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); remove it, and the run is made again.") from None
-    for part, values in setting.items():
-        if saved[part] != values:
-            raise ValueError(
-                f"{path} is of another {part}{_difference(saved[part], values)}; "
-                "give the same settings again, or another out_dir."
-            )
-    return found
-
-
-def check_machine(path: Path, here: Mapping[str, Any]) -> None:
-    """Raise ValueError where a decoding.json is of another machine than this one, by `describe_machine`."""
-    there = json.loads(path.read_text(encoding="utf-8"))["machine"]
-    one, other = ({**of, "torch": of["versions"].get("torch")} for of in (there, here))
-    names = [name for name in (*_MACHINE, "torch") if one[name] != other[name]]
-    if names:
-        raise ValueError(
-            f"{path} was timed elsewhere{_difference({n: one[n] for n in names}, {n: other[n] for n in names})}; time "
-            f"all runs of a folder on one machine, or remove its {DECODING} files, and all are timed again."
-        )
-
-
-def as_json(value: Any) -> Any:
-    """The value as it is read back from a file."""
-    return json.loads(json.dumps(plain(value), allow_nan=False))
-
-
-def _complete(part: str, values: Any) -> Any:
-    """The saved values with the defaults of the fields that they lack."""
-    return as_json(asdict(_KINDS[part](**values))) if part in _KINDS else values
-
-
-def _difference(saved: Any, now: Any) -> str:
-    if not isinstance(now, dict):
-        return ""
-    changed = [name for name in now if saved.get(name) != now[name]]
-    return f" ({', '.join(f'{name} was {saved.get(name)!r} and is now {now[name]!r}' for name in changed)})"
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from layerskip_moe.generation.calibration import Certified, write_calibration
 from layerskip_moe.generation.confidence import first_exit
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.fingerprint import model_fingerprint
+from layerskip_moe.refusals import shown
 
 SHAPE_SHARE = 4  # one sequence in so many chooses the shape; the others certify
 NEW_DOCUMENTS = "new documents like these"
@@ -212,7 +213,7 @@ def _check(
 ) -> list[list[int]] | None:
     """The references that are used, cut; ValueError as `calibrate_early_exit` says."""
     if consistency not in get_args(Consistency):
-        raise ValueError(f"consistency={consistency!r} is unknown; it is 'textual', 'token' or 'risk'.")
+        raise ValueError(f"consistency={shown(consistency)} is unknown; it is 'textual', 'token' or 'risk'.")
     if steps < 1:
         raise ValueError(f"steps={steps} must be 1 or more: how many scales are tried.")
     if exits is not None and exits < 1:

@@ -9,8 +9,9 @@ A report is a dict of plain values. Every section is optional; what is absent is
     corpus          {name, train_tokens, validation_tokens, vocab_size}
     training        {steps, seconds, tokens_per_second, final_losses: {exit layer: cross entropy},
                      best_validation: {step, perplexity} or None,
-                     seconds_by_part: {part of a step: mean seconds per step} or None}; nothing but
-                    seconds_by_part where only metrics.jsonl is known of the training
+                     seconds_by_part: {part of a step: mean seconds per step} or None,
+                     skipped_steps: those whose loss or gradient was not finite, where there are any}; nothing but
+                    the last two where only metrics.jsonl is known of the training
     recipe          {steps, n_layers, train_config: {field: value}}, as training writes it to recipe.json
     exits           {perplexity: [...], agreement: [...], tokens} for exit layers 1..L, as `ExitEvaluation`
     decoding        [comparison, ...], each {temperature, top_p, max_new_tokens, prompts, seed, strategies}, the
@@ -42,8 +43,8 @@ A report is a dict of plain values. Every section is optional; what is absent is
     continuations   [{prompt, plain, self_speculative}, ...], texts
     seconds         {stage: seconds}
 
-From the folder of a training run come `recipe` (recipe.json) and `seconds_by_part` (metrics.jsonl) where they
-are not given. `write_report` adds
+From the folder of a training run come `recipe` (recipe.json), `seconds_by_part` and `skipped_steps` (metrics.jsonl)
+where they are not given. `write_report` adds
 
     summary         the headline of each comparison in `decoding`, see `findings.summarise`
     findings        what the sentences claim, by section; each a function of `findings.py`
@@ -124,7 +125,11 @@ def write_report(out_dir: str | Path, report: Mapping[str, Any], *, run_dir: str
     schedule = recipe_schedule(told["recipe"]) if told.get("recipe") else None
     training, seconds = told.get("training") or {}, mean_seconds_by_part(train)
     if not training.get("seconds_by_part") and (training or seconds):
-        told["training"] = training | {"seconds_by_part": seconds}
+        training |= {"seconds_by_part": seconds}
+    if skipped := sum(record["split"] == "skipped" for record in records):
+        training = {"skipped_steps": skipped} | training
+    if training:
+        told["training"] = training
 
     told["summary"] = summarise(told.get("decoding") or [])
     told["findings"] = plain(_findings(told, train, schedule))

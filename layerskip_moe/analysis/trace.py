@@ -8,6 +8,7 @@ Knows nothing of models or policies. Next: `record_trace.py`, which makes one; `
 """
 
 import json
+import sys
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -152,9 +153,9 @@ def _read_arrays(file: IO[bytes]) -> dict[str, Array]:
     return arrays
 
 
-def _check_entry(entry: dict[str, Any]) -> None:
-    """Raise ValueError or TypeError for what a header does not say of a text."""
-    if entry.keys() != {"tokens", "prompt_length", "temperature", "seed"}:
+def _check_entry(entry: Any) -> None:
+    """Raise ValueError for what a header does not say of a text."""
+    if not isinstance(entry, dict) or entry.keys() != {"tokens", "prompt_length", "temperature", "seed"}:
         raise ValueError("it does not say of each text how long it is, and how it was made")
     if (
         not 1
@@ -164,7 +165,7 @@ def _check_entry(entry: dict[str, Any]) -> None:
         raise ValueError(f"prompt_length={entry['prompt_length']} is past the end of a text")
     require_whole("seed", entry["seed"], -(2**63))
     temperature = entry["temperature"]
-    if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
+    if not isinstance(temperature, int | float) or not 0 <= temperature <= sys.float_info.max:
         raise ValueError(f"temperature={shown(temperature)} must be 0 or more")
 
 

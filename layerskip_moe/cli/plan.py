@@ -12,7 +12,6 @@ machine's processor. --check trains a few steps, and decodes, with random weight
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -27,6 +26,7 @@ from layerskip_moe.bench.tables import aligned
 from layerskip_moe.cli.flags import fields_of, parse
 from layerskip_moe.cli.options import json_line
 from layerskip_moe.constants import pick_device
+from layerskip_moe.files import expanded
 from layerskip_moe.nn import ModelConfig
 from layerskip_moe.pretrained.config_file import CONFIG, read_config_file, read_network
 from layerskip_moe.pretrained.hub import local_folder
@@ -105,7 +105,7 @@ def _read(options: Options) -> ModelConfig:
     if (options.config is None) == (options.checkpoint is None):
         raise ValueError("layerskip-moe plan needs one of --config (a file) and --checkpoint (a folder, or id).")
     if options.config is not None:
-        return read_config_file(Path(options.config).expanduser())[1]
+        return read_config_file(expanded(options.config))[1]
     return read_network(local_folder(options.checkpoint or "", patterns=(CONFIG, RECORD)))[1]
 
 

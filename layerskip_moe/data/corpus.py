@@ -23,7 +23,8 @@ from layerskip_moe.data.local import SUFFIXES, path_source, stdlib_source
 from layerskip_moe.data.source import Source
 from layerskip_moe.data.stretches import draw_stretches
 from layerskip_moe.data.tokenizer import end_of_text_id, id_count, tokenizer_identity
-from layerskip_moe.files import cache_folder
+from layerskip_moe.files import cache_folder, expanded
+from layerskip_moe.refusals import shown
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -120,12 +121,13 @@ def load_corpus(
 
 
 def _find_source(dataset: str | Path, config: str | None, fraction: float, seed: int, root: Path) -> Source:
-    path = Path(dataset).expanduser()
+    path = expanded(dataset)
     looks_local = isinstance(dataset, Path) or os.path.exists(path) or path.suffix.lower() in SUFFIXES
     if not looks_local and _HUB_NAME.fullmatch(str(dataset)):
         return hub_source(str(dataset), str(dataset), config, fraction, seed, root / "hub")
     if config is not None:
-        raise ValueError(f"config={config!r} is for hub datasets 'owner/name': leave it out for '{dataset}'.")
+        told = shown(str(dataset))
+        raise ValueError(f"config={shown(config)} is for hub datasets 'owner/name': leave it out for {told}.")
     if dataset == "python-stdlib":
         return stdlib_source(fraction, seed)
     if isinstance(dataset, str) and dataset in SHORT_NAMES:
@@ -135,7 +137,7 @@ def _find_source(dataset: str | Path, config: str | None, fraction: float, seed:
         return path_source(path, fraction, seed)
     names = ", ".join(["'python-stdlib'", *(f"'{name}'" for name in SHORT_NAMES)])
     raise ValueError(
-        f"There is no dataset, file or folder '{dataset}': use {names}, the path of a file or folder, or "
+        f"There is no dataset, file or folder {shown(str(dataset))}: use {names}, the path of a file or folder, or "
         "'owner/name' from the Hugging Face hub."
     )
 

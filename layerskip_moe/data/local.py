@@ -12,13 +12,21 @@ import sysconfig
 from collections.abc import Callable, Set
 from math import ceil
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from layerskip_moe.data.source import Document, Source
+from layerskip_moe.refusals import shown
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 VALIDATION_SHARE = 0.05
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet")
+
+# Of parquet, a few bytes of which may stand for terabytes: what texts may take unpacked, in bytes, or times the file's
+# size; what a row takes beside its text; and how many rows are unpacked before that is looked at again.
+_UNPACKED, _TIMES_UNPACKED, _BESIDE_A_TEXT, _ROWS_AT_A_TIME = 2**28, 100, 64, 1024
 
 _STDLIB_SKIPPED_FOLDERS = {
     *("test", "tests", "idle_test", "site-packages", "dist-packages"),
@@ -50,22 +58,22 @@ def path_source(path: Path, sample_fraction: float, seed: int) -> Source:
     .txt, .md, .py: one document per file. .jsonl: one per line, its `text`. .parquet: one per row of the
     column `text`. A folder is split by a hash of each file's relative name; a single file keeps the last 5%
     of its documents for validation, or of its characters where it is one document.
-    Raises ValueError for a missing path, an unsupported suffix, undecodable bytes, a line without `text`,
-    and for too little text.
+    Raises ValueError for a missing path, an unsupported suffix, undecodable bytes, a line without `text`, a parquet
+    file whose texts would take far more than it, and for too little text.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # (which raises nothing, as `Path.is_dir` does for a name that is too long)
         paths = _visible_files(path, SUFFIXES)
         if not paths:
             raise ValueError(f"The folder {path} holds no {_listed(SUFFIXES)} file: name another folder.")
         documents = _read_folder(path, paths)
-    elif path.is_file():
+    elif os.path.isfile(path):
         if path.suffix.lower() not in SUFFIXES:
             raise ValueError(
                 f"{path} ends in '{path.suffix}', which cannot be read: convert it to {_listed(SUFFIXES)}."
             )
         documents = _hold_back_tail(_read_file(path))
     else:
-        raise ValueError(f"There is no file or folder {path.absolute()}: check the path.")
+        raise ValueError(f"There is no file or folder {shown(str(path.absolute()))}: check the path.")
     if not documents:
         raise ValueError(f"{path} is empty: it must hold some text to train on.")
     return _source(path.resolve().name, documents, sample_fraction, seed)
@@ -230,21 +238,48 @@ def _read_parquet(path: Path) -> list[str]:
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
-        columns = file.schema_arrow.names
-        column = file.read(columns=["text"]).column("text") if "text" in columns else None
+        schema = pq.read_schema(path)
+        kind = schema.types[schema.names.index("text")] if "text" in schema.names else None
+        if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            found = ", ".join(f"{name} ({of})" for name, of in zip(schema.names, schema.types, strict=True))
+            raise ValueError(
+                f'{path} needs a column "text" of strings, but its columns are {shown(found)[1:-1]}: rename one.'
+            )
+        # As a dictionary: what is in many rows is unpacked only once, until it is known how much all of it is.
+        return _unpacked(pq.ParquetFile(path, read_dictionary=["text"]), path)
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).split("\n")[0].rstrip(".")
+        reason = shown(str(error).split("\n")[0].rstrip("."))[1:-1]
         raise ValueError(f"{path} cannot be read as parquet ({reason}): write the file again.") from None
-    if column is None or not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        found = ", ".join(f"{name} ({file.schema_arrow.field(name).type})" for name in columns)
-        raise ValueError(f'{path} needs a column "text" of strings, but its columns are {found}: rename one.')
-    try:
-        return [text for text in column.to_pylist() if text is not None]
     except UnicodeDecodeError as error:
         raise ValueError(
             f'{path} has a "text" that is not UTF-8 (byte {error.start} of it): write the file again.'
         ) from None
+
+
+def _unpacked(file: "ParquetFile", path: Path) -> list[str]:
+    """The texts of a parquet file; ValueError where they are far more than a text packs to, as its metadata say before
+    anything is read, or as it turns out."""
+    import pyarrow.compute as pc
+
+    most = max(_UNPACKED, _TIMES_UNPACKED * path.stat().st_size)
+    refusal = ValueError(
+        f"{path} is of {path.stat().st_size} bytes, but its texts would take more than {most}, which no text packs to: "
+        "write the file again, or as .jsonl."
+    )
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+    claimed = sum(max(chunk.total_uncompressed_size, 0) for chunk in chunks if chunk.path_in_schema == "text")
+    if claimed + _BESIDE_A_TEXT * file.metadata.num_rows > most:
+        raise refusal
+    texts, total = [], 0
+    for batch in file.iter_batches(_ROWS_AT_A_TIME, columns=["text"]):
+        column = batch.column(0)
+        lengths = pc.binary_length(column.dictionary).take(column.indices)
+        total += _BESIDE_A_TEXT * len(column) + (pc.sum(lengths).as_py() or 0)
+        if total > most:
+            raise refusal
+        texts += column.dictionary_decode().drop_null().to_pylist()
+    return texts
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip_moe.data.source import Document, Split
+from layerskip_moe.files import expanded
+from layerskip_moe.refusals import shown
 from layerskip_moe.special_tokens import END_OF_TEXT_NAMES, end_of_text_ids
 
 if TYPE_CHECKING:
@@ -54,9 +56,10 @@ def tokenizer_identity(tokenizer: str | Path | Tokenizer, vocab_size: int) -> st
                 f"write any text, so use at least {smallest}."
             )
         return f"{tokenizer} {vocab_size} by tokenizers {tokenizers.__version__}"
-    path = Path(tokenizer).expanduser()
-    if not path.is_file():
-        raise ValueError(f"There is no tokenizer '{tokenizer}': use 'bpe', 'unigram' or the path of a tokenizer.json.")
+    path = expanded(tokenizer)
+    if not os.path.isfile(path):  # (which raises nothing, as `Path.is_file` does for a name that is too long)
+        told = shown(str(tokenizer))
+        raise ValueError(f"There is no tokenizer {told}: use 'bpe', 'unigram' or the path of a tokenizer.json.")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return f"file {digest} by tokenizers {tokenizers.__version__}"
 
@@ -71,7 +74,7 @@ def make_tokenizer(
         return _whole_texts(Tokenizer.from_str(tokenizer.to_str()))
     if tokenizer in SMALLEST_VOCABULARY:
         return train_tokenizer(str(tokenizer), vocab_size, read(), progress)
-    return read_tokenizer(Path(tokenizer).expanduser())
+    return read_tokenizer(expanded(tokenizer))
 
 
 def train_tokenizer(kind: str, vocab_size: int, documents: Iterable[Document], progress: bool) -> Tokenizer:

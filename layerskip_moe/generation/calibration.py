@@ -11,6 +11,7 @@ Knows nothing of how a threshold is found. Next: `early_exit.py`, which reads it
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,8 +83,10 @@ def read_calibration(path: str | Path) -> tuple[dict[str, Any], Certified]:
     people. Raises ValueError for a file that is missing or of another form, and for probes that are not those it was
     calibrated with."""
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no calibration file '{path}'; give a number between 0 and 1, or the JSON's path.")
+    if not os.path.isfile(path):  # (which raises nothing, as `Path.is_file` does for a name that is too long)
+        raise ValueError(
+            f"There is no calibration file {shown(str(path))}; give a number between 0 and 1, or the JSON's path."
+        )
     if path.stat().st_size > _MOST_BYTES:
         raise ValueError(f"'{path}' has {path.stat().st_size} bytes, far more than a calibration; give its JSON.")
     try:

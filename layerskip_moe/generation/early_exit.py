@@ -8,6 +8,7 @@ Knows nothing of how confidence is measured. Next: `confidence.py`; `calibration
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,7 +85,8 @@ class EarlyExit:
                 )
             if not 0 <= level <= 1:  # NaN is not either
                 raise ValueError(f"threshold={level} must be between 0 (first exit) and 1 (never exit).")
-        if isinstance(self.tau, bool) or not isinstance(self.tau, int | float) or not 0 <= self.tau < math.inf:
+        tau_is_number = isinstance(self.tau, int | float) and not isinstance(self.tau, bool)
+        if not tau_is_number or not 0 <= self.tau <= sys.float_info.max:
             raise ValueError(f"tau={shown(self.tau)} must be a number of 0 or more; 4 is usual.")
         check_confidence(self.confidence)
         if isinstance(self.min_layer, bool) or not isinstance(self.min_layer, int):

@@ -107,7 +107,7 @@ def generate(
     """
     strategy = Autoregressive() if strategy is None else strategy
     if isinstance(strategy, str | type):
-        raise ValueError(f"strategy={strategy!r} is not a strategy; give an object, such as Autoregressive().")
+        raise ValueError(f"strategy={shown(strategy)} is not a strategy; give an object, such as Autoregressive().")
     sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty)
     strategy.check(model.config)
     encoded = _encode(prompts, tokenizer)
@@ -172,7 +172,7 @@ def generate(
 def _text_streams(stop_strings: Sequence[str], tokenizer: "Tokenizer | None", n_prompts: int) -> list[TextStream]:
     """A stream for each prompt where there are stop strings to look for."""
     if isinstance(stop_strings, str):
-        raise ValueError(f"stop_strings is one string; give a list, such as [{stop_strings!r}].")
+        raise ValueError(f"stop_strings is one string; give a list, such as [{shown(stop_strings)}].")
     if not isinstance(stop_strings, Iterable):
         raise ValueError(f"stop_strings={shown(stop_strings)} is no list of texts.")
     stop_strings = tuple(stop_strings)

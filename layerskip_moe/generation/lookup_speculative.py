@@ -18,7 +18,7 @@ from layerskip_moe.generation.proposals import draft, propose, verify, verify_re
 from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.verification import Round, check_drafting
 from layerskip_moe.nn import ModelConfig
-from layerskip_moe.refusals import require_index
+from layerskip_moe.refusals import require_index, shown
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class LookupSpeculative:
         if self.lookup_length < 1:
             raise ValueError(f"lookup_length={self.lookup_length} must be 1 or more; without it use SelfSpeculative.")
         if self.lookup not in ("after", "instead"):
-            raise ValueError(f"lookup={self.lookup!r} is unknown; it is 'after' or 'instead'.")
+            raise ValueError(f"lookup={shown(self.lookup)} is unknown; it is 'after' or 'instead'.")
 
     def check(self, config: ModelConfig) -> None:
         """Raise ValueError where the model has no such exit layer."""

@@ -8,6 +8,7 @@ lossless strategy and batch size. Greedy is the case without noise.
 Knows nothing of models, caches or drafts. Next: `session.py`.
 """
 
+import math
 from dataclasses import dataclass
 from numbers import Real
 
@@ -47,15 +48,16 @@ class Sampling:
         if self.top_k is not None:
             require_index("top_k", self.top_k)
         require_index("seed", self.seed)
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or a number above it.")
-        if self.top_k is not None and not self.top_k >= 1:  # NaN is not either
+        if not (self.temperature >= 0.0 and _is_finite(self.temperature)):  # NaN is not either
+            raise ValueError(f"temperature={shown(self.temperature)} must be 0 (greedy) or a number above it.")
+        if self.top_k is not None and not self.top_k >= 1:
             raise ValueError(f"top_k={self.top_k} must be 1 or more, or None to keep every token.")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1.")
-        if not 0.0 < self.repetition_penalty < float("inf"):
+        if not (self.repetition_penalty > 0.0 and _is_finite(self.repetition_penalty)):
             raise ValueError(
-                f"repetition_penalty={self.repetition_penalty} must be above 0; 1 changes nothing, 1.2 is usual."
+                f"repetition_penalty={shown(self.repetition_penalty)} must be a finite number above 0; 1 changes "
+                "nothing, 1.2 is usual."
             )
 
     @property
@@ -67,6 +69,13 @@ class Sampling:
     def filters(self) -> bool:
         """Whether more than temperature and noise decides: some tokens are left out, or weighed down."""
         return self.top_k is not None or self.top_p is not None or self.repetition_penalty != 1.0
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # a whole number past what a float holds
+        return False
 
 
 def log_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -33,6 +33,7 @@ from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.speculative import Speculative
 from layerskip_moe.generation.verification import Coupling, Round, check_drafting
 from layerskip_moe.nn import ModelConfig, MoEDecoder
+from layerskip_moe.refusals import shown
 
 # What a policy plans and observes it does whole: threads that share a strategy may come in between, and a callback in
 # the same thread. (One for all policies: it is held for microseconds, but where one times a model or reads a prompt.)
@@ -73,11 +74,11 @@ class SelfSpeculative:
     def __post_init__(self) -> None:
         for name, value in (("exit_layer", self.exit_layer), ("draft_length", self.draft_length)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ValueError(f"{name}={value!r} must be a whole number; a policy is given as policy=.")
+                raise ValueError(f"{name}={shown(value)} must be a whole number; a policy is given as policy=.")
         if self.policy is not None:
             if isinstance(self.policy, str | type) or not hasattr(self.policy, "plan"):
                 raise ValueError(
-                    f"policy={self.policy!r} is not a policy; give an object, such as Cascade(exit_layer=2)."
+                    f"policy={shown(self.policy)} is not a policy; give an object, such as Cascade(exit_layer=2)."
                 )
             if self.exit_layer is not None or self.draft_length is not None or self.draft_model is not None:
                 raise ValueError(
@@ -94,11 +95,10 @@ class SelfSpeculative:
     def check(self, config: ModelConfig) -> None:
         """Raise ValueError where the model, or the draft model, has no such exit layer, and where the two do not share
         a vocabulary."""
-        exit_layer = getattr(self._policy, "exit_layer", None)
         if self.draft_model is not None:
             self._speculative(self.draft_model).check(config)
-        elif exit_layer is not None:
-            check_exit_layer(exit_layer, config)
+        elif hasattr(self._policy, "exit_layer"):
+            check_exit_layer(self._policy.exit_layer, config)
 
     def prepare(self, model: MoEDecoder, rows: int) -> None:
         """Before a batch of so many rows, and before anything is timed: a policy may time the model, once."""

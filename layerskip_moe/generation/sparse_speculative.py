@@ -63,7 +63,7 @@ class SparseSpeculative:
         if isinstance(self.draft_layers, str):
             if self.draft_layers not in ("random", "swift", "clasp"):
                 raise ValueError(
-                    f"draft_layers={self.draft_layers!r} is unknown; it is a list, 'random', 'swift' or 'clasp'."
+                    f"draft_layers={shown(self.draft_layers)} is unknown; it is a list, 'random', 'swift' or 'clasp'."
                 )
         elif self.draft_layers is not None:
             object.__setattr__(self, "draft_layers", layer_indices("draft_layers", self.draft_layers))

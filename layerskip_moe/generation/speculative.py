@@ -14,6 +14,7 @@ from layerskip_moe.generation.autoregressive import check_exit_layer
 from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.verification import Coupling, Round, check_drafting
 from layerskip_moe.nn import KVCache, ModelConfig, MoEDecoder
+from layerskip_moe.refusals import shown
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Speculative:
     def check(self, config: ModelConfig) -> None:
         """Raise ValueError where the two models do not share a vocabulary, or the draft has no such exit layer."""
         if isinstance(self.draft_model, str | Path):
-            raise ValueError(f"draft_model={self.draft_model!r} is no model; load it by MoEDecoder.from_pretrained.")
+            told = shown(self.draft_model)
+            raise ValueError(f"draft_model={told} is no model; load it by MoEDecoder.from_pretrained.")
         own = self.draft_model.config
         if own.vocab_size != config.vocab_size:
             raise ValueError(

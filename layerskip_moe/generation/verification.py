@@ -16,7 +16,7 @@ from layerskip_moe.generation.sampling import choose_with_confidence, log_probab
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn.noise import hash_uniform
 from layerskip_moe.nn.ragged import before_the_first_wrong
-from layerskip_moe.refusals import require_index
+from layerskip_moe.refusals import require_index, shown
 
 # "shared": draft and full model choose with the same noise, and the full model's choice is the output, so the text
 # equals plain decoding's token for token. "rejection": accept a draft x with probability min(1, p(x) / q(x)), else
@@ -33,7 +33,7 @@ def check_drafting(draft_length: int, coupling: Coupling) -> None:
     if draft_length < 1:
         raise ValueError(f"draft_length={draft_length} must be 1 or more; plain decoding is Autoregressive().")
     if coupling not in ("shared", "rejection"):
-        raise ValueError(f"coupling={coupling!r} is unknown; it is 'shared' or 'rejection'.")
+        raise ValueError(f"coupling={shown(coupling)} is unknown; it is 'shared' or 'rejection'.")
 
 
 @dataclass

@@ -17,7 +17,7 @@ from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.config import ModelConfig
 from layerskip_moe.nn.linear import Linear, linear
 from layerskip_moe.nn.norm import RMSNorm
-from layerskip_moe.nn.rotary import rotary_table
+from layerskip_moe.nn.rotary import rotary_table, table_length
 
 
 class Places(NamedTuple):
@@ -46,9 +46,11 @@ class Places(NamedTuple):
     fresh: bool = True
 
 
-def angles(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The network's table of rotary angles: cosines and sines [max_seq_len, head_dim]."""
-    return rotary_table(config.head_width, config.rope_theta, config.rope_scaling, config.max_seq_len, device)
+def angles(config: ModelConfig, device: torch.device, length: int) -> tuple[Tensor, Tensor]:
+    """The network's table of rotary angles, for positions below `length`: cosines and sines [., head_dim]. With a cache
+    that is its capacity, so that all that is recorded on it reads one table."""
+    positions = table_length(length, config.max_seq_len)
+    return rotary_table(config.head_width, config.rope_theta, config.rope_scaling, positions, device)
 
 
 def locate(positions: Tensor, config: ModelConfig, cache: KVCache | None = None, *, length: int = 0) -> Places:
@@ -56,10 +58,11 @@ def locate(positions: Tensor, config: ModelConfig, cache: KVCache | None = None,
     window, here = config.sliding_window, positions.shape[1]
     fresh = cache is None or (length == here and bool((positions == torch.arange(here, device=positions.device)).all()))
     if cache is not None and not fresh:
-        return locate_within(positions, cache.rows_of(positions), config, length)
+        return locate_within(positions, cache.rows_of(positions), config, length, cache.capacity)
     cut = window is not None and window < here
     where = Places(
-        *_angles_at(positions, config), windowed=_may_read(positions[:1], here, window)[:, None] if cut else None
+        *_angles_at(positions, config, here if cache is None else cache.capacity),
+        windowed=_may_read(positions[:1], here, window)[:, None] if cut else None,
     )
     return (
         where
@@ -68,8 +71,8 @@ def locate(positions: Tensor, config: ModelConfig, cache: KVCache | None = None,
     )
 
 
-def locate_within(positions: Tensor, rows: Tensor, config: ModelConfig, length: int) -> Places:
-    """Places of positions [B, T] in a cache's rows [B * T], of which `length` slots are read: as many as there are
+def locate_within(positions: Tensor, rows: Tensor, config: ModelConfig, length: int, capacity: int) -> Places:
+    """Places of positions [B, T] in a cache's rows [B * T], of whose slots `length` are read: as many as there are
     positions, or more. What the positions are decides nothing here but the numbers: a GPU is not waited for."""
     groups, window = config.n_heads // config.kv_heads, config.sliding_window
 
@@ -79,12 +82,14 @@ def locate_within(positions: Tensor, rows: Tensor, config: ModelConfig, length: 
     mask = over_groups(_may_read(positions, length))
     cut = window is not None and window < length
     windowed = over_groups(_may_read(positions, length, window)) if cut else mask
-    return Places(*_angles_at(positions, config), rows, positions.flatten(), length, mask, windowed, fresh=False)
+    return Places(
+        *_angles_at(positions, config, capacity), rows, positions.flatten(), length, mask, windowed, fresh=False
+    )
 
 
-def _angles_at(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, T, 1, head_dim] at positions [B, T]."""
-    cos, sin = angles(config, positions.device)
+def _angles_at(positions: Tensor, config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, T, 1, head_dim] at positions [B, T], each below `length`."""
+    cos, sin = angles(config, positions.device, length)
     at = positions[:, :, None]
     return cos[at], sin[at]  # (a view of a result would be one more graph)
 

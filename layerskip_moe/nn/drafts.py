@@ -59,7 +59,7 @@ def repeat_draft(
 
         def states_at(token: Tensor, place: int) -> list[Tensor]:
             at = positions[:, place : place + 1]
-            return states_of(token, locate_within(at, rows, model.config, slots))
+            return states_of(token, locate_within(at, rows, model.config, slots, cache.capacity))
 
         tokens, states = draft_places(model, states_at, newest, count, noise[0] if noise else None)
         return [tokens, *states]
@@ -97,7 +97,7 @@ def _draft_by_place(
     key: tuple[Any, ...],
 ) -> tuple[Tensor, list[Tensor]]:
     """On a CPU: two recordings, from a token to its states and from those to the next token, repeated in turn."""
-    count, run = positions.shape[1] - 1, by_rows(states_of, model.config)
+    count, run = positions.shape[1] - 1, by_rows(states_of, model.config, cache)
     if not count:
         inputs = [newest[:, 0], cache.rows, positions[:, 0]]
         return newest[:, :0], [state[:, None] for state in recorded(model, run, inputs, cache, ("draft", *key))]
@@ -181,12 +181,12 @@ def repeat_round(
         for some, states in zip(layers, kept, strict=True):
             check_run(some, model.config, len(positions), cache, collect=states)
         step, step_key = recordable(model, layers[0], cache, None, kept[0])
-        drafting = _drafting(model, by_rows(step, model.config), newest, positions, cache, noise, step_key)
+        drafting = _drafting(model, by_rows(step, model.config, cache), newest, positions, cache, noise, step_key)
         step, step_key = recordable(model, layers[1], cache, None, kept[1], choices=choices, heads=True)
         rows, at = (numbers[:1].expand(most) for numbers in (cache.rows, positions[:, 0]))
-        states_there = torch.zeros(most, model.config.d_model, dtype=model.dtype)
+        inputs = [torch.zeros(most, model.config.d_model, dtype=model.dtype), rows, at]
         # (What is written here is written again, at the first repetition.)
-        verification, _ = recording_of(model, by_rows(step, model.config), [states_there, rows, at], cache, step_key)
+        verification, _ = recording_of(model, by_rows(step, model.config, cache), inputs, cache, step_key)
         found = RecordedRound(_complete(*drafting, verification))
         keep_recording(cache, key, found)
     assert isinstance(found, RecordedRound)

@@ -12,12 +12,20 @@ from torch import Tensor
 
 from layerskip_moe.nn.config import RopeScaling
 
+_SHORTEST = 4096  # positions of a table, where there are so many; of heads of 128 it takes 4 MiB
+
+
+def table_length(length: int, max_seq_len: int) -> int:
+    """Positions of the table for texts of up to `length`: a power of two, so that few tables are made, or all there
+    can be. A model may take far longer texts than anyone gives it, whose table would take gigabytes."""
+    return min(max(1 << (length - 1).bit_length(), _SHORTEST), max_seq_len)
+
 
 @functools.lru_cache(maxsize=8)
 def rotary_table(
     head_dim: int, theta: float, scaling: RopeScaling | None, length: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [length, head_dim] of every position, in float32.
+    """Cosines and sines [length, head_dim] of every position, in float32; those of a longer table begin with the same.
 
     The two halves of a head form the rotated pairs, as Hugging Face stores its weights. Not a buffer of the
     model, which `model.to(torch.bfloat16)` would round.

@@ -48,9 +48,8 @@ def lay(
     CPU as [1, N, D], others as they are."""
     if not few_rows.are_few(hidden):
         return hidden, locate(positions, config, cache, length=length)
-    places = Places(
-        *angles(config, positions.device), cache.rows_of(positions), positions.flatten().contiguous(), few=True
-    )
+    tables = angles(config, positions.device, cache.capacity)
+    places = Places(*tables, cache.rows_of(positions), positions.flatten().contiguous(), few=True)
     return hidden.reshape(1, -1, hidden.shape[-1]), places
 
 
@@ -80,24 +79,25 @@ def repeat(
     shape, rows = positions.shape, cache.rows_of(positions)
     if few_rows.serves(start.device):
         inputs = [start.reshape(-1, *start.shape[2:]), rows, positions.reshape(-1)]
-        outputs = recorded(model, by_rows(step, model.config), inputs, cache, key)
+        outputs = recorded(model, by_rows(step, model.config, cache), inputs, cache, key)
     else:
         slots = slots_read(length, cache.capacity)
 
         def run(inputs: list[Tensor]) -> list[Tensor]:
             start, rows, positions = inputs
-            return step(start, locate_within(positions, rows, model.config, slots))
+            return step(start, locate_within(positions, rows, model.config, slots, cache.capacity))
 
         outputs = recorded(model, run, [start, rows, positions], cache, (*shape, slots, *key))
     return [output.reshape(*shape, -1) for output in outputs]
 
 
-def by_rows(step: Callable[[Tensor, Places], list[Tensor]], config: ModelConfig) -> Step:
-    """A step of states [1, N, D] or token ids [1, N] as one of inputs by row: those, rows and positions."""
+def by_rows(step: Callable[[Tensor, Places], list[Tensor]], config: ModelConfig, cache: KVCache) -> Step:
+    """A step on a cache of states [1, N, D] or token ids [1, N] as one of inputs by row: those, rows and positions."""
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
         start, rows, positions = inputs
-        outputs = step(start[None], Places(*angles(config, positions.device), rows, positions, few=True))
+        tables = angles(config, positions.device, cache.capacity)
+        outputs = step(start[None], Places(*tables, rows, positions, few=True))
         return [output.reshape(len(start), -1) for output in outputs]
 
     return run
@@ -125,7 +125,8 @@ def recording_of(
         found = cache.recordings[key]
         assert isinstance(found, Recording | Graph), "rounds have keys of their own"
         return found, False
-    tables = angles(model.config, inputs[0].device)  # made here if they are new, and not while a step is recorded
+    # Made here if they are new, and not while a step is recorded.
+    tables = angles(model.config, inputs[0].device, cache.capacity)
     inputs = [tensor.contiguous() for tensor in inputs]
     recording: Recording | Graph
     if on_cpu:

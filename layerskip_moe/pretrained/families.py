@@ -234,7 +234,7 @@ def obstacles(config: ModelConfig, family: str) -> list[str]:
     Raises ValueError for a family that is not among FAMILIES.
     """
     if family not in FAMILIES:
-        raise ValueError(f"family={family!r} is unknown; it is one of {', '.join(FAMILIES)}.")
+        raise ValueError(f"family={shown(family)} is unknown; it is one of {', '.join(FAMILIES)}.")
     known, names, fixed = FAMILIES[family].defaults, FAMILIES[family].names, FAMILIES[family].fixed
     found = []
     if config.bias_balancing:

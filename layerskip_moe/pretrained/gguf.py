@@ -26,6 +26,7 @@ from layerskip_moe.nn.block import MoEMLP
 from layerskip_moe.nn.config import RopeScaling
 from layerskip_moe.nn.rotary import rotary_table, yarn_attention_factor
 from layerskip_moe.pretrained.quantize import quantization_of
+from layerskip_moe.refusals import shown
 
 if TYPE_CHECKING:
     import gguf
@@ -59,7 +60,7 @@ def export_gguf(model: MoEDecoder, tokenizer: "Tokenizer", path: str | Path, *, 
 
     path = Path(path)
     if dtype not in get_args(GGUFType):
-        raise ValueError(f"dtype={dtype!r} is unknown; it is {', '.join(map(repr, get_args(GGUFType)))}.")
+        raise ValueError(f"dtype={shown(dtype)} is unknown; it is {', '.join(map(repr, get_args(GGUFType)))}.")
     check_gguf(model.config, path)
     if quantization_of(model) is not None:
         raise ValueError("the model is quantised; export the one that it was made from, with dtype='q8_0' for 8 bits.")

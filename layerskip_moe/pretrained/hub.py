@@ -4,14 +4,17 @@ What was brought once is found in the cache when there is no network (huggingfac
 Knows nothing of what is in the files. Next: `checkpoint.py`, which reads and writes the folder.
 """
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerskip_moe.files import expanded
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.pretrained.model_card import CARD, is_ours, write_model_card
 from layerskip_moe.pretrained.weights import HOW_TO_CONVERT, WEIGHT_FILES, weight_file_names
+from layerskip_moe.refusals import shown
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -41,13 +44,16 @@ def local_folder(
     such checkpoint, has its weights (if these are wanted) only as pickles, does not let it be read, or cannot be
     reached while the cache does not have it.
     """
-    folder = Path(folder_or_id).expanduser()
-    if isinstance(folder_or_id, Path) or folder.exists() or _is_written_as_a_path(folder_or_id):
-        if not folder.is_dir():
-            found = "is a file" if folder.exists() else "does not exist"
-            raise ValueError(f"{folder} {found}; give the folder that save_pretrained wrote, or an id on the hub.")
+    folder = expanded(folder_or_id)
+    exists = os.path.exists(folder)  # (which raises nothing, as `Path.exists` does for a name that is too long)
+    if isinstance(folder_or_id, Path) or exists or _is_written_as_a_path(folder_or_id):
+        if not os.path.isdir(folder):
+            found = "is a file" if exists else "does not exist"
+            raise ValueError(
+                f"{shown(str(folder))} {found}; give the folder that save_pretrained wrote, or an id on the hub."
+            )
         if revision is not None:
-            raise ValueError(f"revision={revision!r} is for checkpoints on the hub; {folder} is a folder here.")
+            raise ValueError(f"revision={shown(revision)} is for checkpoints on the hub; {folder} is a folder here.")
         _check_links(folder)
         return folder
     folder = _download(folder_or_id, revision, token, patterns)

@@ -196,12 +196,12 @@ def _add_tokens(tokenizer: "Tokenizer", folder: Path, config: Mapping[str, Any])
     listed = config.get("added_tokens_decoder")
     if listed is None:
         listed = {i: token for token, i in _read_if_there(folder / "added_tokens.json").items()}
-    for i, value in sorted(listed.items(), key=lambda entry: int(entry[0])):
+    for i, value in sorted(listed.items(), key=lambda entry: _token_id(entry[0])):
         added = _added_token(value)
         if added.content in named:
             added.special = True
         tokenizer.add_tokens([added])
-        if tokenizer.token_to_id(added.content) != int(i):
+        if tokenizer.token_to_id(added.content) != _token_id(i):
             raise ValueError(
                 f"The files in {folder} give the token {shown(added.content)} the id {i}, but the tokenizer numbers it "
                 f"{tokenizer.token_to_id(added.content)}; take the tokenizer's files from one place."
@@ -211,6 +211,15 @@ def _add_tokens(tokenizer: "Tokenizer", folder: Path, config: Mapping[str, Any])
         known = added_before.get(token.content, token)  # how it treats the spaces around it is said there
         known.special = True
         tokenizer.add_special_tokens([known])
+
+
+def _token_id(value: object) -> int:
+    """An id as the files write it: a number, or its digits. TypeError for anything else."""
+    if type(value) is int:
+        return value
+    if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 20:
+        return int(value)
+    raise TypeError(f"{shown(value)} is no id")
 
 
 def _added_token(value: str | Mapping[str, Any], *, special: bool = False) -> "AddedToken":

@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
-from layerskip_moe.files import explaining_failure, replacing, replacing_folder, sha256
+from layerskip_moe.files import explaining_failure, replacing, replacing_folder, set_aside, sha256
 from layerskip_moe.training.tensor_files import Shapes, list_tensors, write_tensors
 
 CHECKPOINTS, STATE, TENSORS, FINISHED = "checkpoints", "state.json", "tensors-00000.safetensors", "finished"
@@ -141,8 +141,12 @@ def remove_checkpoints(out_dir: Path) -> None:
 
 
 def remove_leftovers(out_dir: Path) -> None:
-    """Remove what a process that was killed was writing or removing. No other may be at work in out_dir."""
+    """Remove what a process that was killed was writing or removing, and put back what it had moved away for that, with
+    a warning. No other may be at work in out_dir."""
     root = out_dir / CHECKPOINTS
+    for path, before in set_aside(root).items():
+        before.rename(path)
+        warnings.warn(f"{path} was being written anew when its run was killed; it is back as it was.", stacklevel=2)
     for path in root.glob(".step-*"):
         shutil.rmtree(path)
     for path in root.glob(f".{FINISHED}.*"):
@@ -150,10 +154,11 @@ def remove_leftovers(out_dir: Path) -> None:
 
 
 def _folders(root: Path) -> list[tuple[int, Path]]:
-    """(steps done, folder) of every checkpoint, the newest first."""
+    """(steps done, folder) of every checkpoint, the newest first; one that a killed process had moved away, too."""
     if not root.is_dir():
         return []
-    found = [(match, path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))]
+    there = {path: path for path in root.iterdir()} | set_aside(root)
+    found = [(match, path) for name, path in there.items() if (match := _NAME.fullmatch(name.name))]
     plain = [(int(match[1]), path) for match, path in found if path.is_dir() and not path.is_symlink()]
     return sorted(plain, reverse=True)
 

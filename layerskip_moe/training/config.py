@@ -4,15 +4,16 @@ Knows nothing of the network's sizes. Next: `losses.py` (what a step computes), 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
-from layerskip_moe.refusals import require_whole
+from layerskip_moe.refusals import require_whole, shown
 from layerskip_moe.training.exit_loss import Curriculum, WeightKind
 from layerskip_moe.training.torchtune_parts import SCALES, Scale
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 OptimizerName = Literal["adamw", "adamw8bit"]
+_LARGEST = 2**63 - 1  # of epochs, and of whole numbers but the seed, which may be past what a float holds
 
 
 @dataclass(frozen=True)
@@ -142,28 +143,29 @@ class TrainConfig:
                 require_whole(name, getattr(self, name), 1 if name in ("max_steps", "drafting_exit") else 0)
         if self.drafting_exit is not None and self.exit_weights != "drafting":
             raise ValueError(
-                f"drafting_exit={self.drafting_exit} is for exit_weights='drafting', not {self.exit_weights!r}."
+                f"drafting_exit={shown(self.drafting_exit)} is for exit_weights='drafting', not "
+                f"{shown(self.exit_weights)}."
             )
         if self.exit_weights == "drafting" and self.exit_curriculum == "none":
             raise ValueError(
                 "exit_weights='drafting' has nothing to supervise under exit_curriculum='none'; take another of them."
             )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"seed={self.seed!r} must be a whole number.")
+            raise ValueError(f"seed={shown(self.seed)} must be a whole number.")
         for name in ("keep_best", "activation_checkpointing"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
+                raise ValueError(f"{name}={shown(getattr(self, name))} must be True or False.")
         if not isinstance(self.compile, bool | None):
-            raise ValueError(f"compile={self.compile!r} must be True, False or None.")
+            raise ValueError(f"compile={shown(self.compile)} must be True, False or None.")
         for name in ("epochs", "learning_rate"):
             if not (_is_number(getattr(self, name)) and 0 < getattr(self, name) < math.inf):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a finite number above 0.")
+                raise ValueError(f"{name}={shown(getattr(self, name))} must be a finite number above 0.")
         for name in ("layer_dropout_max", "expert_dropout", "exit_distillation", "min_learning_rate_ratio"):
             if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a number between 0 and 1.")
+                raise ValueError(f"{name}={shown(getattr(self, name))} must be a number between 0 and 1.")
         for name in ("beta1", "beta2"):
             if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a number, at least 0 and below 1.")
+                raise ValueError(f"{name}={shown(getattr(self, name))} must be a number, at least 0 and below 1.")
         for name in (
             "weight_decay",
             "max_gradient_norm",
@@ -174,7 +176,7 @@ class TrainConfig:
             "bias_update_rate",
         ):
             if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < math.inf):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a finite number, 0 or more.")
+                raise ValueError(f"{name}={shown(getattr(self, name))} must be a finite number, 0 or more.")
         _one_of("layer_dropout_depth", self.layer_dropout_depth, SCALES)
         _one_of("layer_dropout_time", self.layer_dropout_time, SCALES)
         _one_of("layer_dropout_part", self.layer_dropout_part, ("block", "experts"))
@@ -182,6 +184,9 @@ class TrainConfig:
         _one_of("exit_curriculum", self.exit_curriculum, get_args(Curriculum))
         _one_of("optimizer", self.optimizer, get_args(OptimizerName))
         _one_of("precision", self.precision, get_args(Precision))
+        for name, value in asdict(self).items():
+            if (name == "epochs" or (isinstance(value, int) and name != "seed")) and value > _LARGEST:
+                raise ValueError(f"{name}={shown(value)} is too large; it must be {_LARGEST} or less.")
 
 
 def _is_number(value: object) -> bool:
@@ -190,4 +195,4 @@ def _is_number(value: object) -> bool:
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; it is one of {', '.join(choices)}.")
+        raise ValueError(f"{name}={shown(value)} is unknown; it is one of {', '.join(choices)}.")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from layerskip_moe.files import plain
+from layerskip_moe.refusals import shown
 
 # These may change on resume: nothing computed depends on them.
 _FREE = ("log_every", "checkpoint_every", "max_skipped_steps", "activation_checkpointing", "expert_parallel")
@@ -28,7 +29,7 @@ def check_same_run(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
         raise ValueError("the checkpoint to resume is not one of this version's training runs; start without resume.")
     for part in ("model_config", "train_config"):
         changed = [
-            f"{name} was {value!r} and is now {here[part][name]!r}"
+            f"{name} was {shown(value)} and is now {shown(here[part][name])}"
             for name, value in saved[part].items()
             if name not in _FREE and plain(here[part][name]) != value
         ]

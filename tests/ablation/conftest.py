@@ -73,3 +73,9 @@ def result():
         return whole | fields
 
     return build
+
+
+@pytest.fixture
+def is_one_sentence():
+    """is_one_sentence(message): one line that is no flood and ends as sentences do."""
+    return lambda message: "\n" not in message and len(message) < 800 and message.endswith(".")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -228,10 +229,83 @@ def test_a_field_that_came_later_counts_as_its_default(
 def test_a_damaged_result_is_not_taken(corpus, network, recipe, tmp_path, measured, no_training):
     folder = tmp_path / "runs" / "base" / "seed0"
     folder.mkdir(parents=True)
-    for text in ("{", "[]", "{}"):
-        (folder / "result.json").write_text(text)
+    for text in ("", "{", "[]", "{}", "[" * 10**5, '{"setting": 3}', '{"setting": {"network": []}}', "\udcff", "null"):
+        (folder / "result.json").write_text(text, errors="surrogateescape")
         with pytest.raises(ValueError, match=r"result.json is damaged \(.*remove it"):
             ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(0,), **SMALL)
+    with open(folder / "result.json", "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ValueError, match=r"damaged .it has 1099511627776 bytes"):
+        ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(0,), **SMALL)
+
+
+@pytest.fixture
+def made(corpus, network, recipe, tmp_path, measured):
+    """made(): the ablation of one seed again, all of whose runs are made and timed."""
+
+    def again(**how):
+        return ablate(corpus, network, recipe, VARIANTS, tmp_path, seeds=(0,), **SMALL | how)
+
+    again()
+    return again
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        ("result.json exits perplexity", "lots", "its exits.perplexity is 'lots'"),
+        ("result.json exits perplexity 2", float("nan"), "its exits.perplexity.2 is nan"),
+        ("result.json exits perplexity 2", 10**400, "its exits.perplexity.2 is 1000"),
+        ("result.json exits perplexity", [], "its lists are not of one length"),
+        ("result.json exits", None, "its exits is None"),
+        ("result.json union spans 0", True, "its union.spans.0 is True"),
+        ("result.json union independent", [1.0], "its lists are not of one length"),
+        ("result.json parameters", "x" * 10**5, "its parameters is 'xxx"),
+        ("result.json failed", 3, "its failed is 3"),
+        ("result.json steps", None, "its steps is None"),
+        ("result.json changes", [], "its changes is []"),
+        ("result.json seed", 7, "is of another run ('base', seed 7)"),
+        ("result.json setting network n_layers", [], "n_layers=[] must be a whole number"),
+        ("result.json setting text", [], "is of another text"),
+        ("decoding.json decoding 1 speed_up", "fast", "its decoding.1.speed_up is 'fast'"),
+        ("decoding.json decoding", {}, "its decoding is {}"),
+        ("decoding.json machine versions", {}, "it lacks machine.versions.torch"),
+        ("decoding.json machine", None, "its machine is None"),
+    ],
+)
+def test_a_result_with_other_values_than_there_can_be_is_named(made, tmp_path, place, value, words, is_one_sentence):
+    name, *way, last = place.split()
+    path = tmp_path / "runs" / "base" / "seed0" / name
+    contents = inner = json.loads(path.read_text())
+    for key in way:
+        inner = inner[int(key) if key.isdigit() else key]
+    inner[int(last) if last.isdigit() else last] = value
+    path.write_text(json.dumps(contents))
+    with pytest.raises(ValueError, match=re.escape(words)) as refused:
+        made()
+    assert str(path) in str(refused.value) and is_one_sentence(str(refused.value))
+
+
+@pytest.mark.parametrize("name", ["result.json", "decoding.json"])
+def test_a_result_cut_off_anywhere_is_named_and_without_it_the_run_is_made_again(made, tmp_path, name):
+    path = tmp_path / "runs" / "paper" / "seed0" / name
+    whole = path.read_bytes()
+    for length in (0, 1, len(whole) // 2, len(whole) - 3):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=f"{name} is damaged .*remove it, and the run is made again"):
+            made()
+    path.unlink()
+    made()
+    assert json.loads(path.read_text()).keys() == json.loads(whole).keys()
+
+
+def test_a_damaged_timing_is_named_before_others_are_timed(made, tmp_path):
+    (tmp_path / "runs/base/seed0/decoding.json").unlink()
+    path = tmp_path / "runs/other/seed0/decoding.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"machine": {"cpu": "a CPU"}}')
+    with pytest.raises(ValueError, match=r"other/seed0/decoding.json is damaged .it lacks machine.device"):
+        made()
 
 
 @pytest.mark.parametrize(

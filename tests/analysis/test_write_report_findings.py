@@ -83,6 +83,16 @@ def test_seconds_by_part_come_from_metrics_where_none_are_given(written, full_re
     assert "the largest part into `backward`" in text and "| forward | 220.0 |" in text
 
 
+@pytest.mark.parametrize(("count", "said"), [(1, "1 step was skipped"), (2, "2 steps were skipped"), (0, None)])
+def test_skipped_steps_are_told_whatever_else_is_known(written, full_report, train_records, tmp_path, count, said):
+    skipped = [{"split": "skipped", "step": n, "loss": None, "gradient_norm": 1.0} for n in range(count)]
+    for others, given in (([], {}), (train_records, {}), (train_records, {"training": full_report["training"]})):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*skipped, *others]))
+        text, held = written(given)
+        assert (held.get("training") or {}).get("skipped_steps", 0) == count
+        assert f"{said}, loss or gradient not being finite" in text if count else "skipped, loss" not in text
+
+
 def test_balance_over_training_compares_the_ends(written, train_records, tmp_path):
     import torch
 

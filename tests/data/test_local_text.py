@@ -150,6 +150,17 @@ def test_a_bad_file_gets_one_sentence(tmp_path, name, data, complaint):
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_parquet_file_of_repeated_text_is_read(tmp_path):
+    """As texts go: many rows alike, some empty, some of other alphabets, in several row groups, however it is laid."""
+    texts = ["The same again. " * 20, "", None, "¡Olé! — 中文 🙂", " \n"] * 3000
+    for number, kind in enumerate((pa.string(), pa.large_string())):
+        for dictionary in (True, False):
+            path = tmp_path / f"{number}{dictionary}.parquet"
+            table = pa.table({"text": pa.array(texts, kind)})
+            pq.write_table(table, path, row_group_size=4000, use_dictionary=dictionary)
+            assert read_documents(path) == [text for text in texts if text and text.strip()]
+
+
 def test_a_parquet_file_without_text_names_its_columns(tmp_path):
     for columns in ({"body": ["a"]}, {"text": [1]}):
         pq.write_table(pa.table(columns), tmp_path / "a.parquet")
@@ -171,9 +182,9 @@ def test_a_bad_file_in_a_folder_is_named(tmp_path):
         ("wikitext2", r"no dataset, file or folder 'wikitext2': use 'python-stdlib', 'wikitext-2'"),
         ("", "no dataset, file or folder ''"),
         ("not a name but a text " * 1000, "no dataset, file or folder 'not a name"),
-        ("missing/text.txt", r"no file or folder /.*missing/text\.txt"),
-        ("/missing/folder", "no file or folder /missing/folder"),
-        (Path("missing/folder"), "no file or folder /.*missing/folder"),
+        ("missing/text.txt", r"no file or folder '/.*missing/text\.txt'"),
+        ("/missing/folder", "no file or folder '/missing/folder'"),
+        (Path("missing/folder"), "no file or folder '/.*missing/folder'"),
     ],
 )
 def test_an_unknown_name_says_what_would_work(dataset, complaint):

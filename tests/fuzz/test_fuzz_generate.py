@@ -14,6 +14,7 @@ from layerskip_moe.generation import (
     SparseSpeculative,
     generate,
 )
+from layerskip_moe.generation.policies import DEL, Cascade, DraftVerify, Fixed, Heuristic
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 
 
@@ -51,14 +52,26 @@ def test_exit_layers(cases, refused, junk, model):
         SparseSpeculative: ["draft_layers", "draft_length", "draft_top_k"],
         EarlyExit: ["threshold", "min_layer", "decay", "cache", "tau", "confidence"],
         LayerSkipping: ["layers", "every", "random"],
+        Fixed: ["exit_layer", "draft_length"],
+        Heuristic: ["exit_layer", "length", "threshold"],
+        Cascade: ["exit_layer", "start", "length", "trial", "trials", "rounds"],
+        DraftVerify: ["exit_layer", "length", "threshold"],
+        DEL: ["length", "decay"],
     }
+    needed = {kind: {"exit_layer": 1} for kind in (LookupSpeculative, Heuristic, Cascade, DraftVerify)}
+    needed |= {EarlyExit: {"threshold": 0.5}, Fixed: {"exit_layer": 1, "draft_length": 2}}
 
     @cases("exit layers")
     @given(st.data())
     def check(data):
         kind = data.draw(st.sampled_from([*kinds]))
         changes = data.draw(st.dictionaries(st.sampled_from(kinds[kind]), junk, min_size=1, max_size=2))
-        needed = {"exit_layer": 1} if kind is LookupSpeculative else {"threshold": 0.5} if kind is EarlyExit else {}
-        refused(lambda: generate(model, [[1, 2, 1]], kind(**(needed | changes)), max_new_tokens=3, compile=False))
+
+        def decode():
+            strategy = kind(**(needed.get(kind, {}) | changes))
+            strategy = SelfSpeculative(policy=strategy) if hasattr(strategy, "plan") else strategy
+            generate(model, [[1, 2, 1]], strategy, max_new_tokens=3, compile=False)
+
+        refused(decode)
 
     check()

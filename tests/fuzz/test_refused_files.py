@@ -2,16 +2,22 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from layerskip_moe.analysis.metrics_file import read_metrics
 from layerskip_moe.analysis.trace import load_trace
+from layerskip_moe.constants import user_error
 from layerskip_moe.data import load_corpus
-from layerskip_moe.generation import EarlyExit, Sampling, generate
+from layerskip_moe.data.tokenizer import train_tokenizer
+from layerskip_moe.generation import EarlyExit, LayerSkipping, Sampling, SelfSpeculative, SparseSpeculative, generate
+from layerskip_moe.generation.policies import DEL, Cascade, DraftVerify, Heuristic
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.pretrained import load_model, load_tokenizer, quantize, save_model
 
@@ -166,6 +172,33 @@ def test_json_nested_without_end(tmp_path, says):
     says("is not a trace", lambda: load_trace(tmp_path / "trace.npz"))
 
 
+def write_bomb(path, kind):
+    """A few kilobytes that say they hold gigabytes, and do: one text in many rows, many that are empty or none, or
+    texts of one letter."""
+    if kind == "one text in many rows":
+        column = pa.DictionaryArray.from_arrays(pa.array([0] * 10**5, pa.int32()), pa.array(["x" * 10**6]))
+    elif kind == "nothing in many rows":
+        column = pa.nulls(5 * 10**6, pa.string())
+    elif kind == "empty texts":
+        column = pa.array([""] * 5 * 10**6)
+    else:
+        column = pa.array(["x" * 2**26] * 5)
+    dictionary = kind != "texts of one letter"
+    pq.write_table(pa.table({"text": column}), path, compression="zstd", use_dictionary=dictionary, store_schema=False)
+    assert path.stat().st_size < 10**6
+
+
+@pytest.mark.parametrize(
+    "kind", ["one text in many rows", "nothing in many rows", "empty texts", "texts of one letter"]
+)
+def test_a_parquet_file_that_would_fill_the_memory(tmp_path, says, kind):
+    write_bomb(tmp_path / "a.parquet", kind)
+    says(
+        r"a.parquet is of \d+ bytes, but its texts would take more than 268435456",
+        lambda: load_corpus(tmp_path / "a.parquet", cache_dir=tmp_path, progress=False),
+    )
+
+
 def test_one_line_of_six_million_letters(tmp_path, refused):
     (tmp_path / "text.txt").write_text("a" * 6 * 10**6)
     corpora = []
@@ -193,6 +226,7 @@ def test_a_classifier_elsewhere(tmp_path, says):
     [
         *(dict(temperature=None), dict(temperature="hot"), dict(top_k=2.5), dict(top_p="most"), dict(seed=0.5)),
         *(dict(repetition_penalty=[]), dict(max_new_tokens=1.5), dict(batch_size=1.5), dict(stop_tokens=["a"])),
+        *(dict(temperature=10**400), dict(repetition_penalty=10**400), dict(top_k=True), dict(seed=False)),
         *(dict(stop_strings=3), dict(prompts=None), dict(prompts=[[1.5]]), dict(prompts=[2.5]), dict(prompts=[[None]])),
     ],
     ids=str,
@@ -200,6 +234,61 @@ def test_a_classifier_elsewhere(tmp_path, says):
 def test_arguments_of_another_kind(says, arguments):
     how = dict(prompts=[[1]], max_new_tokens=1, temperature=1.0, compile=False) | arguments
     says("prompt" if "prompts" in arguments else next(iter(arguments)), lambda: generate(make_model().eval(), **how))
+
+
+@pytest.mark.parametrize(
+    ("words", "make"),
+    [
+        ("random=True must be a whole number", lambda: LayerSkipping(random=True)),
+        ("draft_top_k=True must be a whole number", lambda: SparseSpeculative(draft_top_k=True)),
+        ("tau=10+.*0 must be a number of 0 or more", lambda: EarlyExit(0.5, decay=True, tau=10**400)),
+        ("exit_layer='x+.* must be a whole number", lambda: SelfSpeculative("x" * 10**5)),
+        ("coupling='x+.* is unknown", lambda: SelfSpeculative(1, coupling="x" * 10**5)),
+        ("threshold='a' must be between", lambda: SelfSpeculative(policy=Heuristic(1, threshold="a"))),
+        ("length='a' must be a whole", lambda: SelfSpeculative(policy=DraftVerify(1, length="a"))),
+        ("decay=10+.* must be between", lambda: SelfSpeculative(policy=DEL(decay=10**400))),
+        ("decay=None must be between", lambda: SelfSpeculative(policy=DEL(decay=None))),
+        ("trials=2.5 must be a whole", lambda: SelfSpeculative(policy=Cascade(1, trials=2.5))),
+        (r"no calibration file '\\n\\n'", lambda: EarlyExit("\n\n")),
+    ],
+    ids=lambda value: value.partition("=")[0] if isinstance(value, str) else "",
+)
+def test_settings_of_strategies_that_are_none(says, words, make):
+    says(words, lambda: generate(make_model().eval(), [[1]], make(), max_new_tokens=1, compile=False))
+
+
+@pytest.mark.parametrize("texts", [[None], ["x"], "abc", [[1]], {"a": 1}], ids=str)
+def test_a_trace_whose_texts_are_no_texts(tmp_path, says, texts):
+    header = dict(version=2, config=dict(vocab_size=11), about={}, texts=texts)
+    arrays = {name: np.zeros(1) for name in ("tokens", "said", "second", "confidence", "experts")}
+    np.savez(tmp_path / "trace.npz", header=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8), **arrays)
+    says("is damaged .it does not say of each text", lambda: load_trace(tmp_path / "trace.npz"))
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "null", "1.5", "true", '"x"', "[]", '"1e1"'])
+def test_ids_of_tokens_that_are_none(tmp_path, says, number):
+    train_tokenizer("bpe", 270, [("train", "The quick brown fox.\n" * 9)], progress=False).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    (tmp_path / "added_tokens.json").write_text(f'{{"<new>": {number}}}')
+    says("does not list its tokens as transformers does", lambda: load_tokenizer(tmp_path))
+
+
+def test_a_path_of_thousands_of_letters(says, is_a_sentence):
+    long = "x" * 5000
+    says(r"x\.\.\.x+' does not exist; give the folder", lambda: load_model(long))
+    says(r"no dataset, file or folder 'x+\.\.\.", lambda: load_corpus(long))
+    says(r"no file or folder .*x\.\.\.x+", lambda: load_corpus(Path(long)))
+    says(r"no tokenizer 'x+\.\.\.", lambda: load_corpus(__file__, tokenizer=long))
+    says(r"no calibration file 'x+\.\.\.", lambda: EarlyExit(long))
+    with pytest.raises(OSError) as error:
+        Path("x" * 5000).read_text()
+    assert is_a_sentence(user_error(error.value)) and is_a_sentence(user_error(ValueError("x" * 10**6 + ".")))
+
+
+def test_the_home_of_nobody(says):
+    for load in (load_model, load_corpus, lambda path: load_corpus(__file__, tokenizer=path)):
+        says("~nobody at all/file", lambda load=load: load("~nobody at all/file"))
 
 
 def test_numbers_of_numpy_are_taken():

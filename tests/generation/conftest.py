@@ -24,8 +24,8 @@ def _tiny_model(seed=0, **overrides):
 @torch.enable_grad()
 def _trained_model(**overrides):
     """Taught that token x is followed by 2 x + 3: its greedy text visits many tokens, where that of random
-    weights repeats one or two. Stopped early, so that early layers still disagree with the last one. In float64, so that
-    it is the same model on every machine."""
+    weights repeats one or two. Stopped early, so that early layers still disagree with the last one. In
+    float64, so that it is the same model on every machine."""
     model = _tiny_model(**overrides).double()
     text = torch.arange(29)[:, None]
     for _ in range(8):

@@ -205,7 +205,7 @@ def test_places_within_more_slots_read_the_same_ones(tiny_model, window):
     cache = KVCache(config, 2, 30)
     positions = torch.tensor([[5, 6, 7], [0, 1, 2]])
     exact = locate(positions, config, cache, length=8)
-    wide = locate_within(positions, cache.rows_of(positions), config, 24)
+    wide = locate_within(positions, cache.rows_of(positions), config, 24, 30)
     for name in ("mask", "windowed"):
         mask = getattr(wide, name)
         assert torch.equal(mask[..., :8], getattr(exact, name)) and not mask[..., 8:].any()
@@ -257,7 +257,7 @@ def test_a_block_is_not_compiled_again_as_the_text_grows(tiny_model, monkeypatch
             for count in (1, 2, 5):
                 hidden = torch.randn(1, count, 16).double()
                 positions = torch.arange(slots - count, slots)[None]
-                places = locate_within(positions, cache.rows_of(positions), model.config, slots)
+                places = locate_within(positions, cache.rows_of(positions), model.config, slots, 50)
                 for layer, block in enumerate(model.blocks):
                     how = dict(memory=cache.memory(layer), router_memory=cache.router_memory(layer))
                     expected = block(hidden, places, **how)[0]

@@ -1,10 +1,11 @@
 """A training run to be killed: everything random is on, checkpoints are frequent, and each step that is taken is noted.
 
 Not a test: `test_survival.py` runs it in processes of its own, by `runpy.run_path` with a global `given`: text,
-out_dir, max_steps, checkpoint_every.
+out_dir, max_steps, checkpoint_every, steps of this process (after which it waits to be killed; None: no end).
 """
 
 import os
+import signal
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,8 @@ from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.training import TrainConfig, has_checkpoint, train
 from layerskip_moe.training.run import Run
 
-text, out_dir, max_steps, checkpoint_every = globals()["given"]
+text, out_dir, max_steps, checkpoint_every, most_steps = globals()["given"]
+taken = 0
 
 torch.set_num_threads(1)
 warnings.filterwarnings("error", message=".*damaged")  # a kill never leaves a checkpoint that is
@@ -36,6 +38,10 @@ recipe = TrainConfig(
 
 
 def noted(run, step, batches, real=Run.step):
+    global taken
+    while taken == most_steps:
+        signal.pause()
+    taken += 1
     with open(folder / "steps", "a") as file:
         file.write(f"{os.getpid()} {step}\n")
     return real(run, step, batches)

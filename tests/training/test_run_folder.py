@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,6 +52,26 @@ def test_a_stopped_run_is_not_lost_to_a_new_one(decoder, text, recipe, stopped, 
     train(decoder(), text(), recipe(max_steps=5, checkpoint_every=1), stopped, resume=True, progress=False)
     check_new_run(stopped)  # a finished one may be replaced
     check_new_run(tmp_path / "nothing")
+
+
+def test_a_checkpoint_that_a_killed_run_had_moved_away_is_not_lost(decoder, text, recipe, stopped):
+    """By saving the same step again: as it is between the two renames of `files.replacing_folder`."""
+    root = stopped / "checkpoints"
+    newest = root / "step-00000002"
+    for path in root.iterdir():
+        if path != newest:
+            shutil.rmtree(path)
+    before = contents(newest)
+    newest.rename(root / ".step-00000002.77.old")
+    shutil.copytree(root / ".step-00000002.77.old", root / ".step-00000002.77.tmp")
+    assert has_checkpoint(stopped)
+    with pytest.raises(ValueError, match="holds a run that stopped after step 2 of 5; go on"):
+        check_new_run(stopped)
+    told = "step-00000002 was being written anew when its run was killed; it is back as it was"
+    with pytest.warns(UserWarning, match=told), run_folder(stopped, resume=True) as checkpoint:
+        assert checkpoint.path == newest
+    assert list(root.iterdir()) == [newest] and contents(newest) == before
+    train(decoder(), text(), recipe(max_steps=5, checkpoint_every=1), stopped, resume=True, progress=False)
 
 
 def test_a_stopped_run_that_cannot_be_read_is_not_lost_either(decoder, text, recipe, stopped):

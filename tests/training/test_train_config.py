@@ -48,6 +48,11 @@ REFUSED = {
     "max_skipped_steps": (0, -1, 1.5),
 }
 
+LARGE = [  # and then could not be computed with
+    *(("max_steps", 10**400), ("warmup_steps", 2**63), ("exit_rotation", 10**30), ("batch_size", 2**63)),
+    *(("epochs", 1e308), ("learning_rate", 10**400), ("weight_decay", 10**400)),
+]
+
 ACCEPTED = {
     "max_steps": (None, 1),
     "epochs": (0.01, 3, 1000.0),
@@ -115,3 +120,18 @@ def test_drafting_weights_without_early_exits_are_refused():
         ValueError, match=r"exit_weights='drafting' has nothing to supervise under exit_curriculum='none'"
     ):
         TrainConfig(max_steps=1, exit_weights="drafting", exit_curriculum="none")
+
+
+@pytest.mark.parametrize(("name", "value"), LARGE, ids=[name for name, _ in LARGE])
+def test_numbers_without_end_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"^{name}=.* is too large; it must be 9223372036854775807 or less."):
+        TrainConfig(**{name: value})
+    assert TrainConfig(seed=10**400).seed == 10**400, "a seed may be any number"
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainConfig)])
+def test_long_values_are_not_told_whole(name):
+    for value in ("x" * 10**5, [0] * 1000):
+        with pytest.raises(ValueError, match=f"^{name}=") as refused:
+            TrainConfig(**{name: value})
+        assert len(str(refused.value)) < 500

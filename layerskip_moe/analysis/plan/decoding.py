@@ -21,9 +21,10 @@ from layerskip_moe.generation.session import MOST_AHEAD, MOST_NOISE
 from layerskip_moe.nn import ModelConfig
 from layerskip_moe.nn.few_rows import MOST_ROWS
 from layerskip_moe.nn.products import product_dtype
+from layerskip_moe.nn.rotary import table_length
 from layerskip_moe.nn.steps import room_for
 from layerskip_moe.pretrained.quantize import Quantization
-from layerskip_moe.refusals import require_whole
+from layerskip_moe.refusals import require_whole, shown
 
 DecodingType = Literal["float32", "bfloat16", "float16"]
 _WIDE, _INDEX = 4, 8
@@ -56,11 +57,11 @@ class Decoding:
         for name, least in (("rows", 1), ("prompt_tokens", 1), ("new_tokens", 1), ("draft_length", 0)):
             require_whole(name, getattr(self, name), at_least=least)
         if self.dtype not in get_args(DecodingType):
-            raise ValueError(f"dtype={self.dtype!r} is unknown; it is one of {', '.join(get_args(DecodingType))}.")
+            raise ValueError(f"dtype={shown(self.dtype)} is unknown; it is one of {', '.join(get_args(DecodingType))}.")
         if self.quantize is not None and self.quantize not in get_args(Quantization):
-            raise ValueError(f"quantize={self.quantize!r} is unknown; it is 'int8' or 'int4', or None.")
+            raise ValueError(f"quantize={shown(self.quantize)} is unknown; it is 'int8' or 'int4', or None.")
         if not isinstance(self.sampled, bool):
-            raise ValueError(f"sampled={self.sampled!r} must be True or False.")
+            raise ValueError(f"sampled={shown(self.sampled)} must be True or False.")
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def decoding_memory(config: ModelConfig, decoding: Decoding, *, gpu: bool = True
         )
     number = getattr(torch, decoding.dtype).itemsize
     capacity = min(-(-positions // ROUNDING) * ROUNDING, config.max_seq_len)
-    angles = 2 * config.max_seq_len * config.head_width * _WIDE
+    angles = 2 * table_length(capacity, config.max_seq_len) * config.head_width * _WIDE
     multiply = _products(decoding, gpu)
     return DecodingMemory(
         weights=_weight_bytes(config, number, decoding.quantize),

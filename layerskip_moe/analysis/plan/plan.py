@@ -11,6 +11,7 @@ from layerskip_moe.analysis.plan.counts import Operations, Parameters, count_ope
 from layerskip_moe.analysis.plan.decoding import Decoding, DecodingMemory, decoding_memory
 from layerskip_moe.analysis.plan.training import TrainingMemory, check_sharing, training_memory
 from layerskip_moe.nn import ModelConfig
+from layerskip_moe.refusals import shown
 from layerskip_moe.training import TrainConfig
 
 USABLE = 0.9  # of a processor's memory: the rest is for the driver, and for holes between tensors
@@ -80,9 +81,9 @@ def memory_plan(
     for batches and experts that so many GPUs cannot share.
     """
     if isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 0:
-        raise ValueError(f"gpus={gpus!r} must be a whole number: 0 for the CPU, or how many GPUs there are.")
+        raise ValueError(f"gpus={shown(gpus)} must be a whole number: 0 for the CPU, or how many GPUs there are.")
     if available is not None and not _is_size(available):
-        raise ValueError(f"available={available!r} must be a number of bytes, above 0 and below 2**63, or None.")
+        raise ValueError(f"available={shown(available)} must be a number of bytes, above 0 and below 2**63, or None.")
     train = TrainConfig(seq_len=min(TrainConfig.seq_len, config.max_seq_len)) if train is None else train
     if decoding is None:
         half = max(config.max_seq_len // 2, 1)

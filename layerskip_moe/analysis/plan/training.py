@@ -22,6 +22,7 @@ import torch
 from layerskip_moe.analysis.plan.activations import WIDE, Numbers, layer_activations
 from layerskip_moe.analysis.plan.counts import Parameters, count_parameters, most_exits
 from layerskip_moe.nn import ModelConfig
+from layerskip_moe.nn.rotary import table_length
 from layerskip_moe.training import TrainConfig
 from layerskip_moe.training.exit_loss import exit_loss
 from layerskip_moe.training.parallel import Ranks
@@ -85,7 +86,7 @@ def training_memory(config: ModelConfig, train: TrainConfig, how: Numbers, *, gp
     exits = most_exits(config, train)
     stream = tokens * config.d_model * WIDE
     head = _HeadLoss(config, train, how, tokens, exits)
-    angles = 2 * config.head_width * WIDE * (config.max_seq_len + tokens)
+    angles = 2 * config.head_width * WIDE * (table_length(train.seq_len, config.max_seq_len) + tokens)
     block = max(counted.blocks[layer] - elsewhere[layer] for layer in layers) * WIDE if gpus > 1 else 0
     root = (counted.total - sum(counted.blocks)) * WIDE if gpus > 1 else 0
     whole = angles + 3 * block + root  # there whenever something is computed

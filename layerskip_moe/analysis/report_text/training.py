@@ -14,7 +14,7 @@ def training_lines(report: Report) -> list[str]:
     if not training:
         return curves + figure(report, "step_parts", "Time per part of a training step")
     if "steps" not in training:
-        return curves + _step_parts(report)
+        return [*_skipped(training), *curves, *_step_parts(report)]
     best = training.get("best_validation")
     told = (
         f"{number(training['steps'])} steps in {number(training['seconds'], 1)} s, "
@@ -30,11 +30,21 @@ def training_lines(report: Report) -> list[str]:
     return [
         told,
         "",
+        *_skipped(training),
         *([of_one, ""] if losses else ()),
         *table(("exit layer", "final training loss"), [(n, number(loss, 3)) for n, loss in losses.items()]),
         *curves,
         *_step_parts(report),
     ]
+
+
+def _skipped(training: Report) -> list[str]:
+    """How many steps changed nothing, where there are any."""
+    skipped = training.get("skipped_steps")
+    if not skipped:
+        return []
+    was = "step was" if skipped == 1 else "steps were"
+    return [f"{number(skipped)} {was} skipped, loss or gradient not being finite: the weights stayed as they were.", ""]
 
 
 def _validation(report: Report) -> str:

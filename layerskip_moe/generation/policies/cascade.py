@@ -11,6 +11,7 @@ from layerskip_moe.generation.policies.fixed import check_length
 from layerskip_moe.generation.policies.new_text import NewText
 from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.session import Session
+from layerskip_moe.refusals import require_index
 
 
 class Cascade:
@@ -43,6 +44,7 @@ class Cascade:
         for name, value in (("start", start), ("length", length)):
             check_length(name, value)
         for name, value in (("trial", trial), ("trials", trials), ("rounds", rounds)):
+            require_index(name, value)
             if value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more.")
         self.exit_layer, self.length, self.trial, self.trials, self.rounds = exit_layer, length, trial, trials, rounds

@@ -8,10 +8,11 @@ verify several tokens at once. Next: `cascade.py`, which measures.
 import torch
 from torch import Tensor
 
-from layerskip_moe.generation.policies.fixed import check_length
+from layerskip_moe.generation.policies.fixed import check_length, is_share
 from layerskip_moe.generation.policies.new_text import NewText
 from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.session import Session
+from layerskip_moe.refusals import shown
 
 
 class DEL:
@@ -33,8 +34,8 @@ class DEL:
 
     def __init__(self, *, length: int = 8, decay: float = 0.95) -> None:
         check_length("length", length)
-        if not 0 <= decay <= 1:  # NaN is not either
-            raise ValueError(f"decay={decay} must be between 0 (the last round alone) and 1 (all rounds alike).")
+        if not is_share(decay):
+            raise ValueError(f"decay={shown(decay)} must be between 0 (the last round alone) and 1 (all rounds alike).")
         self.length, self.decay = length, decay
         self.agreed: dict[int, list[float]] = {}  # by row number, for each layer: places it was right at
         self.places: dict[int, float] = {}  # by row number: of how many

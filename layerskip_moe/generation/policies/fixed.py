@@ -4,9 +4,12 @@ Next: `heuristic.py`, which adapts the length.
 """
 
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.session import Session
+from layerskip_moe.refusals import require_index
 
 
 @dataclass(frozen=True)
@@ -37,5 +40,12 @@ class Fixed:
 
 def check_length(name: str, length: int, *, least: int = 1) -> None:
     """Raise ValueError for a number of drafts below `least`."""
+    require_index(name, length)
     if length < least:
         raise ValueError(f"{name}={length} must be {least} or more: it counts tokens.")
+
+
+def is_share(value: Any) -> bool:
+    """Whether it is a number between 0 and 1."""
+    is_number = isinstance(value, Real)
+    return is_number and 0 <= value <= 1  # NaN is not either

@@ -5,10 +5,11 @@ Next: `draft_verify.py`, which adapts the threshold instead of the length.
 
 from torch import Tensor
 
-from layerskip_moe.generation.policies.fixed import check_length
+from layerskip_moe.generation.policies.fixed import check_length, is_share
 from layerskip_moe.generation.policies.new_text import NewText
 from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.session import Session
+from layerskip_moe.refusals import shown
 
 
 class Heuristic:
@@ -51,5 +52,5 @@ class Heuristic:
 
 def check_threshold(threshold: float) -> None:
     """Raise ValueError unless it is a probability."""
-    if not 0 <= threshold <= 1:  # NaN is not either
-        raise ValueError(f"threshold={threshold} must be between 0 (never stop) and 1: it is a probability.")
+    if not is_share(threshold):
+        raise ValueError(f"threshold={shown(threshold)} must be between 0 (never stop) and 1: it is a probability.")
