@@ -165,24 +165,29 @@ def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int]) -> CostModel:
     config = model.config
     kinds = _kinds(config, batch_size, exits)
     blocks, started, draw = list[_Block](), time.perf_counter(), random.Random(0)
-    least, before = 2 * len(kinds), -1  # the first of a kind is recorded, and takes longer
+    # Rows of a batch end one by one, and what fewer take cannot be told from what all do.
+    sizes = [batch_size] if batch_size == 1 else [batch_size, -(-batch_size // 4)]
+    least, before = 2 * len(sizes) * len(kinds), -1  # the first of a kind is recorded, and takes longer
 
     def is_over() -> bool:
         late = len(blocks) >= least and time.perf_counter() - started > _SECONDS
-        return late or len(blocks) >= _BLOCKS * len(kinds)
+        return late or len(blocks) >= _BLOCKS * len(sizes) * len(kinds)
 
+    turn = 0
     while before < len(blocks) and not is_over():
         before = len(blocks)
         tokens = min(256, config.max_seq_len - 2)
-        prompts = [[draw.randrange(config.vocab_size) for _ in range(2)] for _ in range(batch_size)]
+        rows = sizes[turn % len(sizes)]
+        prompts = [[draw.randrange(config.vocab_size) for _ in range(2)] for _ in range(rows)]
         # (Greedy text would run in circles, and read fewer experts.)
         session = Session(model, prompts, Sampling(temperature=1.0), max_new_tokens=tokens)
-        _run(session, kinds, blocks, is_over)
+        _run(session, kinds, blocks, lambda begun=before: is_over() or len(blocks) - begun >= len(kinds))
         session.close()
+        turn += 1
     empty = CostModel(
         config.n_layers, _moe_layers(config), config.num_experts, config.top_k * bool(config.num_experts), ()
     )
-    return _fitted_to(empty, blocks[len(kinds) :] or blocks)
+    return _fitted_to(empty, blocks[len(sizes) * len(kinds) :] or blocks)
 
 
 def _run(session: Session, kinds: list[tuple[int, int]], blocks: list[_Block], is_over: Callable[[], bool]) -> None:

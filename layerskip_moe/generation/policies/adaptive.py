@@ -31,7 +31,7 @@ _REST, _LONGEST_REST = 16, 128  # steps of plain decoding from one look to the n
 _UNION_MEMORY = 0.8  # of the unions of earlier looks
 _DOUBT = 0.15  # of a fitted cost model: how far drafting may be from what it says, beside plain steps
 _SURE = 0.08  # doubt beyond this is worth a try of what else may be best
-_COLD = 4  # plain steps after others that take longer
+_TIMED = 8  # plain steps at the end of a rest
 
 
 class Adaptive:
@@ -61,8 +61,11 @@ class Adaptive:
         self._acceptance: Acceptance | None = None
         self._is_new_text = NewText()
         self._union = 1.0  # experts that places read, over those of independent choices
+        self._reckoned: dict[
+            tuple[int, int, int, int], float
+        ] = {}  # by exit layer, longest draft, places, rows
         self._drift = Drift(0.0)
-        self._rested = self._drafted = 0  # plain steps, and rounds by one exit, in a row
+        self._drafted = 0  # rounds by one exit in a row
         self._resting = 0  # rows that rest
         self._rounds = self._rest = self._looks = 0
         self._to_look, self._next_rest = _LOOK, _REST
@@ -81,6 +84,7 @@ class Adaptive:
         if not self._given:
             self.cost_model = fit_cost_model(model, rows, exits=self.exits)
         assert self.cost_model is not None
+        self._reckoned.clear()
         if not self.cost_model.is_of(model.config):
             raise ValueError("the cost model is of another network; fit one to this model, or leave it out.")
 
@@ -95,10 +99,11 @@ class Adaptive:
         return False
 
     def rested(self, seconds: float) -> None:
-        """How long that step took."""
-        self._rested, self._drafted = self._rested + 1, 0
-        if self._rested > _COLD:
-            self._drift.see(seconds, self._seconds(0, 0, self._resting, self._resting), drafting=False)
+        """How long that step took. The last few before a look count, which are not cold, and next to what follows."""
+        self._drafted = 0
+        if self._rest < _TIMED:
+            rows = self._resting
+            self._drift.see(seconds, self._reckoned_seconds(0, 0, rows, rows), drafting=False)
 
     def _begin(self, session: Session) -> None:
         """Another text: of this one nothing is known yet. Where nothing is known at all, its prompt is looked at."""
@@ -127,7 +132,8 @@ class Adaptive:
         self.experts = self.shadow and self._exit > 0
         if self.shadow:
             self._looks += 1
-            self._to_look = min(_LOOK + 2 * self._looks, _LOOK_LATER)
+            # (A look at many rows takes longer, and tells more.)
+            self._to_look = min(_LOOK + 2 * self._looks * len(rows), _LOOK_LATER * len(rows))
         return [(self._exit or 1, length) for length in self._lengths]
 
     def _choose(self, rows: list[int]) -> None:
@@ -169,12 +175,21 @@ class Adaptive:
         return best
 
     def _seconds(self, exit_layer: int, longest: int, places: int, rows: int) -> float:
-        """Seconds expected of a round of this text."""
-        cost = self.cost_model
-        assert cost is not None, "`prepare` came before"
-        later = self._union * cost.more_experts(exit_layer, places)
-        seconds = cost.seconds_of(cost.amounts(exit_layer, longest, rows, places, later))
-        return max(seconds * (math.exp(self._drift.offset) if longest else 1.0), 1e-9)
+        """Seconds expected of a round of this text, by now."""
+        reckoned = self._reckoned_seconds(exit_layer, longest, places, rows)
+        return reckoned * math.exp(self._drift.offset) if longest else reckoned
+
+    def _reckoned_seconds(self, exit_layer: int, longest: int, places: int, rows: int) -> float:
+        """The same by the cost model alone: plans have much in common, and it is asked hundreds of times a choice."""
+        plan = exit_layer, longest, places, rows
+        seconds = self._reckoned.get(plan)
+        if seconds is None:
+            cost = self.cost_model
+            assert cost is not None, "`prepare` came before"
+            later = self._union * cost.more_experts(exit_layer, places)
+            seconds = max(cost.seconds_of(cost.amounts(exit_layer, longest, rows, places, later)), 1e-9)
+            self._reckoned[plan] = seconds
+        return seconds
 
     def observe(self, round: RoundReport) -> None:
         """Learn what was accepted, and where it was asked what other exits would have said and how many experts were
@@ -197,9 +212,9 @@ class Adaptive:
     def _see_seconds(self, round: RoundReport) -> None:
         """How long a round took that was like the one before."""
         longest, places, rows = max(round.drafted), sum(round.drafted) + len(round.drafted), len(round.drafted)
-        self._rested, self._drafted = 0, self._drafted + 1
+        self._drafted += 1
         if longest and self._drafted > 1:
-            reckoned = self._seconds(max(round.exit_layers), longest, places, rows) / math.exp(self._drift.offset)
+            reckoned = self._reckoned_seconds(max(round.exit_layers), longest, places, rows)
             self._drift.see(round.seconds, reckoned, drafting=True)
 
     def _see_shadow(self, round: RoundReport, shadow: Tensor) -> None:
@@ -219,6 +234,7 @@ class Adaptive:
         pairs = zip(cost.moe_layers, round.experts, strict=True)
         read = sum(count - cost.top_k for layer, count in pairs if layer >= exit_layer)
         self._union += (1 - _UNION_MEMORY) * (read / cost.more_experts(exit_layer, places) - self._union)
+        self._reckoned.clear()
 
 
 def candidate_exits(n_layers: int) -> tuple[int, ...]:
