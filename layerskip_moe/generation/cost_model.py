@@ -181,7 +181,7 @@ def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int]) -> CostModel:
         prompts = [[draw.randrange(config.vocab_size) for _ in range(2)] for _ in range(rows)]
         # (Greedy text would run in circles, and read fewer experts.)
         session = Session(model, prompts, Sampling(temperature=1.0), max_new_tokens=tokens)
-        _run(session, kinds, blocks, lambda begun=before: is_over() or len(blocks) - begun >= len(kinds))
+        _run(session, kinds, blocks, before + len(kinds), is_over)
         session.close()
         turn += 1
     empty = CostModel(
@@ -190,15 +190,20 @@ def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int]) -> CostModel:
     return _fitted_to(empty, blocks[len(sizes) * len(kinds) :] or blocks)
 
 
-def _run(session: Session, kinds: list[tuple[int, int]], blocks: list[_Block], is_over: Callable[[], bool]) -> None:
-    """Time steps of all kinds, some of each in turn, until a row has no use for the longest drafts, or time is up."""
+def _run(
+    session: Session, kinds: list[tuple[int, int]], blocks: list[_Block], most: int, is_over: Callable[[], bool]
+) -> None:
+    """Time steps of all kinds, some of each in turn, until there are so many blocks, a row has no use for the longest
+    drafts, or time is up."""
     from layerskip_moe.generation.self_speculative import SelfSpeculative  # which imports `Adaptive`, and that this
 
     policy, rows = _Kind(), len(session.rows)
     plain, drafting = Autoregressive(), SelfSpeculative(policy=policy)
     longest = max(drafts for _, drafts in kinds)
     session.prefill()
-    while len(session.row_numbers) == rows and min(session.remaining) > longest and not is_over():
+    while len(blocks) < most and not is_over():
+        if len(session.row_numbers) < rows or min(session.remaining) <= longest:
+            break
         policy.pair = exit_layer, drafts = kinds[len(blocks) % len(kinds)]
         seconds, experts = list[float](), None
         cold = math.ceil(_COLD / (rows * (drafts + 1)))

@@ -61,9 +61,7 @@ class Adaptive:
         self._acceptance: Acceptance | None = None
         self._is_new_text = NewText()
         self._union = 1.0  # experts that places read, over those of independent choices
-        self._reckoned: dict[
-            tuple[int, int, int, int], float
-        ] = {}  # by exit layer, longest draft, places, rows
+        self._reckoned: dict[tuple[int, int, int, int], float] = {}  # by exit layer, longest draft, places, rows
         self._drift = Drift(0.0)
         self._drafted = 0  # rounds by one exit in a row
         self._resting = 0  # rows that rest
