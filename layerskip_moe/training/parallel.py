@@ -20,8 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from layerskip_moe.training.config import TrainConfig
-
 TIMEOUT = timedelta(minutes=10)  # that a rank waits for another before it gives up, and all end
 _PATIENCE = timedelta(days=1)  # ... while another reads a text, and trains a tokenizer on it
 
@@ -143,17 +141,3 @@ def leave() -> None:
     """Part from the others; nothing where there are none."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def check_shared(config: TrainConfig, ranks: Ranks) -> None:
-    """Raise ValueError for what several ranks cannot share: a batch that they do not divide, compiled blocks (torch
-    takes the sizes of blocks that FSDP gathers for variables), and the 8-bit AdamW (its states cannot be gathered)."""
-    if config.batch_size % ranks.size:
-        raise ValueError(
-            f"batch_size={config.batch_size} is shared by {ranks.size} processes, which does not divide it; give "
-            f"{max(config.batch_size // ranks.size, 1) * ranks.size}, or another multiple of {ranks.size}."
-        )
-    if ranks.size > 1 and config.compile:
-        raise ValueError(f"compile=True is for one process, and there are {ranks.size}; leave it out.")
-    if ranks.size > 1 and config.optimizer == "adamw8bit":
-        raise ValueError(f"optimizer='adamw8bit' is for one process, and there are {ranks.size}; take 'adamw'.")

@@ -209,7 +209,7 @@ def test_shards():
         assert getattr(shared, name) == -(-getattr(alone, name) // 4)
     of_its_samples = memory_plan(config, dataclasses.replace(recipe, batch_size=4), gpus=1).training
     assert shared.activations == of_its_samples.activations  # copies of weights in 16 bits are nobody's to divide
-    with pytest.raises(ValueError, match="batch_size=16 cannot be shared out evenly to 3 GPUs"):
+    with pytest.raises(ValueError, match="batch_size=16 is shared by 3 processes"):
         memory_plan(config, recipe, gpus=3)
 
 

@@ -3,9 +3,11 @@ only one. `python one_of_many.py runs.json out_dir` trains each run of the file,
 
 A run: {"network": ModelConfig's fields, "recipe": TrainConfig's, "stop_at": a step at which all stop, "resume",
 "seeds": of each process's weights, "broken": a part of the network that gives nan in the last process}.
+Blocks are traced where the recipe compiles them, and run as they are: a compiler would take a minute.
 What such a run says in the end is kept too.
 """
 
+import functools
 import json
 import os
 import sys
@@ -16,7 +18,7 @@ from types import SimpleNamespace
 import torch
 
 from layerskip_moe.nn import ModelConfig, MoEDecoder
-from layerskip_moe.training import TrainConfig, train
+from layerskip_moe.training import TrainConfig, block_calls, train
 from layerskip_moe.training import run as run_module
 from layerskip_moe.training.parallel import join
 
@@ -57,8 +59,13 @@ def run(out_dir, *, network=None, recipe=None, stop_at=None, resume=False, seeds
     if broken is not None and rank + 1 == int(os.environ.get("WORLD_SIZE", "1")):
         model.get_submodule(broken).register_forward_hook(breaks)
     run_module.training_losses = stopping
+    traced = functools.partial(torch.compile, fullgraph=True, backend="eager")
+    block_calls.compiled = functools.cache(traced)
+    config = TrainConfig(**RECIPE | (recipe or {}))
+    alone = "WORLD_SIZE" not in os.environ  # where the 8-bit AdamW would compile itself, for half a minute
     try:
-        result = train(model, text(), TrainConfig(**RECIPE | (recipe or {})), out_dir, resume=resume, progress=False)
+        with torch.compiler.set_stance("force_eager" if alone else "default"):
+            result = train(model, text(), config, out_dir, resume=resume, progress=False)
     except Stopped:
         return
     except (ValueError, FloatingPointError) as error:

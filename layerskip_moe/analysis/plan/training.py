@@ -17,15 +17,12 @@ Knows nothing of what a processor has. Next: `activations.py`; `plan.py`, which 
 import inspect
 from dataclasses import dataclass
 
-import torch
-
 from layerskip_moe.analysis.plan.activations import WIDE, Numbers, layer_activations
 from layerskip_moe.analysis.plan.counts import Parameters, count_parameters, most_exits
 from layerskip_moe.nn import ModelConfig
 from layerskip_moe.training import TrainConfig
 from layerskip_moe.training.exit_loss import exit_loss
-from layerskip_moe.training.parallel import Ranks
-from layerskip_moe.training.sharding import check_experts
+from layerskip_moe.training.sharding import check_sharing
 
 _CHUNK_ROWS: int = inspect.signature(exit_loss).parameters["chunk_rows"].default
 _STATE_8BIT = 2 * (1 + WIDE / 256)  # bytes of a parameter's two means: one each, and a scale for every 256
@@ -116,13 +113,6 @@ def training_memory(config: ModelConfig, train: TrainConfig, how: Numbers, *, gp
         working=working,
         moment=moment,
     )
-
-
-def check_sharing(config: ModelConfig, train: TrainConfig, gpus: int) -> None:
-    """Raise ValueError for a batch, and with expert parallelism experts, that so many processors cannot share."""
-    if train.batch_size % gpus:
-        raise ValueError(f"batch_size={train.batch_size} cannot be shared out evenly to {gpus} GPUs.")
-    check_experts(config, Ranks(0, gpus, torch.device("cpu")), train.expert_parallel)
 
 
 def _experts_elsewhere(config: ModelConfig, layer: int, train: TrainConfig) -> int:
