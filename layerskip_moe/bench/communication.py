@@ -7,7 +7,8 @@ all-reduce. On paper, dimensions that R does not divide being padded, and n bein
 
     all-gather      every block's matrices twice per pass, for forward and backward, n bytes a number; embedding, head,
                     routers and norms once, 4 bytes
-    reduce-scatter  the gradients of each of these once per step, after the last pass, 4 bytes
+    reduce-scatter  the gradients of each of these once per pass, 4 bytes: added up whole, and sent once per step, they
+                    would be all of them on every process
     all-to-all      of every MoE layer and pass: the counts, and K states of every token four times, n bytes
     all-reduce      per pass what each router's experts and the losses counted, per step the losses, the gradient's norm
                     and whether a process was asked to stop
@@ -123,7 +124,7 @@ def on_paper(config: ModelConfig, settings: CommunicationSettings) -> dict[str, 
         numbers = sum(-(-weight.shape[0] // parts) * parts * weight[0].numel() for weight in weights)
         calls = passes * (2 if in_blocks else 1)
         gathered.update(calls=calls, bytes=calls * numbers * (narrow if in_blocks else 4))
-        scattered.update(calls=1, bytes=numbers * 4)
+        scattered.update(calls=passes, bytes=passes * numbers * 4)
     layers = sum(config.is_moe(layer) for layer in range(config.n_layers))
     states = narrow * settings.batch_size * settings.seq_len * config.top_k * config.d_model
     exchanges = layers * passes if settings.expert_parallel > 1 else 0

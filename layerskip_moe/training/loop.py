@@ -149,8 +149,9 @@ def train(
                 due = checkpoint_every and done % checkpoint_every == 0 and not run.skips.in_a_row
                 if checkpoint_every != 0 and (last or due or stopping):
                     tensors = whole(run.tensors(), keep=ranks.is_first)
-                    if ranks.is_first:
-                        save_checkpoint(out_dir, run.facts(done), tensors)
+                    with ranks.awaiting_the_first():
+                        if ranks.is_first:
+                            save_checkpoint(out_dir, run.facts(done), tensors)
                 if stopping:
                     break
         received = ranks.largest(interruption.received or 0)  # also while the last step was saved

@@ -9,7 +9,7 @@ Knows nothing of networks. Next: `sharding.py` (a model divided over the mesh), 
 
 import atexit
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 TIMEOUT = timedelta(minutes=10)  # that a rank waits for another before it gives up, and all end
-_PATIENCE = timedelta(days=1)  # ... while another reads a text, and trains a tokenizer on it
+_PATIENCE = timedelta(days=1)  # ... while another reads a text, and trains a tokenizer on it, or writes a checkpoint
 
 
 @dataclass(frozen=True)
@@ -103,15 +103,30 @@ class Ranks:
     def one_per_machine_first(self) -> Iterator[None]:
         """The block, done by one process of each machine, and by its others when that one is through: they find in the
         cache what it left there."""
-        if self.size == 1:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        with self._patiently() as wait:
+            if local > 0:
+                wait()
             yield
+            if local == 0:
+                wait()
+
+    @contextmanager
+    def awaiting_the_first(self) -> Iterator[None]:
+        """The block, at whose end all wait for rank 0, which has most to do there: longer than for one that does not
+        answer."""
+        with self._patiently() as wait:
+            yield
+            wait()
+
+    @contextmanager
+    def _patiently(self) -> Iterator[Callable[[], Any]]:
+        """A way to wait for all others."""
+        if self.size == 1:
+            yield lambda: None
             return
-        local, patient = int(os.environ.get("LOCAL_RANK", "0")), dist.new_group(backend="gloo", timeout=_PATIENCE)
-        if local > 0:
-            dist.barrier(patient)
-        yield
-        if local == 0:
-            dist.barrier(patient)
+        patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        yield lambda: dist.barrier(patient)
         dist.destroy_process_group(patient)
 
 

@@ -111,8 +111,7 @@ class Run:
         """
         parts: list[Losses] = []
         with calling_blocks(self.model, compile=self.compiles, checkpointing=self.config.activation_checkpointing):
-            for done, losses in enumerate(self._losses(step, text), start=1):
-                self.network.synchronize(done == self.config.accumulation)
+            for losses in self._losses(step, text):
                 with self.timer.part("backward"):
                     self.scaler.scale(losses.total / self.config.accumulation).backward()
                     parts.append(losses._replace(total=losses.total.detach()))

@@ -47,11 +47,6 @@ class Network(nn.Module):
         """compute(model, *arguments, **others)."""
         return compute(self.model, *arguments, **others)
 
-    def synchronize(self, wanted: bool) -> None:
-        """Whether the next backward pass sums gradients over the ranks; without, they add up where they are."""
-        if isinstance(self, FSDPModule):
-            self.set_requires_gradient_sync(wanted)
-
     def release(self) -> None:
         """Let go of what a pass without a backward one leaves gathered."""
         if isinstance(self, FSDPModule):

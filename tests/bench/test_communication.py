@@ -36,7 +36,7 @@ def test_the_paper_by_hand():
     head = 0 if config.tie_embeddings else 4 * 10 * 4
     paper = on_paper(config, CommunicationSettings(processes=2, batch_size=2, seq_len=3, accumulation=3))
     assert paper["all-gather"] == {"calls": 2 * 3 * (2 + 1), "bytes": 2 * 3 * (2 * block + rest + head)}
-    assert paper["reduce-scatter"] == {"calls": 2 * 2, "bytes": 2 * (block + rest + head)}
+    assert paper["reduce-scatter"] == {"calls": 2 * 3 * 2, "bytes": 2 * 3 * (block + rest + head)}
     assert paper["all-to-all"] == {"calls": 0, "bytes": 0}
     together = on_paper(config, CommunicationSettings(processes=2, expert_parallel=2, batch_size=2, seq_len=3))
     pairs = 2 * 3 * 1
@@ -45,7 +45,9 @@ def test_the_paper_by_hand():
     half = on_paper(config, CommunicationSettings(2, 2, batch_size=2, seq_len=3, precision="float16"))
     assert half["all-gather"]["bytes"] == 2 * (block - 4 * 48 + rest + head)
     assert half["all-to-all"] == {"calls": 2 * 5, "bytes": 4 * 2 * pairs * 4 + 2 * 2 * 8}
-    assert half["reduce-scatter"] == together["reduce-scatter"]
+    assert (
+        half["reduce-scatter"] == together["reduce-scatter"] == {"calls": 4, "bytes": 2 * (block - 192 + rest + head)}
+    )
 
 
 def test_what_cannot_be_divided_is_refused_before_a_process_is_started():
