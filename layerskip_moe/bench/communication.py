@@ -3,11 +3,13 @@
 R processes, e of which (`expert_parallel`) hold a layer's experts between them; A passes per step (accumulation).
 Counted is every collective that PyTorch dispatches, on all processes: calls, and bytes of the whole tensor that a call
 puts together or takes apart. By ring or by halving, each process sends about (R - 1) / R of that, twice for an
-all-reduce. On paper, of parameters in float32, dimensions that R does not divide being padded:
+all-reduce. On paper, dimensions that R does not divide being padded, and n being 4 bytes in float32, 2 in 16 bits:
 
-    all-gather      every block twice per pass, for forward and backward; embedding, norm and head once
-    reduce-scatter  each of these once per step, after the last pass
-    all-to-all      of every MoE layer and pass: the counts, and K states of every token four times
+    all-gather      every block's matrices twice per pass, for forward and backward, n bytes a number; embedding, head,
+                    routers and norms once, 4 bytes
+    reduce-scatter  the gradients of each of these once per pass, 4 bytes: added up whole, and sent once per step, they
+                    would be all of them on every process
+    all-to-all      of every MoE layer and pass: the counts, and K states of every token four times, n bytes
     all-reduce      per pass what each router's experts and the losses counted, per step the losses, the gradient's norm
                     and whether a process was asked to stop
 
@@ -19,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -31,8 +33,7 @@ from layerskip_moe.bench.tables import aligned
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.nn.block import MoEMLP
 from layerskip_moe.training import TrainConfig, train
-from layerskip_moe.training.parallel import Ranks, check_shared
-from layerskip_moe.training.sharding import check_experts
+from layerskip_moe.training.sharding import check_sharing, wide_parts
 
 KINDS = ("all-gather", "reduce-scatter", "all-to-all", "all-reduce")
 # The names of PyTorch's operators, of torch.distributed and of its functional twin.
@@ -57,6 +58,7 @@ class CommunicationSettings:
         batch_size: B, samples per pass of all processes together
         seq_len: T, tokens of each
         accumulation: passes per step
+        precision: float32, bfloat16 or float16, of matrix products
     """
 
     processes: int = 2
@@ -64,6 +66,7 @@ class CommunicationSettings:
     batch_size: int = 4
     seq_len: int = 32
     accumulation: int = 1
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
 class Count(TorchDispatchMode):
@@ -91,9 +94,7 @@ def communication(config: ModelConfig, settings: CommunicationSettings) -> dict[
     not divide."""
     if settings.processes < 2:
         raise ValueError(f"processes={settings.processes} must be 2 or more: one has nobody to send to.")
-    ranks = Ranks(0, settings.processes, torch.device("cpu"))
-    check_shared(_recipe(settings, 1), ranks)
-    check_experts(config, ranks, settings.expert_parallel)
+    check_sharing(config, _recipe(settings, 1), settings.processes)
     counted = in_processes(settings.processes, _count_a_step, config, settings)
     measured = {
         kind: {"calls": sum(calls[kind] for calls, _ in counted), "bytes": sum(sent[kind] for _, sent in counted)}
@@ -113,18 +114,19 @@ def communication_text(result: dict[str, Any]) -> str:
 
 
 def on_paper(config: ModelConfig, settings: CommunicationSettings) -> dict[str, dict[str, int]]:
-    """{kind: {"calls", "bytes"}} of a step, of all processes together, without layer dropout, in float32."""
-    ranks, passes = settings.processes, settings.accumulation
+    """{kind: {"calls", "bytes"}} of a step, of all processes together, without layer dropout."""
+    ranks, passes, narrow = settings.processes, settings.accumulation, 4 if settings.precision == "float32" else 2
     columns = ranks // settings.expert_parallel
     with torch.device("meta"):
         model = MoEDecoder(config)
     gathered, scattered = Counter[str](), Counter[str]()
-    for weights, parts, per_pass in _divided(model, ranks, columns, settings.expert_parallel):
-        size = 4 * sum(-(-weight.shape[0] // parts) * parts * weight[0].numel() for weight in weights)
-        gathered.update(calls=per_pass * passes, bytes=per_pass * passes * size)
-        scattered.update(calls=1, bytes=size)
+    for weights, parts, in_blocks in _divided(model, ranks, columns, settings.expert_parallel):
+        numbers = sum(-(-weight.shape[0] // parts) * parts * weight[0].numel() for weight in weights)
+        calls = passes * (2 if in_blocks else 1)
+        gathered.update(calls=calls, bytes=calls * numbers * (narrow if in_blocks else 4))
+        scattered.update(calls=passes, bytes=passes * numbers * 4)
     layers = sum(config.is_moe(layer) for layer in range(config.n_layers))
-    states = 4 * settings.batch_size * settings.seq_len * config.top_k * config.d_model
+    states = narrow * settings.batch_size * settings.seq_len * config.top_k * config.d_model
     exchanges = layers * passes if settings.expert_parallel > 1 else 0
     return {
         KINDS[0]: {name: ranks * count for name, count in gathered.items()},
@@ -139,19 +141,19 @@ def on_paper(config: ModelConfig, settings: CommunicationSettings) -> dict[str, 
 
 def _divided(
     model: MoEDecoder, ranks: int, columns: int, expert_parallel: int
-) -> Iterator[tuple[list[nn.Parameter], int, int]]:
-    """Parameters that are gathered at once, by how many ranks they are divided, and how often per pass."""
-    of_blocks: set[nn.Parameter] = set()
+) -> Iterator[tuple[list[nn.Parameter], int, bool]]:
+    """Parameters that are gathered at once, by how many ranks they are divided, and whether they are a block's."""
+    rest = {*model.embedding.parameters(), *(model.head.parameters() if model.head is not None else ())}
+    rest |= {weight for part in wide_parts(model) for weight in part.parameters()}
     for block in model.blocks:
-        weights = list(block.parameters())
-        of_blocks.update(weights)
+        weights = [weight for weight in block.parameters() if weight not in rest]
         if expert_parallel > 1 and isinstance(block.mlp, MoEMLP):
             experts = list(block.mlp.experts.parameters())
             weights = [weight for weight in weights if not any(weight is other for other in experts)]
             if columns > 1:  # a rank has 1 / e of them, and gathers no more
-                yield [nn.Parameter(weight[: len(weight) // expert_parallel]) for weight in experts], 1, 2
-        yield weights, ranks, 2
-    yield [weight for weight in model.parameters() if weight not in of_blocks], ranks, 1
+                yield [nn.Parameter(weight[: len(weight) // expert_parallel]) for weight in experts], 1, True
+        yield weights, ranks, True
+    yield list(rest), ranks, False
 
 
 def _recipe(settings: CommunicationSettings, steps: int) -> TrainConfig:
@@ -163,7 +165,7 @@ def _recipe(settings: CommunicationSettings, steps: int) -> TrainConfig:
         expert_parallel=settings.expert_parallel,
         exit_curriculum="all",
         layer_dropout_max=0.0,
-        precision="float32",
+        precision=settings.precision,
         checkpoint_every=0,
     )
 

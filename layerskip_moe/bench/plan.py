@@ -2,13 +2,16 @@
 
 On a CPU the allocator tells PyTorch's profiler of every block that it gives and takes back, which is what
 `torch.cuda.max_memory_allocated` counts on a GPU. Weights that were there before are added by their size. What
-libraries take for themselves, and holes between blocks, are not in it; `memory.py` measures a process whole.
+libraries take for themselves, and holes between blocks, are not in it; `memory.py` measures a process whole. That other
+threads (gloo's) took a block back is seen only when its place is given away again: of several processes, which have
+equally much to hold, the least is nearest.
 Next: `analysis/plan/plan.py`.
 """
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +21,16 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from layerskip_moe.analysis.plan import Decoding
+from layerskip_moe.bench.processes import in_processes
 from layerskip_moe.generation import Autoregressive, SelfSpeculative, generate
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.nn.kernels import has_kernels
 from layerskip_moe.nn.rotary import rotary_table
 from layerskip_moe.pretrained.quantize import quantize
 from layerskip_moe.training import TrainConfig, train
+from layerskip_moe.training.parallel import join
+from layerskip_moe.training.run import Run
+from layerskip_moe.training.sharding import local_part
 
 _STEPS = 3  # the optimizer's state is there from the first step's end on, the best weights from the first validation on
 
@@ -43,19 +50,49 @@ def few_steps(recipe: TrainConfig) -> TrainConfig:
 def training_peak(config: ModelConfig, recipe: TrainConfig, device: torch.device) -> int:
     """The most bytes allocated while a network with random weights is trained by `few_steps(recipe)`."""
     recipe = few_steps(recipe)
-    generator = torch.Generator().manual_seed(0)
-    samples = _STEPS * recipe.batch_size * recipe.accumulation
-
-    def drawn(windows: int) -> Tensor:
-        return torch.randint(config.vocab_size, (windows * recipe.seq_len + 1,), generator=generator)
-
-    text = _RandomText(drawn(samples), drawn(2) if recipe.validate_every else drawn(0)[:0])
+    text = _random_text(config, recipe)
     model = MoEDecoder(config).to(device)
     before = _weight_bytes(model)
     rotary_table.cache_clear()
     with tempfile.TemporaryDirectory() as folder, allocated(device) as peak:
         train(model, text, recipe, folder, progress=False)
     return before + peak()
+
+
+def shared_training_peaks(cases: Sequence[tuple[ModelConfig, TrainConfig]], processes: int) -> list[int]:
+    """The same of so many processes of the CPU that train each network together, for one of them, without the whole
+    model that each begins and ends with."""
+    return [min(peaks) for peaks in zip(*in_processes(processes, _shared_peaks, list(cases)), strict=True)]
+
+
+def _shared_peaks(cases: list[tuple[ModelConfig, TrainConfig]]) -> list[int]:
+    """In a process."""
+    return [_shared_peak(config, few_steps(recipe)) for config, recipe in cases]
+
+
+def _shared_peak(config: ModelConfig, recipe: TrainConfig) -> int:
+    ranks, text = join("cpu"), _random_text(config, recipe)
+    run = Run(MoEDecoder(config), recipe, _STEPS, text, ranks)
+    before = sum(local_part(parameter).nbytes for parameter in run.model.parameters())
+    rotary_table.cache_clear()
+    with contextlib.closing(run.text_from(0)) as batches, allocated(ranks.device) as peak:  # type: ignore[type-var]
+        for step in range(_STEPS):
+            run.step(step, batches)
+            if recipe.validate_every:
+                with run.autocast():
+                    run.validate(text.validation, step + 1)
+    return before + peak()
+
+
+def _random_text(config: ModelConfig, recipe: TrainConfig) -> _RandomText:
+    """As much as `few_steps` need."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(windows: int) -> Tensor:
+        return torch.randint(config.vocab_size, (windows * recipe.seq_len + 1,), generator=generator)
+
+    samples = _STEPS * recipe.batch_size * recipe.accumulation
+    return _RandomText(drawn(samples), drawn(2) if recipe.validate_every else drawn(0)[:0])
 
 
 def decoding_peak(config: ModelConfig, decoding: Decoding, device: torch.device) -> int:
@@ -111,10 +148,20 @@ def _most_allocated(recorded: profile) -> int:
         events += event.children
         if event.tag == _EventType.Allocation:
             block: Any = event.extra_fields
-            changes.append((event.start_time_ns, block.alloc_size))
+            changes.append((event.start_time_ns, block.ptr, block.alloc_size))
+    sizes: dict[int, int] = {}  # of blocks that are there, by their addresses, which are in order in `places`
+    places: list[int] = []
     now = most = 0
-    for _, change in sorted(changes, key=lambda entry: entry[0]):
+    for _, place, change in sorted(changes, key=lambda entry: entry[0]):
         now += change
+        if change > 0:
+            first, last = bisect_right(places, place), bisect_left(places, place + change)
+            first -= first > 0 and places[first - 1] + sizes[places[first - 1]] > place
+            now -= sum(sizes.pop(gone) for gone in places[first:last])  # whose end was not seen
+            places[first:last], sizes[place] = [place], change
+        elif place in sizes:
+            places.remove(place)
+            del sizes[place]
         most = max(most, now)
     return most
 

@@ -2,9 +2,10 @@
 
     layerskip-moe bench communication
     layerskip-moe bench communication --processes 4 --expert-parallel 2 --n-layers 4 --d-model 64
+    layerskip-moe bench communication --precision bfloat16
 
-The processes run on this machine's CPU in float32; numbers of calls and bytes are then the same on GPUs. Calls are
-added up over all processes, and so are bytes, of the whole tensor that a call puts together or takes apart.
+The processes run on this machine's CPU; numbers of calls and bytes are the same on GPUs. Calls are added up over all
+processes, and so are bytes, of the whole tensor that a call puts together or takes apart.
 """
 
 # Next: `bench/communication.py`, which counts.

@@ -68,9 +68,12 @@ def is_compiled(model: "MoEDecoder") -> bool:
 
 
 @functools.cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function compiled, once per process; graphs are made as it meets new kinds of arguments."""
+def compiled(function: Callable[..., Any], *, dynamic: bool | None = True) -> Callable[..., Any]:
+    """The function compiled, once per process; graphs are made as it meets new kinds of arguments.
+
+    dynamic: for any size from the start; None: for the first one, and for any when there is a second
+    """
     print(
         "compiling, which takes some seconds for each new kind of step, once per process", file=sys.stderr, flush=True
     )
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    return torch.compile(function, dynamic=dynamic, fullgraph=True)

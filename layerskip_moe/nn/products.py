@@ -16,10 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # the compiler cannot ask the processor
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """The type to multiply in: float32 for the 16-bit floats an x86 CPU has no products of, else the type itself."""
-    if device_type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
+    return _cpu_product_dtype(dtype) if device_type == "cpu" else dtype
+
+
+@functools.cache
+def _cpu_product_dtype(dtype: torch.dtype) -> torch.dtype:
+    if platform.machine().lower() not in ("x86_64", "amd64"):
         return dtype
     if dtype == torch.bfloat16:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

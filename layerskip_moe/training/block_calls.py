@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from layerskip_moe.nn import MoEDecoder
@@ -40,6 +41,8 @@ def calling_blocks(model: MoEDecoder, *, compile: bool, checkpointing: bool) -> 
 
 
 def _compiled(block: Block, hidden: Tensor, *arguments: Any, **others: Any) -> Any:
-    """No samples at all, where layer dropout drops them, would be a graph of their own."""
-    forward = compiled(Block.forward) if len(hidden) else Block.forward
+    """No samples at all, where layer dropout drops them, would be a graph of their own. Of a block that is gathered
+    for the call, dynamic=True would take its own sizes for variables too."""
+    dynamic = None if isinstance(block, FSDPModule) else True
+    forward = compiled(Block.forward, dynamic=dynamic) if len(hidden) else Block.forward
     return forward(block, hidden, *arguments, **others)

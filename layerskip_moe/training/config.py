@@ -30,8 +30,7 @@ class TrainConfig:
         batch_size: B, samples per forward pass, of all processes together where torchrun started several
         accumulation: forward passes per optimizer step
 
-        optimizer: "adamw", or "adamw8bit", whose state takes a quarter of the memory; it compiles itself, and is
-            for one GPU (see `make_optimizer`)
+        optimizer: "adamw", or "adamw8bit", whose state takes a quarter of the memory (see `make_optimizer`)
         learning_rate: the peak. LayerSkip needs a higher one from scratch than plain training (paper, table 2)
         min_learning_rate_ratio: the share of the peak left at the last step
         warmup_steps: None: 5% of the run, at most 500
@@ -62,7 +61,8 @@ class TrainConfig:
 
         precision: "auto": bfloat16 where the hardware has it, float16 on an older GPU, else float32; the type of the
             machine at hand, also of a run that began on another
-        compile: train with compiled blocks; None: on one GPU only; on a CPU it pays from some 500 steps on
+        compile: train with compiled blocks, not with expert_parallel; None: on one GPU only; on a CPU it pays from
+            some 500 steps on
         activation_checkpointing: keep only blocks' inputs for the backward pass, and compute the rest again: less
             memory for a third more arithmetic
         expert_parallel: processes, of those that torchrun started, that hold a layer's experts between them

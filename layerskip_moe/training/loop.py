@@ -21,10 +21,10 @@ from layerskip_moe.nn.modes import in_mode
 from layerskip_moe.training.checkpoint import finish_run, save_checkpoint
 from layerskip_moe.training.config import TrainConfig
 from layerskip_moe.training.metrics import MetricsWriter, skipped_record, train_record, write_recipe
-from layerskip_moe.training.parallel import check_shared, join
+from layerskip_moe.training.parallel import join
 from layerskip_moe.training.run import Run, Text
 from layerskip_moe.training.run_folder import shared_run_folder
-from layerskip_moe.training.sharding import give_back, whole
+from layerskip_moe.training.sharding import check_sharing, give_back, whole
 
 _FINAL_LOSSES = ("loss", "exit_losses", "balance_loss", "router_z_loss")
 
@@ -95,7 +95,7 @@ def train(
             "shorten seq_len, or build the model with a larger max_seq_len."
         )
     out_dir, ranks = Path(out_dir), join(model.device)
-    check_shared(config, ranks)
+    check_sharing(model.config, config, ranks.size)
     per_step = config.batch_size * config.accumulation
     epoch = steps_per_epoch(corpus.train, config.seq_len, per_step)
     max_steps = config.max_steps or math.ceil(config.epochs * epoch)
@@ -149,8 +149,9 @@ def train(
                 due = checkpoint_every and done % checkpoint_every == 0 and not run.skips.in_a_row
                 if checkpoint_every != 0 and (last or due or stopping):
                     tensors = whole(run.tensors(), keep=ranks.is_first)
-                    if ranks.is_first:
-                        save_checkpoint(out_dir, run.facts(done), tensors)
+                    with ranks.awaiting_the_first():
+                        if ranks.is_first:
+                            save_checkpoint(out_dir, run.facts(done), tensors)
                 if stopping:
                     break
         received = ranks.largest(interruption.received or 0)  # also while the last step was saved

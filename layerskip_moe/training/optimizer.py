@@ -3,7 +3,9 @@
 Knows nothing of the recipe. Next: `run.py`.
 """
 
+import contextlib
 import math
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.compiling import can_compile
 from layerskip_moe.quiet_import import quiet_import
 from layerskip_moe.training.config import Precision, TrainConfig
+from layerskip_moe.training.parallel import Ranks
 from layerskip_moe.training.sharding import mesh_of
 
 
@@ -22,7 +25,8 @@ def make_optimizer(model: MoEDecoder, config: TrainConfig) -> torch.optim.Optimi
     "adamw8bit" is torchao's (after arXiv 2110.02861): means and squares of gradients as 8-bit numbers with a scale for
     every 256, in parameters of a multiple of 256 and at least 4096 of them; 2 bytes a parameter instead of 8. It
     compiles a step for every shape of parameter, which needs Triton on a GPU and a C++ compiler on a CPU. There, one
-    AMD EPYC core, each shape takes 5 s, and a step over 9M parameters 0.48 s, against 0.01 s of the fused AdamW.
+    AMD EPYC core, each shape takes 5 s, and a step over 9M parameters 0.48 s, against 0.01 s of the fused AdamW. Of
+    divided parameters each rank rounds its own part, by the same rule; that step is not compiled (`uncompiled`).
     Raises ImportError where torchao is missing.
     """
     alike: dict[Any, list[torch.nn.Parameter]] = {}  # by whether they decay, and by what they are divided over
@@ -40,6 +44,12 @@ def make_optimizer(model: MoEDecoder, config: TrainConfig) -> torch.optim.Optimi
         return AdamW8bit(groups, lr=config.learning_rate, betas=betas)
     fused = model.device.type in ("cpu", "cuda", "mps")
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)
+
+
+def uncompiled(ranks: Ranks) -> AbstractContextManager[Any]:
+    """Where the step of an optimizer that compiles itself is not compiled, if several ranks take it: it would mistake
+    one parameter's part for another's (torch 2.13, whose compiler does not tell DTensors by what they hold)."""
+    return torch.compiler.set_stance("force_eager") if ranks.size > 1 else contextlib.nullcontext()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, max_steps: int, config: TrainConfig) -> float:

@@ -10,7 +10,7 @@ which joins.
 
 import atexit
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,10 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from layerskip_moe.training.config import TrainConfig
-
 TIMEOUT = timedelta(minutes=10)  # that a rank waits for another before it gives up, and all end
-_PATIENCE = timedelta(days=1)  # ... while another reads a text, and trains a tokenizer on it
+_PATIENCE = timedelta(days=1)  # ... while another reads a text, and trains a tokenizer on it, or writes a checkpoint
 
 
 @dataclass(frozen=True)
@@ -106,15 +104,30 @@ class Ranks:
     def one_per_machine_first(self) -> Iterator[None]:
         """The block, done by one process of each machine, and by its others when that one is through: they find in the
         cache what it left there."""
-        if self.size == 1:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        with self._patiently() as wait:
+            if local > 0:
+                wait()
             yield
+            if local == 0:
+                wait()
+
+    @contextmanager
+    def awaiting_the_first(self) -> Iterator[None]:
+        """The block, at whose end all wait for rank 0, which has most to do there: longer than for one that does not
+        answer."""
+        with self._patiently() as wait:
+            yield
+            wait()
+
+    @contextmanager
+    def _patiently(self) -> Iterator[Callable[[], Any]]:
+        """A way to wait for all others."""
+        if self.size == 1:
+            yield lambda: None
             return
-        local, patient = int(os.environ.get("LOCAL_RANK", "0")), dist.new_group(backend="gloo", timeout=_PATIENCE)
-        if local > 0:
-            dist.barrier(patient)
-        yield
-        if local == 0:
-            dist.barrier(patient)
+        patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        yield lambda: dist.barrier(patient)
         dist.destroy_process_group(patient)
 
 
@@ -144,17 +157,3 @@ def leave() -> None:
     """Part from the others; nothing where there are none."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def check_shared(config: TrainConfig, ranks: Ranks) -> None:
-    """Raise ValueError for what several ranks cannot share: a batch that they do not divide, compiled blocks (torch
-    takes the sizes of blocks that FSDP gathers for variables), and the 8-bit AdamW (its states cannot be gathered)."""
-    if config.batch_size % ranks.size:
-        raise ValueError(
-            f"batch_size={config.batch_size} is shared by {ranks.size} processes, which does not divide it; give "
-            f"{max(config.batch_size // ranks.size, 1) * ranks.size}, or another multiple of {ranks.size}."
-        )
-    if ranks.size > 1 and config.compile:
-        raise ValueError(f"compile=True is for one process, and there are {ranks.size}; leave it out.")
-    if ranks.size > 1 and config.optimizer == "adamw8bit":
-        raise ValueError(f"optimizer='adamw8bit' is for one process, and there are {ranks.size}; take 'adamw'.")

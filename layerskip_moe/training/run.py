@@ -34,7 +34,7 @@ from layerskip_moe.training.losses import (
     validation_losses,
 )
 from layerskip_moe.training.nonfinite import Skips, where_it_began
-from layerskip_moe.training.optimizer import autocast_dtype, compiles, make_optimizer, set_learning_rate
+from layerskip_moe.training.optimizer import autocast_dtype, compiles, make_optimizer, set_learning_rate, uncompiled
 from layerskip_moe.training.parallel import Ranks
 from layerskip_moe.training.run_facts import check_same_run, fingerprint
 from layerskip_moe.training.run_state import restore_tensors, run_tensors
@@ -67,14 +67,14 @@ class Run:
         self.text = fingerprint(corpus.train, corpus.validation)
         if ranks.size > 1:
             ranks.check_agree((self.text, max_steps, config, model.config, model_fingerprint(model)))
-        self.network = make_network(model, ranks, expert_parallel=config.expert_parallel)
+        self.dtype = autocast_dtype(config.precision, ranks.device)
+        self.network = make_network(model, ranks, expert_parallel=config.expert_parallel, dtype=self.dtype)
         self.model = model = self.network.model
         self.timer = StepTimer(model.device)
         self.started = time.perf_counter()  # moved back by `restore`, so that a resumed run counts what it had
         model.zero_grad(set_to_none=True)  # a run stopped in mid-step leaves gradients behind
         self.optimizer = make_optimizer(model, config)
-        self.compiles = ranks.size == 1 and compiles(config.compile, model.device)
-        self.dtype = autocast_dtype(config.precision, model.device)
+        self.compiles = compiles(False if ranks.size > 1 and config.compile is None else config.compile, model.device)
         # float16 gradients underflow without a scale (the T4's case); disabled, the scaler passes through.
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=self.dtype == torch.float16)
         self.learning_rate = 0.0
@@ -112,8 +112,7 @@ class Run:
         """
         parts: list[Losses] = []
         with calling_blocks(self.model, compile=self.compiles, checkpointing=self.config.activation_checkpointing):
-            for done, losses in enumerate(self._losses(step, text), start=1):
-                self.network.synchronize(done == self.config.accumulation)
+            for losses in self._losses(step, text):
                 with self.timer.part("backward"):
                     self.scaler.scale(losses.total / self.config.accumulation).backward()
                     parts.append(losses._replace(total=losses.total.detach()))
@@ -145,7 +144,8 @@ class Run:
             self.skips.skip(broken)
         else:
             self.skips.in_a_row = 0
-            self.scaler.step(self.optimizer)
+            with uncompiled(self.ranks):
+                self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if math.isfinite(norm) and broken is None:  # else the step was skipped, here or by the scaler

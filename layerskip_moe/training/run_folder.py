@@ -63,11 +63,12 @@ def shared_run_folder(out_dir: Path, ranks: Ranks, *, resume: bool) -> Iterator[
     raises."""
     with ExitStack() as stack:
         checkpoint, refused = None, None
-        if ranks.is_first:
-            try:
-                checkpoint = stack.enter_context(run_folder(out_dir, resume=resume))
-            except (ValueError, OSError) as error:
-                refused = error
+        with ranks.awaiting_the_first():
+            if ranks.is_first:
+                try:
+                    checkpoint = stack.enter_context(run_folder(out_dir, resume=resume))
+                except (ValueError, OSError) as error:
+                    refused = error
         ranks.raise_together(refused)
         yield ranks.first_ones(checkpoint)  # which is read whole, to be verified, by that one alone
 

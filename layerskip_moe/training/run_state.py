@@ -4,7 +4,8 @@
     best.<name>                         the same at the best validation, where one was kept
     optimizer.<parameter>.<slot>        AdamW's means; of the 8-bit AdamW's, .codes, .scale and .qmap
 
-Learning rates are not in it: they are functions of the step.
+What several ranks have of the 8-bit AdamW's means is kept as float32: other ranks have other parts, and round them in
+other blocks. Learning rates are not in it: they are functions of the step.
 Knows nothing of files. Next: `run_facts.py`, for what is no tensor; `checkpoint.py`, which keeps both; `run.py`, whose
 they are.
 """
@@ -14,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.quiet_import import quiet_import
 from layerskip_moe.training.checkpoint import Checkpoint
+from layerskip_moe.training.sharding import local_part, take_up
 from layerskip_moe.training.tensor_files import read_tensors
 
 _QUANTIZED = ("codes", "scale", "qmap")  # the tensors that an 8-bit state of torchao's is made of
@@ -63,7 +66,7 @@ def restore_tensors(
         owner, slot, part = _split(rest, parameters)
         if group != "optimizer" or owner is None or not _fits(shape, parameters[owner]):
             raise ValueError(f"{checkpoint.path} has a tensor {name} that no run has; start without resume.")
-        room[name] = _room(shape, dtype, parameters[owner])
+        room[name] = _room(shape, dtype, parameters[owner], part)
         slots[owner].setdefault(slot, {})[part] = room[name]
     if any(found and (found.keys() != _SLOTS or not all(map(_is_slot, found.values()))) for found in slots.values()):
         raise others
@@ -75,7 +78,7 @@ def restore_tensors(
     names_of = {parameter: name for name, parameter in parameters.items()}
     order = [names_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     state = {
-        index: {slot: _joined(slot, parts) for slot, parts in slots[name].items()}
+        index: {slot: _joined(slot, parts, parameters[name], optimizer) for slot, parts in slots[name].items()}
         for index, name in enumerate(order)
         if slots[name]
     }
@@ -86,20 +89,33 @@ def restore_tensors(
 
 def _parts(value: Any) -> Iterator[tuple[str, Tensor]]:
     """(name, with the dot before it, and tensor) of all that a slot is made of."""
-    if hasattr(value, "codes"):
+    own = local_part(value)
+    if not hasattr(own, "codes"):
+        yield "", value
+    elif isinstance(value, DTensor):
+        lies: dict[str, Any] = {"shape": value.shape, "stride": value.stride(), "run_check": False}
+        yield "", DTensor.from_local(own.dequantize(), value.device_mesh, value.placements, **lies)
+    else:
         for part in _QUANTIZED:
             yield f".{part}", getattr(value, part)
-    else:
-        yield "", value
 
 
-def _joined(slot: str, parts: Mapping[str, Tensor]) -> Tensor:
-    if parts.keys() == {""}:
-        return parts[""]
-    with quiet_import():
-        from torchao.optim.subclass_8bit import OptimState8bit
-    # Means have a sign, means of squares have none. (The type is set by the optimizer, to the parameter's.)
-    return OptimState8bit(*(parts[part] for part in _QUANTIZED), slot == "exp_avg")
+def _joined(slot: str, parts: Mapping[str, Tensor], parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    """What the optimizer is to have in this slot of a parameter."""
+    value, signed = parts.get("", parameter), slot == "exp_avg"  # means of squares have no sign
+    if parts.keys() != {""}:
+        with quiet_import():
+            from torchao.optim.subclass_8bit import OptimState8bit
+        # (The type is set by the optimizer, to the parameter's.)
+        value = OptimState8bit(*(parts[part] for part in _QUANTIZED), signed)
+        if not isinstance(parameter, DTensor):
+            return value
+        value = value.dequantize()
+    if slot == "step" or not hasattr(optimizer, "_new_buffer"):
+        return value
+    rounded = optimizer._new_buffer(parameter, signed)  # torchao's, that is: 8 bits, where a part is large enough
+    take_up({slot: rounded}, {slot: value})
+    return rounded
 
 
 def _is_slot(parts: Mapping[str, Any]) -> bool:
@@ -120,9 +136,11 @@ def _fits(shape: tuple[int, ...], parameter: Tensor) -> bool:
     return shape == tuple(parameter.shape) or (len(shape) <= 1 and sum(shape) <= max(parameter.numel(), 256))
 
 
-def _room(shape: tuple[int, ...], dtype: torch.dtype, parameter: Tensor) -> Tensor:
-    """Memory for a slot: laid out as the parameter, where it has its shape. Step counts are on the CPU until the
-    optimizer takes them."""
+def _room(shape: tuple[int, ...], dtype: torch.dtype, parameter: Tensor, part: str) -> Tensor:
+    """Memory for a slot, or a part of one: laid out as the parameter, where it has its shape. On the CPU are step
+    counts, until the optimizer takes them, and parts that are to be rounded anew."""
+    if part and isinstance(parameter, DTensor):
+        return torch.empty(shape, dtype=dtype)
     if shape == tuple(parameter.shape):
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     return torch.empty(shape, dtype=dtype, device=parameter.device if shape else "cpu")

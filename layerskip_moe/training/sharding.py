@@ -2,9 +2,13 @@
 
 Every rank keeps 1/R of each parameter, of its gradient and of the optimizer's moments. A block's parameters are
 gathered when it runs, forward and backward, and let go of; its gradients are averaged over the ranks when it is done,
-each rank getting the part that it keeps. Embedding, norm and head belong to no block, and stay gathered from the
-beginning of a pass to its end. With `expert_parallel` a layer's experts are divided twice: so many to each rank of a
-row of the mesh, and the numbers of these over the ranks of a column.
+each rank getting the part that it keeps. Embedding and head belong to no block, and stay gathered from the beginning
+of a pass to its end; so do routers and norms, which are small. With `expert_parallel` a layer's experts are divided
+twice: so many to each rank of a row of the mesh, and the numbers of these over the ranks of a column.
+
+In 16 bits, blocks' matrices are gathered as autocast would round them, so that no rank has a block in both types;
+what autocast leaves in float32 (embedding, routers, norms) or keeps for more than its product (the head) is gathered in
+float32, and all gradients are averaged in float32.
 
 Knows nothing of losses. Next: `parallel.py` (the ranks), `expert_parallel.py` (how tokens find experts), `run.py`.
 """
@@ -17,11 +21,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.nn.block import Block, MoEMLP
+from layerskip_moe.nn.norm import RMSNorm
+from layerskip_moe.nn.router import Router
+from layerskip_moe.training.config import TrainConfig
 from layerskip_moe.training.expert_parallel import run_experts_across
 from layerskip_moe.training.parallel import Ranks
 
@@ -40,29 +47,28 @@ class Network(nn.Module):
         """compute(model, *arguments, **others)."""
         return compute(self.model, *arguments, **others)
 
-    def synchronize(self, wanted: bool) -> None:
-        """Whether the next backward pass sums gradients over the ranks; without, they add up where they are."""
-        if isinstance(self, FSDPModule):
-            self.set_requires_gradient_sync(wanted)
-
     def release(self) -> None:
         """Let go of what a pass without a backward one leaves gathered."""
         if isinstance(self, FSDPModule):
             self.reshard()
 
 
-def make_network(model: MoEDecoder, ranks: Ranks, *, expert_parallel: int) -> Network:
+def make_network(model: MoEDecoder, ranks: Ranks, *, expert_parallel: int, dtype: torch.dtype | None) -> Network:
     """The model itself where there is one rank; else a copy on this rank's device, divided over all of them.
 
-    Every rank is to have the same weights. Raises ValueError as `check_experts` does.
+    Every rank is to have the same weights. dtype: autocast's, that blocks' matrices are gathered in; None: their own.
+    They must be able to share it (`check_sharing`).
     """
-    check_experts(model.config, ranks, expert_parallel)
     if ranks.size == 1:
         return Network(model)
     # Routers that look back give views of their logits; nobody writes into those.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     model = copy.deepcopy(model)
     world, mesh = ranks.meshes(expert_parallel)
+    # Autocast stays on, and has nothing left to round; states come and go in the types that it gives them.
+    narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    wide = wide_parts(model)
+    elsewhere = {parameter for part in wide for parameter in part.parameters()}
     for block in model.blocks:
         assert isinstance(block, Block)
         if expert_parallel > 1 and isinstance(block.mlp, MoEMLP):
@@ -71,37 +77,53 @@ def make_network(model: MoEDecoder, ranks: Ranks, *, expert_parallel: int) -> Ne
                 whole = distribute_tensor(weight.detach(), mesh["expert"], [Shard(0)], src_data_rank=None)
                 experts.register_parameter(name, nn.Parameter(whole))
             experts.forward = partial(run_experts_across, experts, mesh["expert"].get_group())  # type: ignore[method-assign]
-            divided: FSDPModule = fully_shard(experts, mesh=mesh["data"], shard_placement_fn=lambda _: Shard(1))
+            divided: FSDPModule = fully_shard(
+                experts, mesh=mesh["data"], shard_placement_fn=lambda _: Shard(1), mp_policy=narrow
+            )
             divided.set_gradient_divide_factor(ranks.size)  # as the others' are: tokens come from all of them
             # Summed, and divided then: gloo has no sum that divides. (Alone in its column, a rank would divide twice.)
             divided.set_force_sum_reduction_for_comms(mesh["data"].size() > 1)
-        fully_shard(block, mesh=world)
+        fully_shard(block, mesh=world, mp_policy=narrow, ignored_params=elsewhere)
     network = Network(model)
+    network.wide = nn.ModuleList(wide)  # where `fully_shard` finds them: it does not look into blocks again
     fully_shard(network, mesh=world)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(ranks.device)
     return network
 
 
-def check_experts(config: ModelConfig, ranks: Ranks, expert_parallel: int) -> None:
-    """Raise ValueError for an expert_parallel that does not divide the ranks or the experts, and for experts whose
-    matrices the other ranks cannot share evenly."""
-    if expert_parallel == 1:
-        return
-    if ranks.size % expert_parallel:
+def wide_parts(model: MoEDecoder) -> list[nn.Module]:
+    """Routers and norms, which are computed in float32 also where products are not."""
+    return [module for module in model.modules() if isinstance(module, Router | RMSNorm)]
+
+
+def check_sharing(config: ModelConfig, train: TrainConfig, processes: int) -> None:
+    """Raise ValueError for what so many processes cannot share: a batch that they do not divide, experts that
+    `expert_parallel` does not, or whose matrices the other processes cannot share evenly; and for compiled blocks whose
+    experts are elsewhere, as tokens are sent there from within them."""
+    across = train.expert_parallel
+    if train.batch_size % processes:
         raise ValueError(
-            f"expert_parallel={expert_parallel} must divide the number of processes, which is {ranks.size}; start "
-            "another number by torchrun, or lower it."
+            f"batch_size={train.batch_size} is shared by {processes} processes, which does not divide it; give "
+            f"{max(train.batch_size // processes, 1) * processes}, or another multiple of {processes}."
         )
-    if config.num_experts == 0 or config.num_experts % expert_parallel:
-        raise ValueError(f"expert_parallel={expert_parallel} must divide num_experts={config.num_experts}.")
-    columns = ranks.size // expert_parallel
+    if across == 1:
+        return
+    if processes % across:
+        raise ValueError(
+            f"expert_parallel={across} must divide the number of processes, which is {processes}; start another number "
+            "by torchrun, or lower it."
+        )
+    if config.num_experts == 0 or config.num_experts % across:
+        raise ValueError(f"expert_parallel={across} must divide num_experts={config.num_experts}.")
     for rows in (2 * config.expert_d_ff, config.d_model):
-        if rows % columns:
+        if rows % (processes // across):
             raise ValueError(
-                f"an expert's matrix of {rows} rows cannot be shared evenly by {columns} processes; raise "
+                f"an expert's matrix of {rows} rows cannot be shared evenly by {processes // across} processes; raise "
                 "expert_parallel, or start another number of processes."
             )
+    if train.compile:
+        raise ValueError(f"compile=True cannot compile blocks over expert_parallel={across}; leave one of them out.")
 
 
 def give_back(network: Network, model: MoEDecoder, ranks: Ranks) -> None:

@@ -16,7 +16,7 @@ from layerskip_moe.analysis.plan.activations import Numbers
 from layerskip_moe.analysis.plan.counts import count_operations, count_parameters
 from layerskip_moe.analysis.plan.decoding import decoding_memory
 from layerskip_moe.analysis.plan.training import training_memory
-from layerskip_moe.bench.plan import allocated, decoding_peak, few_steps, training_peak
+from layerskip_moe.bench.plan import allocated, decoding_peak, few_steps, shared_training_peaks, training_peak
 from layerskip_moe.nn import products
 from layerskip_moe.pretrained.config_file import empty_model
 from layerskip_moe.pretrained.quantize import quantize, quantized_state
@@ -136,6 +136,40 @@ def test_training_in_16_bits(fields, monkeypatch):
     within(planned.peak, training_peak(config, recipe, CPU))
 
 
+WIDER = dict(vocab_size=1024, d_model=128, d_ff=256)  # weights outweigh activations
+SHARED = [
+    (MAIN, {}),
+    ({**MAIN, **WIDER}, dict(seq_len=16, batch_size=4)),
+    ({**DENSE, "n_layers": 6}, dict(seq_len=16, accumulation=2)),
+    ({**FINE, **WIDER}, dict(seq_len=16, batch_size=4, expert_parallel=2)),
+    ({**SMALL, **WIDER}, dict(seq_len=16, batch_size=4, optimizer="adamw8bit", keep_best=False)),
+    (FINE, dict(activation_checkpointing=True)),
+]
+BFLOAT16 = [({**fields, **WIDER}, dict(seq_len=16, batch_size=4, precision="bfloat16")) for fields in (MAIN, FINE)]
+
+
+@pytest.mark.parametrize(
+    ("cases", "processes"),
+    [
+        (SHARED[:3], 2),
+        pytest.param(SHARED, 4, marks=pytest.mark.slow),
+        pytest.param(
+            BFLOAT16,
+            2,
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(products.product_dtype(torch.bfloat16, "cpu") == torch.float32, reason="emulated"),
+            ],
+        ),
+    ],
+)
+def test_training_that_is_shared_takes_what_is_planned(cases, processes):
+    cases = [(ModelConfig(**fields), TrainConfig(**{**RECIPE, **changes})) for fields, changes in cases]
+    for (config, recipe), measured in zip(cases, shared_training_peaks(cases, processes), strict=True):
+        how = Numbers(narrow=2 if recipe.precision == "bfloat16" else 4)
+        within(training_memory(config, few_steps(recipe), how, gpus=processes).peak, measured)
+
+
 def test_attention_that_stores_its_probabilities():
     config, recipe = ModelConfig(**{**MAIN, "vocab_size": 64}), TrainConfig(**{**RECIPE, "seq_len": 128})
     with sdpa_kernel(SDPBackend.MATH):
@@ -209,7 +243,7 @@ def test_shards():
         assert getattr(shared, name) == -(-getattr(alone, name) // 4)
     of_its_samples = memory_plan(config, dataclasses.replace(recipe, batch_size=4), gpus=1).training
     assert shared.activations == of_its_samples.activations  # copies of weights in 16 bits are nobody's to divide
-    with pytest.raises(ValueError, match="batch_size=16 cannot be shared out evenly to 3 GPUs"):
+    with pytest.raises(ValueError, match="batch_size=16 is shared by 3 processes"):
         memory_plan(config, recipe, gpus=3)
 
 

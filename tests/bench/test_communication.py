@@ -16,7 +16,7 @@ SMALL = ModelConfig(
     "settings",
     [
         CommunicationSettings(processes=2, accumulation=2, seq_len=8),
-        CommunicationSettings(processes=2, expert_parallel=2, seq_len=8),
+        CommunicationSettings(processes=2, expert_parallel=2, seq_len=8, precision="bfloat16"),
         pytest.param(CommunicationSettings(processes=4, expert_parallel=2, seq_len=8), marks=pytest.mark.slow),
     ],
 )
@@ -31,17 +31,23 @@ def test_the_paper_by_hand():
     config = ModelConfig(
         vocab_size=10, n_layers=1, d_model=4, n_heads=1, n_kv_heads=1, d_ff=2, num_experts=2, top_k=1, max_seq_len=8
     )
-    # Attention 4 x 4 to queries, keys, values and back, norms 4 + 4 + 4 + 4, router 2 x 4, experts 2 x 3 x 2 x 4.
-    block, rest = 4 * (4 * 16 + 16 + 8 + 48), 4 * (10 * 4 + 4)
+    # Attention 4 x 4 to queries, keys, values and back, experts 2 x 3 x 2 x 4; embedding, norms 5 x 4, router 2 x 4.
+    block, rest = 4 * (4 * 16 + 48), 4 * (10 * 4 + 20 + 8)
     head = 0 if config.tie_embeddings else 4 * 10 * 4
     paper = on_paper(config, CommunicationSettings(processes=2, batch_size=2, seq_len=3, accumulation=3))
     assert paper["all-gather"] == {"calls": 2 * 3 * (2 + 1), "bytes": 2 * 3 * (2 * block + rest + head)}
-    assert paper["reduce-scatter"] == {"calls": 2 * 2, "bytes": 2 * (block + rest + head)}
+    assert paper["reduce-scatter"] == {"calls": 2 * 3 * 2, "bytes": 2 * 3 * (block + rest + head)}
     assert paper["all-to-all"] == {"calls": 0, "bytes": 0}
     together = on_paper(config, CommunicationSettings(processes=2, expert_parallel=2, batch_size=2, seq_len=3))
     pairs = 2 * 3 * 1
     assert together["all-to-all"] == {"calls": 2 * 5, "bytes": 4 * 4 * pairs * 4 + 2 * 2 * 8}
     assert together["all-gather"]["bytes"] == 2 * (2 * (block - 4 * 48) + rest + head)
+    half = on_paper(config, CommunicationSettings(2, 2, batch_size=2, seq_len=3, precision="float16"))
+    assert half["all-gather"]["bytes"] == 2 * (block - 4 * 48 + rest + head)
+    assert half["all-to-all"] == {"calls": 2 * 5, "bytes": 4 * 2 * pairs * 4 + 2 * 2 * 8}
+    assert (
+        half["reduce-scatter"] == together["reduce-scatter"] == {"calls": 4, "bytes": 2 * (block - 192 + rest + head)}
+    )
 
 
 def test_what_cannot_be_divided_is_refused_before_a_process_is_started():

@@ -83,7 +83,7 @@ def test_a_check_measures_here(shell, checkpoint, monkeypatch):
         (["--config", "a.json"], "a.json: No such file or directory."),
         (["--config", "bad.json"], "bad.json: model_type='gpt2' cannot be loaded; the architectures that can are"),
         (["--config", "good.json", "--gpus", -1], "gpus=-1 must be a whole number: 0 for the CPU, or how many"),
-        (["--config", "good.json", "--gpus", 3], "batch_size=16 cannot be shared out evenly to 3 GPUs."),
+        (["--config", "good.json", "--gpus", 3], "batch_size=16 is shared by 3 processes, which does not divide it"),
         (["--config", "good.json", "--memory-gib", -1], "memory_gib=-1.0 must be a number of GiB above 0."),
         (["--config", "good.json", "--gpus", 2, "--check"], "--check is of one process; give --gpus 1, or 0"),
         (["--config", "good.json", "--rows", 0], "rows=0 must be a whole number, 1 or more."),

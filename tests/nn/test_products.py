@@ -91,13 +91,16 @@ def test_what_a_processor_cannot_multiply_is_multiplied_in_float32(monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
-    rule = product_dtype.__wrapped__  # what it says of a machine is remembered
+    products._cpu_product_dtype.cache_clear()  # what it says of a machine is remembered
+    rule = product_dtype
     assert rule(torch.bfloat16, "cpu") == torch.float32
     assert rule(torch.float64, "cpu") == torch.float64
     assert rule(torch.float32, "cpu") == torch.float32
     assert rule(torch.bfloat16, "cuda") == torch.bfloat16
+    products._cpu_product_dtype.cache_clear()
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
     assert rule(torch.bfloat16, "cpu") == torch.bfloat16
+    products._cpu_product_dtype.cache_clear()
 
 
 def routed(tokens, experts, top_k, favourite=None):

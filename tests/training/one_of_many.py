@@ -2,13 +2,17 @@
 only one. `python one_of_many.py runs.json out_dir` trains each run of the file, and keeps what came of it in out_dir.
 
 A run: {"network": ModelConfig's fields, "recipe": TrainConfig's, "stop_at": a step at which all stop, "resume",
-"seeds": of each process's weights, "broken": a part of the network that gives nan in the last process}.
+"seeds": of each process's weights, "broken": a part of the network that gives nan in the last process,
+"slow": seconds that writing a checkpoint takes longer}.
+Blocks are traced where the recipe compiles them, and run as they are: a compiler would take a minute.
 What such a run says in the end is kept too.
 """
 
+import functools
 import json
 import os
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +20,7 @@ from types import SimpleNamespace
 import torch
 
 from layerskip_moe.nn import ModelConfig, MoEDecoder
-from layerskip_moe.training import TrainConfig, train
+from layerskip_moe.training import TrainConfig, block_calls, loop, train
 from layerskip_moe.training import run as run_module
 from layerskip_moe.training.parallel import join
 
@@ -44,7 +48,7 @@ def breaks(module, arguments, output):
     return (output[0] * torch.nan, *output[1:]) if isinstance(output, tuple) else output * torch.nan
 
 
-def run(out_dir, *, network=None, recipe=None, stop_at=None, resume=False, seeds=None, broken=None):
+def run(out_dir, *, network=None, recipe=None, stop_at=None, resume=False, seeds=None, broken=None, slow=0):
     """Train, or go on training; every process keeps its weights, the first one metrics and the exported model."""
     rank, losses = int(os.environ.get("RANK", "0")), run_module.training_losses
 
@@ -56,9 +60,19 @@ def run(out_dir, *, network=None, recipe=None, stop_at=None, resume=False, seeds
     model = MoEDecoder(ModelConfig(**NETWORK | (network or {})), seed=seeds[rank] if seeds else 0)
     if broken is not None and rank + 1 == int(os.environ.get("WORLD_SIZE", "1")):
         model.get_submodule(broken).register_forward_hook(breaks)
-    run_module.training_losses = stopping
+
+    def saving_slowly(*arguments):
+        time.sleep(slow)
+        return save(*arguments)
+
+    run_module.training_losses, loop.save_checkpoint, save = stopping, saving_slowly, loop.save_checkpoint
+    traced = functools.partial(torch.compile, fullgraph=True, backend="eager")
+    block_calls.compiled = functools.cache(traced)
+    config = TrainConfig(**RECIPE | (recipe or {}))
+    alone = "WORLD_SIZE" not in os.environ  # where the 8-bit AdamW would compile itself, for half a minute
     try:
-        result = train(model, text(), TrainConfig(**RECIPE | (recipe or {})), out_dir, resume=resume, progress=False)
+        with torch.compiler.set_stance("force_eager" if alone else "default"):
+            result = train(model, text(), config, out_dir, resume=resume, progress=False)
     except Stopped:
         return
     except (ValueError, FloatingPointError) as error:
@@ -68,7 +82,7 @@ def run(out_dir, *, network=None, recipe=None, stop_at=None, resume=False, seeds
         (Path(out_dir) / f"said-{rank}.txt").write_text(str(error))
         return
     finally:
-        run_module.training_losses = losses
+        run_module.training_losses, loop.save_checkpoint = losses, save
     torch.save(model.state_dict(), Path(out_dir) / f"weights-{rank}.pt")
     if rank == 0:
         model.save_pretrained(Path(out_dir) / "model")

@@ -73,6 +73,18 @@ def test_compiled_and_not_are_one_run_and_no_draw_of_layer_dropout_compiles_anew
     assert 0 < graphs() <= 3  # graphs: for all samples, for some, and for a single one
 
 
+def test_compiled_in_bfloat16_on_a_cpu_which_the_compiler_cannot_ask_what_it_multiplies(
+    traced, decoder, text, recipe, tmp_path
+):
+    config = dict(precision="bfloat16", max_steps=2)
+    one, other = (
+        end_of(decoder(n_layers=1), text(), recipe(**config, compile=compile), tmp_path / str(compile))
+        for compile in (True, False)
+    )
+    assert graphs() > 0
+    assert_close(one, other)
+
+
 def test_what_is_compiled_unless_it_is_said(monkeypatch):
     assert not compiles(None, CPU) and not compiles(None, torch.device("mps"))
     assert compiles(True, CPU) and not compiles(False, GPU)

@@ -36,6 +36,12 @@ def test_when_one_process_is_lost_the_others_end(tmp_path, how):
 
 
 @pytest.mark.slow
+def test_a_checkpoint_may_take_longer_than_others_wait_for_an_answer(tmp_path):
+    finish(start(2, {"run": dict(recipe=dict(max_steps=2, checkpoint_every=1), slow=20)}, tmp_path, TEST_TIMEOUT="10"))
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_stopped_on_two_processes_goes_on_on_one_and_on_three(tmp_path, how):
     """Killed, in one of them, somewhere after its second checkpoint; or told to stop, both, as torchrun has it."""

@@ -1,7 +1,7 @@
 """What a network takes of memory and work before any of it is built: `memory_plan`, behind `layerskip-moe plan`.
 
-Start at `plan.py`. `counts.py` has parameters and operations, `activations.py` and `training.py` a training step,
-`decoding.py` the rest; `bench/plan.py` compares it with what PyTorch allocates.
+Start at `plan.py`. `counts.py` has parameters and operations; `activations.py`, `sharded.py` and `training.py` have a
+training step, `decoding.py` the rest; `bench/plan.py` compares it with what PyTorch allocates.
 """
 
 from layerskip_moe.analysis.plan.decoding import Decoding

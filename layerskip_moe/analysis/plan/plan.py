@@ -9,10 +9,11 @@ from typing import Any
 from layerskip_moe.analysis.plan.activations import numbers_of
 from layerskip_moe.analysis.plan.counts import Operations, Parameters, count_operations, count_parameters
 from layerskip_moe.analysis.plan.decoding import Decoding, DecodingMemory, decoding_memory
-from layerskip_moe.analysis.plan.training import TrainingMemory, check_sharing, training_memory
+from layerskip_moe.analysis.plan.training import TrainingMemory, training_memory
 from layerskip_moe.nn import ModelConfig
 from layerskip_moe.refusals import shown
 from layerskip_moe.training import TrainConfig
+from layerskip_moe.training.sharding import check_sharing
 
 USABLE = 0.9  # of a processor's memory: the rest is for the driver, and for holes between tensors
 _MOST_GPUS = 1024

@@ -5,10 +5,7 @@
         backward:   at layer l, activations of layers 0..l + gradients of layers l+1..L-1 + what l computes with
         optimizer:  all gradients
     over N processors (FSDP, arXiv 2304.11277, which is ZeRO's third stage, 1910.02054), each with its share of a batch:
-        weights, gradients, optimizer and best weights are divided by N; whole are the block that runs, the one that is
-        fetched meanwhile, as it came and as it is laid out, a block's gradients, as they are and as they are laid out
-        to be scattered, and embedding, norm and head; and, in 16 bits, the copies that autocast makes of all matrices,
-        unless layers are run again. What the ranks' library takes for itself is left out.
+        weights, gradients, optimizer and best weights are divided by N, and `sharded.py` has what is whole meanwhile.
 
 D width, L layers, V vocabulary.
 Knows nothing of what a processor has. Next: `activations.py`; `plan.py`, which decides what fits.
@@ -17,16 +14,14 @@ Knows nothing of what a processor has. Next: `activations.py`; `plan.py`, which 
 import inspect
 from dataclasses import dataclass
 
-import torch
-
 from layerskip_moe.analysis.plan.activations import WIDE, Numbers, layer_activations
 from layerskip_moe.analysis.plan.counts import Parameters, count_parameters, most_exits
+from layerskip_moe.analysis.plan.sharded import Sharded
 from layerskip_moe.nn import ModelConfig
 from layerskip_moe.nn.rotary import table_length
 from layerskip_moe.training import TrainConfig
 from layerskip_moe.training.exit_loss import exit_loss
-from layerskip_moe.training.parallel import Ranks
-from layerskip_moe.training.sharding import check_experts
+from layerskip_moe.training.sharding import check_sharing
 
 _CHUNK_ROWS: int = inspect.signature(exit_loss).parameters["chunk_rows"].default
 _STATE_8BIT = 2 * (1 + WIDE / 256)  # bytes of a parameter's two means: one each, and a scale for every 256
@@ -42,7 +37,8 @@ class TrainingMemory:
         all_gradients: those that there are at the end of the backward pass
         optimizer: AdamW's two means
         best: the weights of the best validation, where `keep_best` keeps them
-        activations: what the forward pass left for the backward pass, copies of weights in 16 bits among it
+        activations: what the forward pass left for the backward pass; on one processor copies of weights in 16 bits
+            among it
         working: logits and what else is computed with, whole blocks where weights are sharded, rotary angles
         moment: "exit loss", "backward pass" or "optimizer's step"
     """
@@ -77,34 +73,31 @@ def training_memory(config: ModelConfig, train: TrainConfig, how: Numbers, *, gp
     # With checkpointing what a layer keeps is there while it is run again, and only then.
     between = [part.input + part.outside if checkpointing else part.kept for part in of_layer]
     again = [part.kept - part.input - part.outside if checkpointing else 0 for part in of_layer]
-    elsewhere = [_experts_elsewhere(config, layer, train) for layer in layers]
+    sharded = Sharded(config, train, how, counted, gpus)
     copies = [0] * config.n_layers
-    if how.mixed:
-        copies = [(counted.products[layer] - elsewhere[layer]) * how.narrow for layer in layers]
+    if how.mixed and gpus == 1:  # several processors have blocks in these numbers alone
+        copies = [products * how.narrow for products in counted.products]
     copied_between = [0] * config.n_layers if checkpointing else copies
 
     exits = most_exits(config, train)
     stream = tokens * config.d_model * WIDE
     head = _HeadLoss(config, train, how, tokens, exits)
     angles = 2 * config.head_width * WIDE * (table_length(train.seq_len, config.max_seq_len) + tokens)
-    block = max(counted.blocks[layer] - elsewhere[layer] for layer in layers) * WIDE if gpus > 1 else 0
-    root = (counted.total - sum(counted.blocks)) * WIDE if gpus > 1 else 0
-    whole = angles + 3 * block + root  # there whenever something is computed
 
-    kept = sum(between) + sum(copied_between) + head.kept
-    moments = [("exit loss", gradients.before, kept, whole + head.forward)]
-    moments.append(("exit loss", gradients.before, kept, whole + head.backward))
+    kept, present = sum(between) + sum(copied_between) + head.kept, angles + sharded.in_exit_loss
+    moments = [("exit loss", gradients.before, kept, present + head.forward)]
+    moments.append(("exit loss", gradients.before, kept, present + head.backward))
     for layer in reversed(layers):
         kept = sum(between[: layer + 1]) + sum(copied_between[: layer + 1])
         rerun = again[layer] + (copies[layer] if checkpointing else 0)
         waiting = min(exits - 1, layer) * stream  # gradients of earlier exits
-        own = 2 * block + gradients.in_layer(layer)
-        moments.append(
-            ("backward pass", gradients.after(layer), kept + rerun, whole + waiting + of_layer[layer].working + own)
-        )
-    scattered = root + (gradients.of_embedding if counted.head == 0 or train.accumulation > 1 else 0)
-    moments.append(("backward pass", gradients.all, 0, whole + scattered + stream))
-    moments.append(("optimizer's step", gradients.all, 0, angles))
+        present, there = angles + waiting, gradients.after(layer)
+        own = of_layer[layer].working + gradients.in_layer(layer)
+        moments.append(("backward pass", there, kept + rerun, present + own + sharded.in_layer(layer)))
+        moments.append(("backward pass", there, kept, present + sharded.between_layers(layer)))
+    unscattered = gradients.of_embedding if gpus == 1 and (counted.head == 0 or train.accumulation > 1) else 0
+    moments.append(("backward pass", gradients.all, 0, angles + stream + unscattered + sharded.at_the_end))
+    moments.append(("optimizer's step", gradients.all, 0, angles + sharded.in_optimizer))
     moment, there, activations, working = max(moments, key=lambda what: sum(what[1:]))
     best = train.keep_best and train.validate_every != 0
     return TrainingMemory(
@@ -117,19 +110,6 @@ def training_memory(config: ModelConfig, train: TrainConfig, how: Numbers, *, gp
         working=working,
         moment=moment,
     )
-
-
-def check_sharing(config: ModelConfig, train: TrainConfig, gpus: int) -> None:
-    """Raise ValueError for a batch, and with expert parallelism experts, that so many processors cannot share."""
-    if train.batch_size % gpus:
-        raise ValueError(f"batch_size={train.batch_size} cannot be shared out evenly to {gpus} GPUs.")
-    check_experts(config, Ranks(0, gpus, torch.device("cpu")), train.expert_parallel)
-
-
-def _experts_elsewhere(config: ModelConfig, layer: int, train: TrainConfig) -> int:
-    """Of a layer's parameters, those of experts that other processors hold, with expert parallelism."""
-    experts = 3 * config.num_experts * config.d_model * config.expert_d_ff if config.is_moe(layer) else 0
-    return experts - experts // train.expert_parallel
 
 
 def _share(whole: float, gpus: int) -> int:
@@ -165,8 +145,10 @@ class _Gradients:
         return self.counted.embedding * WIDE
 
     def after(self, layer: int) -> int:
-        """When this layer's turn comes."""
-        made = sum(self.counted.blocks[layer + 1 :]) + self.counted.norm + (self.counted.head or self.counted.embedding)
+        """When this layer's turn comes, without those that wait to be scattered."""
+        made = sum(self.counted.blocks[layer + 1 :])
+        if self.gpus == 1:
+            made += self.counted.norm + (self.counted.head or self.counted.embedding)
         return self.all if self.all_along else _share(made * WIDE, self.gpus)
 
     def in_layer(self, layer: int) -> int:
