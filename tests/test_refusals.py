@@ -36,9 +36,9 @@ def test_whole_numbers_up_to_the_most():
 
 
 def test_an_index_is_whatever_counts():
-    for value in (3, True, np.int64(3), torch.tensor(3)):
+    for value in (3, np.int64(3), torch.tensor(3)):
         require_index("row", value)
-    for value in (3.0, "3", None, [3]):
+    for value in (3.0, True, "3", None, [3]):
         with pytest.raises(ValueError, match=r"^row=.* must be a whole number\.$"):
             require_index("row", value)
 

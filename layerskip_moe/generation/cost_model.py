@@ -114,9 +114,9 @@ _fitted: "WeakKeyDictionary[MoEDecoder, dict[object, CostModel]]" = WeakKeyDicti
 
 
 def fit_cost_model(model: MoEDecoder, batch_size: int = 1, *, exits: Sequence[int] = ()) -> CostModel:
-    """Time rounds of this model, for 2 seconds at most where a round takes less than a tenth of that, and fit the cost
-    model; at once where it was done before in this process. The rounds are those of `generate` under `compiling`, which
-    is left as it is.
+    """Time rounds of this model, for about 1.5 seconds or as long as some 150 of them take, and fit the cost model; at
+    once where it was done before in this process. The rounds are those of `generate` under `compiling`, which is left
+    as it is, on text sampled at temperature 1.
 
     exits: exit layers, rising, that rounds are to be drafted by; by default some between early and late
     """
@@ -164,49 +164,49 @@ class _Kind:
 def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int]) -> CostModel:
     config = model.config
     kinds = _kinds(config, batch_size, exits)
-    blocks, started, draw = list[_Block](), time.perf_counter(), random.Random(0)
-    # Rows of a batch end one by one, and what fewer take cannot be told from what all do.
-    sizes = [batch_size] if batch_size == 1 else [batch_size, -(-batch_size // 4)]
-    least, before = 2 * len(sizes) * len(kinds), -1  # the first of a kind is recorded, and takes longer
-
-    def is_over() -> bool:
-        late = len(blocks) >= least and time.perf_counter() - started > _SECONDS
-        return late or len(blocks) >= _BLOCKS * len(sizes) * len(kinds)
-
-    turn = 0
-    while before < len(blocks) and not is_over():
-        before = len(blocks)
-        tokens = min(256, config.max_seq_len - 2)
-        rows = sizes[turn % len(sizes)]
-        prompts = [[draw.randrange(config.vocab_size) for _ in range(2)] for _ in range(rows)]
-        # (Greedy text would run in circles, and read fewer experts.)
-        session = Session(model, prompts, Sampling(temperature=1.0), max_new_tokens=tokens)
-        _run(session, kinds, blocks, before + len(kinds), is_over)
-        session.close()
-        turn += 1
+    # Rows of a batch end one by one, and what fewer take cannot be told from what all do. (All come last: their
+    # recordings serve the batch.)
+    sizes = [batch_size] if batch_size == 1 else [-(-batch_size // 4), batch_size]
+    blocks = [block for rows in sizes for block in _time_rounds(model, rows, kinds, _SECONDS / len(sizes))]
     empty = CostModel(
         config.n_layers, _moe_layers(config), config.num_experts, config.top_k * bool(config.num_experts), ()
     )
-    return _fitted_to(empty, blocks[len(sizes) * len(kinds) :] or blocks)
+    return _fitted_to(empty, blocks)
 
 
-def _run(
-    session: Session, kinds: list[tuple[int, int]], blocks: list[_Block], most: int, is_over: Callable[[], bool]
-) -> None:
-    """Time steps of all kinds, some of each in turn, until there are so many blocks, a row has no use for the longest
-    drafts, or time is up."""
+def _time_rounds(model: MoEDecoder, rows: int, kinds: list[tuple[int, int]], seconds: float) -> list[_Block]:
+    """Blocks of steps of so many rows, of all kinds in turn."""
+    config = model.config
+    blocks, started, draw = list[_Block](), time.perf_counter(), random.Random(rows)
+    least, before = 2 * len(kinds), -1  # the first of a kind is recorded, and takes longer
+
+    def is_over() -> bool:
+        late = len(blocks) >= least and time.perf_counter() - started > seconds
+        return late or len(blocks) >= _BLOCKS * len(kinds)
+
+    while before < len(blocks) and not is_over():
+        before = len(blocks)
+        tokens = min(256, config.max_seq_len - 2)
+        prompts = [[draw.randrange(config.vocab_size) for _ in range(2)] for _ in range(rows)]
+        # (Greedy text would run in circles, and read fewer experts.)
+        session = Session(model, prompts, Sampling(temperature=1.0), max_new_tokens=tokens)
+        _run(session, kinds, blocks, is_over)
+        session.close()
+    return blocks[len(kinds) :] or blocks
+
+
+def _run(session: Session, kinds: list[tuple[int, int]], blocks: list[_Block], is_over: Callable[[], bool]) -> None:
+    """Time steps of all kinds, some of each in turn, until a row has no use for the longest drafts, or time is up."""
     from layerskip_moe.generation.self_speculative import SelfSpeculative  # which imports `Adaptive`, and that this
 
     policy, rows = _Kind(), len(session.rows)
     plain, drafting = Autoregressive(), SelfSpeculative(policy=policy)
     longest = max(drafts for _, drafts in kinds)
     session.prefill()
-    while len(blocks) < most and not is_over():
-        if len(session.row_numbers) < rows or min(session.remaining) <= longest:
-            break
+    while len(session.row_numbers) == rows and min(session.remaining) > longest and not is_over():
         policy.pair = exit_layer, drafts = kinds[len(blocks) % len(kinds)]
         seconds, experts = list[float](), None
-        cold = math.ceil(_COLD / (rows * (drafts + 1)))
+        cold = max(math.ceil(_COLD / (rows * (drafts + 1))), 2)  # the first tells of experts, which is another step
         for turn in range(cold + _STEPS):
             if turn and (len(session.row_numbers) < rows or min(session.remaining) <= longest):
                 break

@@ -19,9 +19,10 @@ _MOST_PLACES = 16  # of a prompt
 
 def prompt_agreement(session: "Session", exits: Sequence[int]) -> list[dict[int, list[bool]]]:
     """For each row, by exit layer, whether it would have said at the last places of the prompt what the full model
-    would, with that place's noise; nothing where the prompt's states were not kept, or there are none."""
+    would, with that place's noise; nothing where the prompt's states were not kept, or there are none, or the text has
+    gone on since."""
     prompt = session.prompt
-    if prompt is None:
+    if prompt is None or any(session.outputs):
         return []
     first, output = prompt
     n_rows = len(session.row_numbers)

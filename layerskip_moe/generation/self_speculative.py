@@ -125,12 +125,12 @@ class SelfSpeculative:
             with _asking:
                 resting = rests(session)
             if resting:
-                started = time.perf_counter()
+                n_rows, started = len(session.row_numbers), _clock(session)
                 Autoregressive().step(session)
-                rested = getattr(policy, "rested", None)
+                rested, seconds = getattr(policy, "rested", None), _clock(session) - started
                 if rested is not None:
                     with _asking:
-                        rested(time.perf_counter() - started)
+                        rested(n_rows, seconds)
                 return
         if session.state is not None:  # the cache of a draft model that differs, which `start` made
             self._speculative(drafter).step(session)
@@ -139,7 +139,7 @@ class SelfSpeculative:
             plan = policy.plan(session)
             shadow, experts = policy.shadow, getattr(policy, "experts", False)
         _check_plan(plan, session)
-        started = time.perf_counter()
+        started = _clock(session)
         watch = Watch(watched_exits(policy, session.model.config) if shadow else (), experts, shadow)
         stop = policy.should_stop
         round_ = Round.begin(session, [length for _, length in plan], self.coupling, confident=stop is not None)
@@ -150,20 +150,23 @@ class SelfSpeculative:
         else:
             drafted, confidences = draft(session, round_, exit_layers, stop, drafter, watch)
             tokens, accepted = round_.settle(verify(session, round_, drafted, watch))
-        seconds = time.perf_counter() - started  # a GPU was waited for: it was asked how many drafts were right
-        shadowed = shadow_tokens(session, round_, watch, tokens) if watch.shadow else None
-        rows, started = session.row_numbers, time.perf_counter()
+        seconds = _clock(session) - started  # a GPU was waited for: it was asked how many drafts were right
+        rows = session.row_numbers
+        read = experts_read(watch, session.model.config) if experts else None
+        said = shadow_tokens(session, round_, watch, tokens) if watch.shadow else None
+        appending = _clock(session)
         session.append(tokens, accepted, drafted=round_.limits)
+        seconds += _clock(session) - appending
         report = RoundReport(
             rows=rows,
             exit_layers=exit_layers,
             drafted=round_.limits,
             accepted=accepted,
             confidences=confidences,
-            seconds=seconds + time.perf_counter() - started,
+            seconds=seconds,
             tokens=tokens,
-            experts=experts_read(watch, session.model.config) if experts else None,
-            shadow=shadowed,
+            experts=read,
+            shadow=said,
         )
         with _asking:
             policy.observe(report)
@@ -178,6 +181,11 @@ class SelfSpeculative:
     def _speculative(self, draft: MoEDecoder) -> Speculative:
         assert self.draft_length is not None, "settled at construction"
         return Speculative(draft, self.draft_length, self.coupling, self.exit_layer)
+
+
+def _clock(session: Session) -> float:
+    """Seconds, but those in which a user is told of tokens."""
+    return time.perf_counter() - session.telling_seconds
 
 
 def _check_plan(plan: list[tuple[int, int]], session: Session) -> None:

@@ -5,9 +5,10 @@ have been. A strategy runs what layers it likes over the newest token and what i
 the tokens that it chose to `append`.
 
 A active rows (those not finished), T positions, V vocabulary.
-Knows nothing of strategies or of clocks. Next: `autoregressive.py`, `self_speculative.py`.
+Knows nothing of strategies. Next: `autoregressive.py`, `self_speculative.py`.
 """
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ class Session:
     prompt:  the first position, and what `run` gave, of the end of the prompts, where `prefill` was asked for states
     outputs, layers_run: new tokens of every row (finished ones too), and how many layers ran to choose each
     stats:   the counts of every row
+    telling_seconds: how long `on_token` took until now
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Session:
         self.stats = [GenerationStats() for _ in prompts]
         self.prompt: tuple[int, RunOutput] | None = None
         self.state: Any = None
+        self.telling_seconds = 0.0
         self.rows = torch.arange(first_row, first_row + len(prompts), device=device)
         self._active = list(range(len(prompts)))  # the same rows, counted within this batch
         self.newest = torch.tensor([[prompt[-1]] for prompt in prompts], device=device)
@@ -269,7 +272,9 @@ class Session:
         self.stats[row].generated += 1
         self.stats[row].layers_run += layers
         if self._on_token is not None:
+            began = time.perf_counter()
             self._on_token(self._first_row + row, token)
+            self.telling_seconds += time.perf_counter() - began
         if self._texts is None:
             return False
         self._texts[row].push(token)

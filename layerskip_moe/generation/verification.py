@@ -95,8 +95,9 @@ class Round:
         many drafts of each row were accepted; so many of its tokens and one more are the text."""
         session = self.session
         scores = session.scores(logits, self.drafts)
-        if self.rejection and self.drafts:
-            drafts, draft_scores = torch.cat(self.drafts, dim=1), torch.cat(self.scores, dim=1)
+        if self.rejection:  # also without drafts: that others in the batch have some must change nothing
+            drafts = torch.cat([session.newest[:, :0], *self.drafts], dim=1)
+            draft_scores = torch.cat([scores[:, :0], *self.scores], dim=1)
             return _reject(session, drafts, draft_scores, scores, self.limits)
         tokens = session.choose(scores, None if self.noise is None else self.noise[:, : logits.shape[1]])
         if not self.drafts:

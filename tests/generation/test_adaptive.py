@@ -1,5 +1,8 @@
 """Adaptive: what it plans where acceptance and costs are known, and that the text never depends on it."""
 
+import time
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,8 +11,9 @@ from hypothesis import strategies as st
 
 from layerskip_moe.generation import Autoregressive, Sampling, SelfSpeculative, Session, generate
 from layerskip_moe.generation.cost_model import CostModel
-from layerskip_moe.generation.policies import Adaptive
+from layerskip_moe.generation.policies import DEL, Adaptive
 from layerskip_moe.generation.policies.adaptive import candidate_exits
+from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.sampling import gumbel_noise
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 
@@ -148,6 +152,7 @@ def test_rows_of_a_batch_draft_each_as_much_as_pays(table_model):
     prompts = [list(range(20)), list(range(40, 60))]
     generate(table_model(80, full, draft), prompts, SelfSpeculative(policy=policy), max_new_tokens=40)
     policy.cost_model, policy.length = cost_model(row=0.4), 8
+    policy._reckoned.clear()
     _, _, (first, second) = policy._best_lengths(1, [0, 1])
     assert first > second
 
@@ -261,3 +266,97 @@ def test_a_model_of_one_layer_has_nothing_to_draft_with(trained_model):
     model = trained_model(n_layers=1)
     expected = generate(model, [[1, 2]], max_new_tokens=6)
     assert generate(model, [[1, 2]], SelfSpeculative(), max_new_tokens=6).tokens == expected.tokens
+
+
+@dataclass(eq=False)
+class OneText:
+    """As much of a session as a policy asks."""
+
+    model: MoEDecoder
+    sampling: Sampling = field(default_factory=Sampling)
+    row_numbers: list[int] = field(default_factory=lambda: [0])
+
+    def prompt_agreement(self, exits):
+        return []
+
+
+def told(policy, session, *, plain, drafting, steps=400):
+    """Rounds in which all drafts are right, and plain steps, that last so many times as long as reckoned."""
+    drafted = 0
+    for _ in range(steps):
+        if policy.rests(session):
+            policy.rested(1, plain * policy.cost_model.round_seconds([0], [0]))
+            continue
+        [(exit_layer, length)] = policy.plan(session)
+        drafted += length > 0
+        exits, lengths = [exit_layer if length else 0], [length]
+        seconds = (drafting if length else plain) * policy.cost_model.round_seconds(exits, lengths)
+        tokens = torch.arange(length + 1)[None]
+        shadow = tokens[:, None].expand(1, N_LAYERS, -1) if policy.shadow else None
+        policy.observe(RoundReport([0], exits, lengths, [length], [[]], seconds, tokens, None, shadow))
+    return drafted / steps
+
+
+@pytest.fixture
+def fitted(monkeypatch):
+    """fitted(**costs): an Adaptive for which a cost model was fitted, and a session of its model."""
+
+    def build(**costs):
+        cost = cost_model(**costs)
+        monkeypatch.setattr("layerskip_moe.generation.policies.adaptive.fit_cost_model", lambda *_, **__: cost)
+        model, policy = (
+            MoEDecoder(ModelConfig(23, n_layers=4, d_model=16, n_heads=2, num_experts=0, d_ff=8)),
+            Adaptive(),
+        )
+        policy.prepare(model, 1)
+        return policy, OneText(model)
+
+    return build
+
+
+@pytest.mark.parametrize("both", [0.7, 1.0, 1.5])
+def test_a_machine_that_is_slower_than_when_it_was_timed_changes_no_plan(fitted, both):
+    policy, session = fitted(row=0.2)
+    assert told(policy, session, plain=both, drafting=both) > 0.9
+    assert abs(policy._drift.offset) < 0.1
+
+
+def test_drafts_that_cost_more_than_reckoned_are_left(fitted):
+    policy, session = fitted(row=0.7)
+    assert told(policy, session, plain=1.0, drafting=1.0) > 0.9
+    policy, session = fitted(row=0.7)
+    assert told(policy, session, plain=1.0, drafting=2.5, steps=1500) < 0.5
+    assert policy._drift.offset > 0.2
+
+
+def test_what_was_given_is_taken_as_it_is(fitted):
+    _, session = fitted()
+    policy = Adaptive(cost_model=cost_model(row=0.2))
+    policy.prepare(session.model, 1)
+    told(policy, session, plain=1.0, drafting=2.0)
+    assert policy._drift.offset == 0.0
+
+
+@pytest.mark.parametrize("policy", [Adaptive, DEL])
+@pytest.mark.parametrize(("outer", "inner"), [(8, 4), (4, 8)])
+def test_texts_of_two_models_at_once(trained_model, policy, outer, inner):
+    """One within a callback of the other, and then one after the other."""
+    models = {layers: trained_model(n_layers=layers) for layers in (outer, inner)}
+    expected = {layers: generate(model, [[3, 9, 21]], max_new_tokens=12).tokens for layers, model in models.items()}
+    strategy, within = SelfSpeculative(policy=policy()), []
+
+    def on_token(row, token):
+        within.append(generate(models[inner], [[3, 9, 21]], strategy, max_new_tokens=12).tokens)
+
+    out = generate(models[outer], [[3, 9, 21]], strategy, max_new_tokens=12, on_token=on_token)
+    assert out.tokens == expected[outer]
+    assert len(within) == 12 and all(tokens == expected[inner] for tokens in within)
+    for layers in (outer, inner, outer):
+        assert generate(models[layers], [[3, 9, 21]], strategy, max_new_tokens=12).tokens == expected[layers]
+
+
+def test_the_time_in_which_a_user_is_told_of_tokens_is_not_a_round_s(trained_model):
+    policy = Noted(cost_model=cost_model(config=trained_model(n_layers=4).config, row=0.1))
+    arguments = dict(max_new_tokens=8, on_token=lambda row, token: time.sleep(0.2))
+    generate(trained_model(n_layers=4), [[3, 9, 21]], SelfSpeculative(policy=policy), **arguments)
+    assert policy.rounds and all(round.seconds < 0.2 for round in policy.rounds)

@@ -83,7 +83,7 @@ def test_a_draft_model_of_another_depth(trained_model, tiny_model, assert_same_t
 def test_all_layers_in_eight_bits_are_seldom_refused(trained_model, drafts):
     model, draft = trained_model(**MODELS["every layer"]), drafts("every layer", "int8")
     out = generate(model, ragged_prompts(3), SelfSpeculative(3, 4, draft_model=draft), max_new_tokens=12)
-    assert out.stats.acceptance_rate > 0.9
+    assert out.stats.acceptance_rate > 0.8
 
 
 def test_rejection_with_a_quantised_draft_is_as_speculative_s(trained_model, drafts):

@@ -57,3 +57,16 @@ def test_without_doubt_nothing_is_learnt():
     drift = Drift(0.0)
     see(drift, "pd" * 50, offset=0.3)
     assert drift.offset == 0.0 == drift.doubt
+
+
+def test_a_machine_slower_than_when_it_was_timed_tells_little_of_drafting():
+    drift = Drift(0.15)
+    see(drift, "d" * 300, level=math.log(1.3))
+    assert 0 <= drift.offset < 0.1
+
+
+@pytest.mark.parametrize(("seconds", "reckoned"), [(0.0, 1e-3), (1e-3, 0.0), (math.nan, 1e-3)])
+def test_what_took_no_time_tells_nothing(seconds, reckoned):
+    drift = Drift(0.15)
+    drift.see(seconds, reckoned, drafting=True)
+    assert drift.offset == 0.0 and drift.doubt == 0.15

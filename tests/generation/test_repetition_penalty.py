@@ -78,5 +78,5 @@ def test_rows_that_left_take_their_past_with_them(exact_model):
 
 @pytest.mark.parametrize("penalty", [0, 0.0, -1.0, float("inf"), float("nan")])
 def test_penalties_refused(tiny_model, penalty):
-    with pytest.raises(ValueError, match=r"must be above 0; 1 changes nothing, 1\.2 is usual"):
+    with pytest.raises(ValueError, match=r"must be a finite number above 0; 1 changes nothing, 1\.2 is usual"):
         generate(tiny_model(), [[1]], max_new_tokens=2, repetition_penalty=penalty)

@@ -26,12 +26,13 @@ _BETTER = 1.02  # by how much another plan must be better before it takes the pr
 # more exact than that.
 _PAYS, _PAYS_IN_BATCHES = 1.03, 1.1
 _RETHINK = 4  # rounds from one choice of a plan to the next
-_LOOK, _LOOK_LATER = 6, 48  # rounds from one look at what other exits would have said to the next: at first, and later
-_REST, _LONGEST_REST = 16, 128  # steps of plain decoding from one look to the next, where drafting does not pay
+# Rounds from one look at what other exits would have said to the next, times the rows: at first, and later.
+_LOOK, _LOOK_LATER = 6, 48
+_REST, _LONGEST_REST = 16, 256  # steps of plain decoding from one look to the next, where drafting does not pay
 _UNION_MEMORY = 0.8  # of the unions of earlier looks
 _DOUBT = 0.15  # of a fitted cost model: how far drafting may be from what it says, beside plain steps
 _SURE = 0.08  # doubt beyond this is worth a try of what else may be best
-_TIMED = 8  # plain steps at the end of a rest
+_TIMED = 8  # plain steps that are timed, at the end of a rest
 
 
 class Adaptive:
@@ -41,10 +42,12 @@ class Adaptive:
     adds p tokens, and the time of a place more. The plan is chosen anew every fourth round, and changed for one that
     is 2% better; drafting must promise 3% more than plain decoding, 10% in batches. Every now and then a round asks
     what other exits would have said. Where drafting does not pay, decoding is plain for 16 steps, then 32, and so on up
-    to 128, from look to look. What was learnt of acceptance is kept from text to text.
+    to 256, from look to look. What was learnt of acceptance is kept from text to text, and how long steps take beside
+    what was reckoned, too: where it is in doubt which of the two is faster, the other one is tried.
 
     length: the most drafts in a round, K
-    cost_model: seconds of a round; None: fitted to the model when first needed, see `fit_cost_model`
+    cost_model: seconds of a round, which are taken as they are; None: fitted to the model when first needed, see
+        `fit_cost_model`, and corrected by how long steps take
     """
 
     should_stop = None
@@ -56,15 +59,13 @@ class Adaptive:
         self.shadow = self.experts = False
         self._given = cost_model is not None
         self._prepared_for: weakref.ref[MoEDecoder] | None = None
-        self._n_rows = 0
         self._acceptances: dict[bool, Acceptance] = {}  # by whether the text is greedy
         self._acceptance: Acceptance | None = None
         self._is_new_text = NewText()
         self._union = 1.0  # experts that places read, over those of independent choices
         self._reckoned: dict[tuple[int, int, int, int], float] = {}  # by exit layer, longest draft, places, rows
-        self._drift = Drift(0.0)
-        self._drafted = 0  # rounds by one exit in a row
-        self._resting = 0  # rows that rest
+        self._drift = Drift(0.0)  # a given cost model is taken as it is
+        self._last: tuple[int, int, int, int] | None = None  # what the last round was: as `_reckoned`; None: none
         self._rounds = self._rest = self._looks = 0
         self._to_look, self._next_rest = _LOOK, _REST
         self._exit, self._lengths, self._rows = 0, list[int](), list[int]()
@@ -72,19 +73,18 @@ class Adaptive:
     def prepare(self, model: MoEDecoder, rows: int) -> None:
         """Before a batch of so many rows is decoded: time the model, once. Not a part of decoding. Raises ValueError
         for a model that a given cost model is not of."""
-        self.exits = candidate_exits(model.config.n_layers)
-        is_another = self._prepared_for is None or self._prepared_for() is not model
-        if is_another:
-            self._acceptances, self._looks, self._to_look = {}, 0, _LOOK
-        if is_another or rows != self._n_rows:
-            self._union, self._drift = 1.0, Drift(0.0 if self._given else _DOUBT)
-        self._prepared_for, self._n_rows = weakref.ref(model), rows
-        if not self._given:
-            self.cost_model = fit_cost_model(model, rows, exits=self.exits)
-        assert self.cost_model is not None
-        self._reckoned.clear()
-        if not self.cost_model.is_of(model.config):
+        exits = candidate_exits(model.config.n_layers)
+        cost = self.cost_model if self._given else fit_cost_model(model, rows, exits=exits)
+        assert cost is not None
+        if not cost.is_of(model.config):
             raise ValueError("the cost model is of another network; fit one to this model, or leave it out.")
+        if self._prepared_for is None or self._prepared_for() is not model:
+            self._acceptances, self._looks, self._to_look = {}, 0, _LOOK
+            self._is_new_text, self._exit, self._rest, self._rows = NewText(), 0, 0, []
+        if cost is not self.cost_model:
+            self._drift, self._union = Drift(0.0 if self._given else _DOUBT), 1.0
+            self._reckoned.clear()
+        self.exits, self.cost_model, self._prepared_for = exits, cost, weakref.ref(model)
 
     def rests(self, session: Session) -> bool:
         """Whether this step is one of plain decoding, of which nothing is to be told."""
@@ -92,26 +92,26 @@ class Adaptive:
             self._begin(session)
         if self._rest:
             self._rest -= 1
-            self._resting = len(session.row_numbers)
             return True
         return False
 
-    def rested(self, seconds: float) -> None:
+    def rested(self, rows: int, seconds: float) -> None:
         """How long that step took. The last few before a look count, which are not cold, and next to what follows."""
-        self._drafted = 0
+        self._last = None
         if self._rest < _TIMED:
-            rows = self._resting
             self._drift.see(seconds, self._reckoned_seconds(0, 0, rows, rows), drafting=False)
 
     def _begin(self, session: Session) -> None:
         """Another text: of this one nothing is known yet. Where nothing is known at all, its prompt is looked at."""
-        if self.cost_model is None:
-            self.prepare(session.model, len(session.row_numbers))
+        is_another = self._prepared_for is not None and self._prepared_for() is not session.model
+        if self.cost_model is None or is_another:  # (or texts of two models take turns)
+            self.prepare(session.model, len(session.stats))
+            self._is_new_text(session)
         self.exits = candidate_exits(session.model.config.n_layers)
         # Greedy text and sampled text are not equally easy.
         self._acceptance = self._acceptances.setdefault(session.sampling.greedy, Acceptance(self.exits))
         self._acceptance.begin()
-        self._rest, self._next_rest, self._exit, self._rows = 0, _REST, 0, []
+        self._rest, self._next_rest, self._exit, self._rows, self._last = 0, _REST, 0, [], None
         if not self._acceptance.seen:  # people's text is harder than the model's own, and no measure of it for long
             for row, by_exit in zip(session.row_numbers, session.prompt_agreement(self.exits), strict=False):
                 for exit_layer, right in by_exit.items():
@@ -143,9 +143,7 @@ class Adaptive:
         plans += [self._best_lengths(exit_layer, rows) for exit_layer in self.exits]
         best = max(plans, key=lambda plan: plan[0])
         present = next(plan for plan in plans if plan[1] == self._exit)
-        _, exit_layer, self._lengths = best if best[0] > _BETTER * present[0] or rows != self._rows else present
-        if exit_layer != self._exit:
-            self._exit, self._drafted = exit_layer, 0
+        _, self._exit, self._lengths = best if best[0] > _BETTER * present[0] or rows != self._rows else present
         self._rows = rows
 
     def _best_lengths(self, exit_layer: int, rows: list[int]) -> tuple[float, int, list[int]]:
@@ -193,11 +191,14 @@ class Adaptive:
         """Learn what was accepted, and where it was asked what other exits would have said and how many experts were
         read; then perhaps rest."""
         assert self._acceptance is not None
+        if not {*round.exit_layers} <= {0, *self.exits}:  # of another model's text, which another thread decodes
+            return
         told = zip(round.rows, round.exit_layers, round.drafted, round.accepted, strict=True)
         for row, exit_layer, drafted, accepted in told:  # (another thread may have had another plan made meanwhile)
             if drafted:
                 self._acceptance.see_draft(row, exit_layer, drafted, accepted)
         if round.shadow is not None:
+            self._last = None
             self._see_shadow(round, round.shadow)
             self._see_experts(round)
         else:
@@ -208,12 +209,12 @@ class Adaptive:
             self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)
 
     def _see_seconds(self, round: RoundReport) -> None:
-        """How long a round took that was like the one before."""
+        """How long a round took that was like the one before: the first of a kind is recorded."""
         longest, places, rows = max(round.drafted), sum(round.drafted) + len(round.drafted), len(round.drafted)
-        self._drafted += 1
-        if longest and self._drafted > 1:
-            reckoned = self._reckoned_seconds(max(round.exit_layers), longest, places, rows)
-            self._drift.see(round.seconds, reckoned, drafting=True)
+        kind = max(round.exit_layers), longest, places, rows
+        if longest and kind == self._last:
+            self._drift.see(round.seconds, self._reckoned_seconds(*kind), drafting=True)
+        self._last = kind
 
     def _see_shadow(self, round: RoundReport, shadow: Tensor) -> None:
         """What the other exits would have said, of the tokens that became text."""

@@ -13,7 +13,8 @@ import math
 
 _LEVEL_MOVES, _OFFSET_MOVES = 5e-4, 4e-6  # variances, from one step to the next
 _NOISE = 0.02  # variance of a step
-_FAR = 0.25  # no step tells of more: one that something came between tells nothing
+_FAR = 0.25  # no step tells of more: something else may have come between
+_LEVEL = 0.3  # standard deviation of the level before anything is seen: machines drift by as much
 
 
 class Drift:
@@ -26,7 +27,7 @@ class Drift:
         self.offset = self._level = 0.0
         self._most = doubt**2
         # Variances of level and offset, and what they have in common.
-        self._of_level, self._of_offset, self._common = doubt**2, doubt**2, 0.0
+        self._of_level, self._of_offset, self._common = _LEVEL**2, self._most, 0.0
 
     @property
     def doubt(self) -> float:
@@ -34,8 +35,8 @@ class Drift:
         return math.sqrt(self._of_offset)
 
     def see(self, seconds: float, reckoned: float, *, drafting: bool) -> None:
-        """How long a step took, and how long it should have."""
-        if not self._of_offset:
+        """How long a step took, and how long it should have; what took no time, or should have, tells nothing."""
+        if not (self._most and seconds > 0 and reckoned > 0):
             return
         self._of_level += _LEVEL_MOVES
         self._of_offset = min(self._of_offset + _OFFSET_MOVES, self._most)

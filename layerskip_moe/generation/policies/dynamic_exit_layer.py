@@ -42,11 +42,15 @@ class DEL:
         self.prior: list[float] | None = None  # by layer, how often it was right in the last text; None: there was none
         self.accepted, self.refused = [0.0, 0.0], [0.0, 0.0]  # drafts: sum of confidences, how many
         self._is_new = NewText()
+        self._n_layers = 0
 
     def plan(self, session: Session) -> list[tuple[int, int]]:
         """By row, the pair of most tokens per layer."""
         if self._is_new(session):
             self._pool()
+        if session.model.config.n_layers != self._n_layers:  # what is known is of another model
+            self.agreed, self.places, self.prior = {}, {}, None
+            self._n_layers = session.model.config.n_layers
         plan = []
         for row in session.row_numbers:
             agreed, places = self._counts(row, session.model.config.n_layers)
@@ -62,6 +66,8 @@ class DEL:
     def observe(self, round: RoundReport) -> None:
         """Count who was right."""
         assert round.shadow is not None, "it was asked for"
+        if round.shadow.shape[1] != self._n_layers:  # of another model's text, which another thread decodes
+            return
         last = round.tokens.new_tensor(round.accepted)[:, None]
         context_held = torch.arange(round.tokens.shape[1], device=round.tokens.device) <= last
         right = (round.shadow == round.tokens[:, None]) & context_held[:, None]

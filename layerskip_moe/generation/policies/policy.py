@@ -25,9 +25,9 @@ class RoundReport:
         accepted: how many of them the full model agreed with, before the first that it did not
         confidences: for each row and draft the probability the drafter gave it; no numbers where the policy has no
             `should_stop`
-        seconds: wall time of drafting, verifying and appending to all rows, without `plan` and the head on shadow
-            states. Rounds with `shadow`, `experts` or `should_stop` are made of more calls than others, and take
-            longer. A GPU is waited for, as every round ends by reading how many drafts were accepted.
+        seconds: wall time of drafting, verifying and appending to all rows, without `plan`, the head on shadow
+            states, and `on_token`. Rounds with `shadow`, `experts` or `should_stop` are made of more calls than others,
+            and take longer. A GPU is waited for, as every round ends by reading how many drafts were accepted.
         tokens: [A, T] int64, the full model's choices, of which accepted + 1 are a row's, though it ends at a stop
             token among them
         experts: by MoE layer, how many different experts verification read; None where the policy has no `experts`,
@@ -60,7 +60,8 @@ class Policy(Protocol):
         too, in `Session.prompt`
     rests: a method of the session, asked first: where it returns True, this step is one of plain decoding, without
         `plan` and `observe`
-    rested: a method of seconds, called after such a step: how long it took
+    rested: a method of (rows, seconds), called after such a step: of how many rows it was, and how long it took, as in
+        `RoundReport.seconds`
     prepare: a method of (model, rows), called before a batch of so many rows and before anything is timed
     """
 
