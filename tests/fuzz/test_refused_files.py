@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from layerskip_moe.analysis.metrics_file import read_metrics
 from layerskip_moe.analysis.trace import load_trace
+from layerskip_moe.cli import main
 from layerskip_moe.constants import user_error
 from layerskip_moe.data import load_corpus
 from layerskip_moe.data.tokenizer import train_tokenizer
@@ -20,6 +21,7 @@ from layerskip_moe.generation import EarlyExit, LayerSkipping, Sampling, SelfSpe
 from layerskip_moe.generation.policies import DEL, Cascade, DraftVerify, Heuristic
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.pretrained import load_model, load_tokenizer, quantize, save_model
+from layerskip_moe.pretrained.families import read_config
 
 SIZES = dict(vocab_size=11, n_layers=2, d_model=8, n_heads=2, num_experts=2, d_ff=8)
 
@@ -272,6 +274,21 @@ def test_ids_of_tokens_that_are_none(tmp_path, says, number):
     )
     (tmp_path / "added_tokens.json").write_text(f'{{"<new>": {number}}}')
     says("does not list its tokens as transformers does", lambda: load_tokenizer(tmp_path))
+
+
+def test_half_a_surrogate_pair(tmp_path, says, capsys, is_a_sentence):
+    train_tokenizer("bpe", 270, [("train", "The quick brown fox.\n" * 9)], progress=False).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "\\ud800"}')
+    says("does not list its tokens as transformers does", lambda: load_tokenizer(tmp_path))
+    assert main(["generate", "--checkpoint", "model", "--prompt", "a", "--max-new-tokens", "\ud800"]) == 1
+    assert is_a_sentence(capsys.readouterr().err.strip())
+
+
+@pytest.mark.parametrize(("family", "field"), [("mixtral", "num_experts"), ("olmoe", "num_local_experts")])
+def test_experts_under_their_other_name_alone(says, family, field):
+    says(f"{field}=nan must be a whole number", lambda: read_config({"model_type": family, field: float("nan")}))
 
 
 def test_a_path_of_thousands_of_letters(says, is_a_sentence):
