@@ -18,7 +18,7 @@ from layerskip_moe.constants import user_error
 from layerskip_moe.data import load_corpus
 from layerskip_moe.data.tokenizer import train_tokenizer
 from layerskip_moe.generation import EarlyExit, LayerSkipping, Sampling, SelfSpeculative, SparseSpeculative, generate
-from layerskip_moe.generation.policies import DEL, Cascade, DraftVerify, Heuristic
+from layerskip_moe.generation.policies import DEL, Adaptive, Cascade, DraftVerify, Heuristic
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.pretrained import load_model, load_tokenizer, quantize, save_model
 from layerskip_moe.pretrained.families import read_config
@@ -248,6 +248,8 @@ def test_arguments_of_another_kind(says, arguments):
         ("coupling='x+.* is unknown", lambda: SelfSpeculative(1, coupling="x" * 10**5)),
         ("threshold='a' must be between", lambda: SelfSpeculative(policy=Heuristic(1, threshold="a"))),
         ("length='a' must be a whole", lambda: SelfSpeculative(policy=DraftVerify(1, length="a"))),
+        ("length=2147483648 is more than any round has", lambda: SelfSpeculative(policy=DEL(length=2**31))),
+        ("length=10+.* is more than any", lambda: SelfSpeculative(policy=Adaptive(length=10**400))),
         ("decay=10+.* must be between", lambda: SelfSpeculative(policy=DEL(decay=10**400))),
         ("decay=None must be between", lambda: SelfSpeculative(policy=DEL(decay=None))),
         ("trials=2.5 must be a whole", lambda: SelfSpeculative(policy=Cascade(1, trials=2.5))),
