@@ -36,8 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130: Ctrl-C; 143: SIGTERM in training. 141: nobody reads what is printed any more, as in
     `layerskip-moe generate ... | head`.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack characters of a text, or of its name
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack characters of a text, or of its name
     try:
         try:
             _run(list(sys.argv[1:] if arguments is None else arguments))

@@ -204,7 +204,7 @@ def _count_experts(values: Mapping[str, Any], contents: Mapping[str, Any], name:
     field = FAMILIES[name].names["num_experts"]
     other = "num_experts" if field == "num_local_experts" else "num_local_experts"
     if name != "qwen2_moe" and other in contents:
-        if contents.get(field, contents[other]) != contents[other]:
+        if field in contents and contents[field] != contents[other]:
             raise ValueError(f"{field}={shown(contents[field])} and {other}={shown(contents[other])} must be the same.")
         field = other
     # Layers without experts exist only where decoder_sparse_step does.

@@ -14,7 +14,7 @@ from layerskip_moe.files import expanded
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.pretrained.model_card import CARD, is_ours, write_model_card
 from layerskip_moe.pretrained.weights import HOW_TO_CONVERT, WEIGHT_FILES, weight_file_names
-from layerskip_moe.refusals import shown
+from layerskip_moe.refusals import shortened, shown
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -50,7 +50,7 @@ def local_folder(
         if not os.path.isdir(folder):
             found = "is a file" if exists else "does not exist"
             raise ValueError(
-                f"{shown(str(folder))} {found}; give the folder that save_pretrained wrote, or an id on the hub."
+                f"{shortened(str(folder))} {found}; give the folder that save_pretrained wrote, or an id on the hub."
             )
         if revision is not None:
             raise ValueError(f"revision={shown(revision)} is for checkpoints on the hub; {folder} is a folder here.")

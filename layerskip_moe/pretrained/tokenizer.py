@@ -70,7 +70,7 @@ def load_tokenizer(folder_or_id: str | Path, *, revision: str | None = None, tok
         )
     try:
         _add_tokens(tokenizer, folder, config)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, UnicodeError) as error:  # the last of halves of surrogate pairs
         raise ValueError(
             f"{folder} does not list its tokens as transformers does ({error!r}); copy it again."
         ) from None

@@ -14,7 +14,7 @@ from layerskip_moe.generation import (
     SparseSpeculative,
     generate,
 )
-from layerskip_moe.generation.policies import DEL, Cascade, DraftVerify, Fixed, Heuristic
+from layerskip_moe.generation.policies import DEL, Adaptive, Cascade, DraftVerify, Fixed, Heuristic
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 
 
@@ -57,6 +57,7 @@ def test_exit_layers(cases, refused, junk, model):
         Cascade: ["exit_layer", "start", "length", "trial", "trials", "rounds"],
         DraftVerify: ["exit_layer", "length", "threshold"],
         DEL: ["length", "decay"],
+        Adaptive: ["length"],
     }
     needed = {kind: {"exit_layer": 1} for kind in (LookupSpeculative, Heuristic, Cascade, DraftVerify)}
     needed |= {EarlyExit: {"threshold": 0.5}, Fixed: {"exit_layer": 1, "draft_length": 2}}

@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from layerskip_moe.analysis.metrics_file import read_metrics
 from layerskip_moe.analysis.trace import load_trace
+from layerskip_moe.cli import main
 from layerskip_moe.constants import user_error
 from layerskip_moe.data import load_corpus
 from layerskip_moe.data.tokenizer import train_tokenizer
 from layerskip_moe.generation import EarlyExit, LayerSkipping, Sampling, SelfSpeculative, SparseSpeculative, generate
-from layerskip_moe.generation.policies import DEL, Cascade, DraftVerify, Heuristic
+from layerskip_moe.generation.policies import DEL, Adaptive, Cascade, DraftVerify, Heuristic
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.pretrained import load_model, load_tokenizer, quantize, save_model
+from layerskip_moe.pretrained.families import read_config
 
 SIZES = dict(vocab_size=11, n_layers=2, d_model=8, n_heads=2, num_experts=2, d_ff=8)
 
@@ -246,6 +248,8 @@ def test_arguments_of_another_kind(says, arguments):
         ("coupling='x+.* is unknown", lambda: SelfSpeculative(1, coupling="x" * 10**5)),
         ("threshold='a' must be between", lambda: SelfSpeculative(policy=Heuristic(1, threshold="a"))),
         ("length='a' must be a whole", lambda: SelfSpeculative(policy=DraftVerify(1, length="a"))),
+        ("length=2147483648 is more than any round has", lambda: SelfSpeculative(policy=DEL(length=2**31))),
+        ("length=10+.* is more than any", lambda: SelfSpeculative(policy=Adaptive(length=10**400))),
         ("decay=10+.* must be between", lambda: SelfSpeculative(policy=DEL(decay=10**400))),
         ("decay=None must be between", lambda: SelfSpeculative(policy=DEL(decay=None))),
         ("trials=2.5 must be a whole", lambda: SelfSpeculative(policy=Cascade(1, trials=2.5))),
@@ -272,6 +276,21 @@ def test_ids_of_tokens_that_are_none(tmp_path, says, number):
     )
     (tmp_path / "added_tokens.json").write_text(f'{{"<new>": {number}}}')
     says("does not list its tokens as transformers does", lambda: load_tokenizer(tmp_path))
+
+
+def test_half_a_surrogate_pair(tmp_path, says, capsys, is_a_sentence):
+    train_tokenizer("bpe", 270, [("train", "The quick brown fox.\n" * 9)], progress=False).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "\\ud800"}')
+    says("does not list its tokens as transformers does", lambda: load_tokenizer(tmp_path))
+    assert main(["generate", "--checkpoint", "model", "--prompt", "a", "--max-new-tokens", "\ud800"]) == 1
+    assert is_a_sentence(capsys.readouterr().err.strip())
+
+
+@pytest.mark.parametrize(("family", "field"), [("mixtral", "num_experts"), ("olmoe", "num_local_experts")])
+def test_experts_under_their_other_name_alone(says, family, field):
+    says(f"{field}=nan must be a whole number", lambda: read_config({"model_type": family, field: float("nan")}))
 
 
 def test_a_path_of_thousands_of_letters(says, is_a_sentence):

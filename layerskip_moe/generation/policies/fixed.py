@@ -9,7 +9,9 @@ from typing import Any
 
 from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.session import Session
-from layerskip_moe.refusals import require_index
+from layerskip_moe.refusals import require_index, shown
+
+_MOST = 2**16  # drafts
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,12 @@ class Fixed:
 
 
 def check_length(name: str, length: int, *, least: int = 1) -> None:
-    """Raise ValueError for a number of drafts below `least`."""
+    """Raise ValueError for a number of drafts below `least`, or past what any round has: policies weigh each number."""
     require_index(name, length)
     if length < least:
         raise ValueError(f"{name}={length} must be {least} or more: it counts tokens.")
+    if length > _MOST:
+        raise ValueError(f"{name}={shown(length)} is more than any round has; it must be {_MOST} or less.")
 
 
 def is_share(value: Any) -> bool:
