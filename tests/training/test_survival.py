@@ -138,4 +138,4 @@ def test_a_run_killed_fifty_times_ends_as_if_it_had_not_been(start, tmp_path):
     moments = ["training", "writing", "training", "writing", "starting"] * 10
     torn, repeated = check_survival(start, tmp_path, moments, max_steps=1200, checkpoint_every=5, seed=1)
     print(f"{len(moments)} kills, {torn} of them in the middle of a checkpoint; {repeated} of 1200 steps taken again")
-    assert torn >= 5  # kills in mid-write are what this is about; who is busy kills too late
+    assert torn >= 5  # kills in mid-write are what this is about; on a busy machine many of the 20 come too late
