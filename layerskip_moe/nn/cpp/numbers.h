@@ -168,13 +168,13 @@ void for_each(float* values, const float* others, int64_t count, const Function&
 }
 
 // Keeps a value that several multiplications share in a register: compilers load it anew for each.
-inline void hold(Floats& value) {
+inline void hold([[maybe_unused]] Floats& value) {
 #if defined(__AVX__)
   asm("" : "+v"(value));
 #endif
 }
 
-// Numbers at work: uninitialised, and where no register's load straddles two lines of cache.
+// Numbers at work: uninitialised, and beginning with a line of cache, so that loads of rows of whole lines straddle none.
 template <class Number>
 struct Aligned {
   using value_type = Number;
@@ -189,7 +189,7 @@ struct Aligned {
 };
 using Numbers = std::vector<float, Aligned<float>>;
 
-// Rows that a weight is multiplied by while it is in a register: as many as there are registers for four sums of each.
+// Rows that a weight is multiplied by while it is in a register, with four sums of each: what was measured fastest.
 constexpr int MOST_AT_ONCE = WIDTH == 16 ? 4 : 3;
 constexpr int64_t NEAR = 1 << 14;  // bytes of a block of outputs that leave room in the first cache for the next ones
 
