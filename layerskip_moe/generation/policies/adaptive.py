@@ -40,9 +40,9 @@ class Adaptive:
 
     All rows of a batch draft by the same layers, each as many tokens as pay: a draft that is reached with probability p
     adds p tokens, and the time of a place more. The plan is chosen anew every fourth round, and changed for one that
-    is 2% better; drafting must promise 3% more than plain decoding, 10% in batches, and less while costs are in doubt. Every now and then a round asks
-    what other exits would have said. Where drafting does not pay, decoding is plain for 16 steps, then 32, and so on up
-    to 256, from look to look. What was learnt of acceptance is kept from text to text, and how long steps take beside
+    is 2% better; drafting must promise 3% more than plain decoding, 10% in batches, and less while costs are in doubt.
+    Every now and then a round asks what other exits would have said. Where drafting does not pay, decoding is plain for
+    16 steps, then 32, and so on up to 256, from look to look. What was learnt of acceptance is kept from text to text, and how long steps take beside
     what was reckoned, too: where it is in doubt which of the two is faster, the other one is tried.
 
     length: the most drafts in a round, K
