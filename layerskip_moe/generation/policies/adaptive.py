@@ -42,8 +42,9 @@ class Adaptive:
     adds p tokens, and the time of a place more. The plan is chosen anew every fourth round, and changed for one that
     is 2% better; drafting must promise 3% more than plain decoding, 10% in batches, and less while costs are in doubt.
     Every now and then a round asks what other exits would have said. Where drafting does not pay, decoding is plain for
-    16 steps, then 32, and so on up to 256, from look to look. What was learnt of acceptance is kept from text to text, and how long steps take beside
-    what was reckoned, too: where it is in doubt which of the two is faster, the other one is tried.
+    16 steps, then 32, and so on up to 256, from look to look. What was learnt of acceptance is kept from text to text,
+    and how long steps take beside what was reckoned, too: where it is in doubt which of the two is faster, the other
+    one is tried.
 
     length: the most drafts in a round, K
     cost_model: seconds of a round, which are taken as they are; None: fitted to the model when first needed, see
