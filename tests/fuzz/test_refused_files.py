@@ -295,7 +295,7 @@ def test_experts_under_their_other_name_alone(says, family, field):
 
 def test_a_path_of_thousands_of_letters(says, is_a_sentence):
     long = "x" * 5000
-    says(r"x\.\.\.x+' does not exist; give the folder", lambda: load_model(long))
+    says(r"x\.\.\.x+ does not exist; give the folder", lambda: load_model(long))
     says(r"no dataset, file or folder 'x+\.\.\.", lambda: load_corpus(long))
     says(r"no file or folder .*x\.\.\.x+", lambda: load_corpus(Path(long)))
     says(r"no tokenizer 'x+\.\.\.", lambda: load_corpus(__file__, tokenizer=long))
