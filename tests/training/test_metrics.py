@@ -119,7 +119,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(decoder, text, recipe, 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(MetricsWriter, "write", write_until_the_fourth)
         train(decoder(), text(), config, tmp_path, progress=False)
-    time.sleep(1)  # TensorBoard reads files in the order of their names: seconds, and then a count, of which 9 is after 10
+    time.sleep(1)  # files are read in the order of their names: seconds, and then a count, in which 10 is before 9
     result = train(decoder(), text(), config, tmp_path, resume=True, progress=False)
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     records = [record for record in result.metrics if record["split"] == "train"]
