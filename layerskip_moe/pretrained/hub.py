@@ -49,9 +49,8 @@ def local_folder(
     if isinstance(folder_or_id, Path) or exists or _is_written_as_a_path(folder_or_id):
         if not os.path.isdir(folder):
             found = "is a file" if exists else "does not exist"
-            raise ValueError(
-                f"{shown(str(folder))} {found}; give the folder that save_pretrained wrote, or an id on the hub."
-            )
+            told = shown(str(folder))[1:-1]
+            raise ValueError(f"{told} {found}; give the folder that save_pretrained wrote, or an id on the hub.")
         if revision is not None:
             raise ValueError(f"revision={shown(revision)} is for checkpoints on the hub; {folder} is a folder here.")
         _check_links(folder)
