@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from layerskip_moe.data.source import Document, Source
-from layerskip_moe.refusals import shown
+from layerskip_moe.refusals import shortened, shown
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
@@ -73,7 +73,7 @@ def path_source(path: Path, sample_fraction: float, seed: int) -> Source:
             )
         documents = _hold_back_tail(_read_file(path))
     else:
-        raise ValueError(f"There is no file or folder {shown(str(path.absolute()))}: check the path.")
+        raise ValueError(f"There is no file or folder {shortened(str(path.absolute()))}: check the path.")
     if not documents:
         raise ValueError(f"{path} is empty: it must hold some text to train on.")
     return _source(path.resolve().name, documents, sample_fraction, seed)

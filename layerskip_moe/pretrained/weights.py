@@ -26,6 +26,7 @@ from layerskip_moe.refusals import shortened, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_FILES = ("model*.safetensors", INDEX)  # as patterns
+_NAMED = 3  # of many tensors, in a sentence
 HOW_TO_CONVERT = (
     "merge what torch.load(file, weights_only=True) gives for each and write it with safetensors.torch.save_file to "
     f"{WEIGHTS}, or open the model once with transformers and save it again"
@@ -93,7 +94,8 @@ def check_counts(stored: Mapping[str, StoredTensor], config: ModelConfig, what: 
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Raise one ValueError that lists every tensor missing, not known, or of another shape."""
+    """Raise one ValueError that tells of tensors missing, not known, and of another shape, the first few of each by
+    name."""
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
     misshapen = [
@@ -270,4 +272,5 @@ def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
 
 
 def _enumerate(names: list[str]) -> str:
-    return ", ".join(map(shortened, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(map(shortened, names[:_NAMED])) + more

@@ -182,9 +182,9 @@ def test_a_bad_file_in_a_folder_is_named(tmp_path):
         ("wikitext2", r"no dataset, file or folder 'wikitext2': use 'python-stdlib', 'wikitext-2'"),
         ("", "no dataset, file or folder ''"),
         ("not a name but a text " * 1000, "no dataset, file or folder 'not a name"),
-        ("missing/text.txt", r"no file or folder '/.*missing/text\.txt'"),
-        ("/missing/folder", "no file or folder '/missing/folder'"),
-        (Path("missing/folder"), "no file or folder '/.*missing/folder'"),
+        ("missing/text.txt", r"no file or folder /.*missing/text\.txt"),
+        ("/missing/folder", "no file or folder /missing/folder"),
+        (Path("missing/folder"), "no file or folder /.*missing/folder"),
     ],
 )
 def test_an_unknown_name_says_what_would_work(dataset, complaint):
