@@ -192,11 +192,12 @@ using Numbers = std::vector<float, Aligned<float>>;
 // Rows that a weight is multiplied by while it is in a register, with four sums of each: what was measured fastest.
 constexpr int MOST_AT_ONCE = WIDTH == 16 ? 4 : 3;
 constexpr int64_t NEAR = 1 << 14;  // bytes of a block of outputs that leave room in the first cache for the next ones
+constexpr int64_t SOON = 3 << 10, LATER = 12 << 10;  // bytes ahead: what the first cache is to have, and what the second
 
 // out[n][o] = w[o] . x[n] for ROWS rows of x and OUTPUTS of w. The order of summation depends on neither count.
 // COLD: the weights are read for the first time. A single row's floats are read as they lie, which is fastest where reading
-// is all there is to wait for. Else outputs go side by side, which no processor foresees: so what lies two blocks ahead is
-// asked for, in the order it lies in.
+// is all there is to wait for. Else outputs go side by side, which no processor foresees: so what lies ahead is
+// asked for, in the order it lies in: from memory long before it is needed, and from the second cache a little before.
 template <int OUTPUTS, int ROWS, bool COLD, class Weight>
 inline void dot(const Weight* w, const float* const* x, int64_t inputs, float (*out)[4]) {
   constexpr bool ONE_BY_ONE = ROWS == 1 && sizeof(Weight) == sizeof(float);
@@ -206,11 +207,12 @@ inline void dot(const Weight* w, const float* const* x, int64_t inputs, float (*
   const bool ask = COLD && !ONE_BY_ONE && block <= NEAR;
   Floats sums[ROWS][4] = {};
   for (int first = 0; first < OUTPUTS; first += TOGETHER) {
-    const char* ahead = reinterpret_cast<const char*>(w) + 2 * block;
+    const char* ahead = reinterpret_cast<const char*>(w);
     for (int64_t k = 0; k < whole; k += WIDTH) {
       Floats weights[TOGETHER];
       for (int o = 0; o < TOGETHER; ++o) weights[o] = load(w + (first + o) * inputs + k);
-      for (int64_t line = 0; ask && line < STEP_BYTES; line += 64) __builtin_prefetch(ahead + line);
+      for (int64_t line = 0; ask && line < STEP_BYTES; line += 64)
+        __builtin_prefetch(ahead + line + LATER, 0, 2), __builtin_prefetch(ahead + line + SOON);
       ahead += STEP_BYTES;
       for (int n = 0; n < ROWS; ++n) {
         Floats numbers = load(x[n] + k);
