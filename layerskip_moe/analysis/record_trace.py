@@ -77,9 +77,10 @@ class _Recording:
     """A strategy, plain decoding of one prompt, that keeps what every layer says: each list's parts are of a few
     states, one after the other."""
 
-    said: list[Tensor] = field(default_factory=list)  # [L, N] each, as second and confidence
+    said: list[Tensor] = field(default_factory=list)  # [L, N] each, as the next three
     second: list[Tensor] = field(default_factory=list)
     confidence: list[Tensor] = field(default_factory=list)
+    margin: list[Tensor] = field(default_factory=list)
     experts: list[Tensor] = field(default_factory=list)  # [M, N, K] each
 
     def check(self, config: ModelConfig) -> None:
@@ -117,8 +118,12 @@ class _Recording:
             said, confidence = choose_with_confidence(logits, sampling, here)
             others = logits.scatter(-1, said[..., None], -math.inf)
             second = choose(others, sampling, here)
-            for kept, part in ((self.said, said), (self.second, second), (self.confidence, confidence)):
-                kept.append(part.T.cpu())
+            scores = logits.double() if here is None else logits + here * sampling.temperature
+            of_both = scores.gather(-1, torch.stack([said, second], dim=-1))
+            self.said.append(said.T.cpu())
+            self.second.append(second.T.cpu())
+            self.confidence.append(confidence.T.cpu())
+            self.margin.append((of_both[..., 0] - of_both[..., 1]).float().T.cpu())
         chosen = [output.chosen[layer].cpu() for layer in sorted(output.chosen)]
         self.experts.append(torch.stack(chosen) if chosen else torch.zeros(0, len(states), 0, dtype=torch.int64))
 

@@ -23,9 +23,10 @@ from layerskip_moe.refusals import require_whole, shortened, shown
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
-_VERSION = 2  # of the file
+_VERSION = 3  # of the file
 _MOST_BYTES = 2**32  # of its arrays, unpacked
-_PER_STATE = ("said", "second", "confidence", "experts")
+_PER_STATE = ("said", "second", "confidence", "margin", "experts")
+_REAL = ("confidence", "margin")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class TracedText:
             would draft there
         second: [L, T - 1] what it would say were that token forbidden
         confidence: [L, T - 1] float32, the probability that the layer gives it
+        margin: [L, T - 1] float32, by how much what it says was chosen before `second`, in logits and noise
+            (`nn/ragged.py`)
         experts: [M, T - 1, K] the experts chosen, by MoE layer, rising
     """
 
@@ -51,6 +54,7 @@ class TracedText:
     said: Array
     second: Array
     confidence: Array
+    margin: Array
     experts: Array
 
     @property
@@ -176,16 +180,16 @@ def _check_arrays(path: str | Path, arrays: dict[str, Array], config: ModelConfi
     expected: dict[str, tuple[int, ...]] = {
         "tokens": (sum(lengths),),
         "experts": (moe_layers, states, config.top_k if moe_layers else 0),
-        **{name: (config.n_layers, states) for name in ("said", "second", "confidence")},
+        **{name: (config.n_layers, states) for name in _PER_STATE[:-1]},
     }
     for name, shape in expected.items():
         found = arrays[name]
         if found.shape != shape:
             raise ValueError(f"{path} is damaged: its {name} have shape {found.shape}, not {shape}.")
-        if found.dtype.kind not in ("f" if name == "confidence" else "iu"):
+        if found.dtype.kind not in ("f" if name in _REAL else "iu"):
             raise ValueError(f"{path} is damaged: its {name} are of type {found.dtype}; record it anew.")
         count = config.num_experts if name == "experts" else config.vocab_size
-        if name != "confidence" and found.size and not 0 <= found.min() <= found.max() < count:
+        if name not in _REAL and found.size and not 0 <= found.min() <= found.max() < count:
             raise ValueError(f"{path} is damaged: its {name} are not all among 0 to {count - 1}; record it anew.")
 
 

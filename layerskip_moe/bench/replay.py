@@ -23,6 +23,7 @@ from layerskip_moe.generation import Sampling, Session
 from layerskip_moe.generation.policies.policy import Policy, RoundReport
 from layerskip_moe.generation.self_speculative import watched_exits
 from layerskip_moe.nn import ModelConfig
+from layerskip_moe.nn.ragged import Judged
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,13 @@ class ReplaySession:
     max_new_tokens: int
     newest: torch.Tensor
 
-    def prompt_agreement(self, exits: Sequence[int]) -> list[dict[int, list[bool]]]:
+    def prompt_agreement(self, exits: Sequence[int]) -> list[dict[int, list[Judged]]]:
         """As `Session.prompt_agreement`."""
         traced = self.text.text
         last = slice(max(traced.prompt_length - 17, 0), traced.prompt_length - 1)
-        said = traced.said[:, last]
-        return [{exit_layer: (said[exit_layer - 1] == said[-1]).tolist() for exit_layer in exits}]
+        said, margin = traced.said[:, last], traced.margin[:, last]
+        by_exit = {exit_layer: (margin[exit_layer - 1], said[exit_layer - 1] == said[-1]) for exit_layer in exits}
+        return [{layer: [*zip(*(part.tolist() for part in parts), strict=True)] for layer, parts in by_exit.items()}]
 
 
 def replay(texts: Sequence[TextRounds], policy: Policy, config: ModelConfig) -> list[list[ReplayedRound]]:
@@ -102,8 +104,10 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
         limit = min(length, session.remaining[0] - 1)
         exit_layer = exit_layer if limit else 0
         drafted, confidences = _draft(text, place, exit_layer, limit, policy)
+        stop = policy.should_stop
+        made = min(drafted + 1, limit) if stop is None else drafted
         accepted = text.accepted(place, exit_layer, drafted)
-        experts, seconds = text.experts(place, exit_layer, drafted), text.seconds(place, exit_layer, drafted)
+        experts, seconds = text.experts(place, exit_layer, drafted), text.seconds(place, exit_layer, drafted, made)
         places = slice(place, place + drafted + 1)
         place += accepted + 1
         session.remaining, session.newest = [text.length - place], _tokens(text.tokens[place - 1 : place])
@@ -117,6 +121,8 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
             tokens=_tokens(text.tokens[places]),
             experts=experts if experts and getattr(policy, "experts", False) else None,
             shadow=_shadow(text, places, policy, config) if policy.shadow else None,
+            judged=_judged(text, place, exit_layer, min(accepted + 1, made)) if limit and stop is None else None,
+            shadow_margins=torch.from_numpy(text.margin[None, :, places].astype("float64")) if policy.shadow else None,
         )
         policy.observe(report)
         rounds.append(ReplayedRound(exit_layer, drafted, accepted, experts, seconds))
@@ -125,9 +131,11 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
 
 def _draft(text: TextRounds, place: int, exit_layer: int, limit: int, policy: Policy) -> tuple[int, list[float]]:
     """How many drafts are verified, of at most `limit`; their confidences where the policy asks."""
-    should_stop = policy.should_stop
+    should_stop, rule = policy.should_stop, getattr(policy, "margin_rule", None)
     confidences: list[float] = []
     if should_stop is None:
+        if rule is not None and limit:
+            [limit] = rule.kept(torch.from_numpy(text.margin[exit_layer - 1, None, place : place + limit]), [limit])
         return limit, confidences
     for draft in range(limit):
         confidence = torch.from_numpy(text.confidence[exit_layer - 1, place + draft, None].copy())
@@ -135,6 +143,13 @@ def _draft(text: TextRounds, place: int, exit_layer: int, limit: int, policy: Po
         if draft + 1 < limit and bool(should_stop(confidence, draft)):
             return draft + 1, confidences
     return limit, confidences
+
+
+def _judged(text: TextRounds, place: int, exit_layer: int, count: int) -> list[list[Judged]]:
+    """As in a report: so many places' margins, and whether the exit is right there."""
+    there = slice(place, place + count)
+    right = text.said[exit_layer - 1, there] == text.tokens[there]
+    return [[*zip(text.margin[exit_layer - 1, there].tolist(), right.tolist(), strict=True)]]
 
 
 def _shadow(text: TextRounds, places: slice, policy: Policy, config: ModelConfig) -> torch.Tensor:

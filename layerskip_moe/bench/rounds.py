@@ -21,10 +21,14 @@ class RoundCost(Protocol):
     """What is asked of a cost model: of `CostModel`, or of any object that stands in for it."""
 
     def round_seconds(
-        self, exit_layers: Sequence[int], drafted: Sequence[int], experts: Sequence[float] | None = None
+        self,
+        exit_layers: Sequence[int],
+        drafted: Sequence[int],
+        experts: Sequence[float] | None = None,
+        made: Sequence[int] | None = None,
     ) -> float:
-        """Seconds of a round. By row: the layers that drafted (0: none) and the drafts; by MoE layer: how many
-        different experts verification reads."""
+        """Seconds of a round. By row: the layers that drafted (0: none) and the drafts that are verified; by MoE layer:
+        how many different experts verification reads; by row the drafts that are made, where more are."""
 
 
 class TextRounds:
@@ -33,15 +37,15 @@ class TextRounds:
     text:       it and its prompt
     agreeing:   [L, N + 1] from each place on, how many tokens in a row each layer would say right
     confidence: [L, N] of what each layer says at each place, as in `TracedText`, whose prompt is left out here
-    second:     [L, N], likewise
+    second, margin: [L, N], likewise
     """
 
     def __init__(self, text: TracedText, config: ModelConfig, cost: RoundCost) -> None:
         assert text.is_own, "rounds are of what the model wrote"
         self.text, self._config, self._cost = text, config, cost
         first = text.prompt_length - 1
-        self.said, self.second, self.confidence = (
-            part[:, first:] for part in (text.said, text.second, text.confidence)
+        self.said, self.second, self.confidence, self.margin = (
+            part[:, first:] for part in (text.said, text.second, text.confidence, text.margin)
         )
         self.tokens = text.tokens[text.prompt_length :]
         self.length = len(self.tokens)
@@ -58,7 +62,7 @@ class TextRounds:
             np.logical_or.accumulate(sent[:, place:], axis=1).sum(axis=-1, dtype=np.uint16)
             for place in range(self.length)
         ]
-        self._seconds: dict[tuple[int, int, int], float] = {}
+        self._seconds: dict[tuple[int, int, int, int], float] = {}
 
     def accepted(self, place: int, exit_layer: int, drafted: int) -> int:
         """How many of that many drafts of that layer the full model agrees with."""
@@ -73,10 +77,11 @@ class TextRounds:
             for layer, read in zip(self._moe_layers, union, strict=True)
         ]
 
-    def seconds(self, place: int, exit_layer: int, drafted: int) -> float:
-        """By the cost model; exit_layer 0 with no drafts is a step of plain decoding."""
-        key = place, exit_layer, drafted
+    def seconds(self, place: int, exit_layer: int, drafted: int, made: int | None = None) -> float:
+        """By the cost model; exit_layer 0 with no drafts is a step of plain decoding. made: the drafts that were made,
+        where one more was than is verified."""
+        key = place, exit_layer, drafted, drafted if made is None else made
         if key not in self._seconds:
             experts = self.experts(place, exit_layer, drafted) if self._moe_layers else None
-            self._seconds[key] = self._cost.round_seconds([exit_layer], [drafted], experts)
+            self._seconds[key] = self._cost.round_seconds([exit_layer], [drafted], experts, [key[3]])
         return self._seconds[key]

@@ -21,6 +21,7 @@ from layerskip_moe.generation import Autoregressive, SelfSpeculative, Session, S
 from layerskip_moe.generation.policies.adaptive import candidate_exits
 from layerskip_moe.generation.verification import Round
 from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.nn.ragged import Judged
 
 
 @dataclass(frozen=True)
@@ -190,18 +191,18 @@ def drafts_never_right() -> Iterator[None]:
         tokens, accepted = settle(round_, logits)
         return tokens, [0] * len(accepted)
 
-    def refused_in_one_call(*arguments: Any) -> tuple[Tensor, list[int]]:
-        tokens, accepted = in_one_call(*arguments)
-        return tokens, [0] * len(accepted)
+    def refused_in_one_call(*arguments: Any) -> tuple[Tensor, list[int], list[list[Judged]]]:
+        tokens, accepted, judged = in_one_call(*arguments)
+        return tokens, [0] * len(accepted), [[(margin, False) for margin, _ in of_row[:1]] for of_row in judged]
 
-    def wrong_shadow(session: Session, *arguments: Any) -> Tensor:
-        said = shadow(session, *arguments)
+    def wrong_shadow(session: Session, *arguments: Any) -> tuple[Tensor, Tensor]:
+        said, margins = shadow(session, *arguments)
         said[:, :-1] = said[:, :-1].where(said[:, :-1] < 0, (said[:, :-1] + 1) % session.model.config.vocab_size)
-        return said
+        return said, margins
 
-    def none_right(session: Session, exits: Sequence[int]) -> list[dict[int, list[bool]]]:
+    def none_right(session: Session, exits: Sequence[int]) -> list[dict[int, list[Judged]]]:
         return [
-            {exit_layer: [False] * len(right) for exit_layer, right in by_exit.items()}
+            {exit_layer: [(margin, False) for margin, _ in judged] for exit_layer, judged in by_exit.items()}
             for by_exit in agreement(session, exits)
         ]
 

@@ -41,7 +41,9 @@ def tree_rounds(text: TextRounds, cost: CostModel, exit_layer: int, length: int,
         pairs = zip(cost.moe_layers, experts, strict=True)
         later = float(sum(read - cost.top_k for moe_layer, read in pairs if moe_layer >= layer))
         later += _of_leaves(cost, layer, n, m, later)
-        seconds = cost.seconds_of(cost.amounts(layer, n, 1, n + m + 1, later)) + cost.seconds_of(_early(cost, layer, m))
+        seconds = cost.seconds_of(cost.amounts(layer, n, n, 1, n + m + 1, later)) + cost.seconds_of(
+            _early(cost, layer, m)
+        )
         rounds.append(ReplayedRound(layer, n + m, accepted + by_a_leaf, experts, seconds))
         place += accepted + by_a_leaf + 1
     return rounds

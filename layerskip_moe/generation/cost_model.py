@@ -14,6 +14,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,6 +25,7 @@ from layerskip_moe.generation.sampling import Sampling
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import ModelConfig, MoEDecoder, few_rows
 from layerskip_moe.nn.modes import evaluating
+from layerskip_moe.nn.ragged import MarginRule
 
 _SECONDS = 1.5  # for timing rounds
 _BLOCKS, _STEPS = 5, 3  # of each kind, while there is time, and of each block
@@ -56,11 +58,16 @@ class CostModel:
         )
 
     def round_seconds(
-        self, exit_layers: Sequence[int], drafted: Sequence[int], experts: Sequence[float] | None = None
+        self,
+        exit_layers: Sequence[int],
+        drafted: Sequence[int],
+        experts: Sequence[float] | None = None,
+        made: Sequence[int] | None = None,
     ) -> float:
-        """Seconds of a round. By row: the layers that draft (0: none) and the drafts; by MoE layer: how many different
-        experts verification reads, by default as many as independent choices would be."""
-        return self.seconds_of(self.features(exit_layers, drafted, experts))
+        """Seconds of a round. By row: the layers that draft (0: none) and the drafts that are verified; by MoE layer: how
+        many different experts verification reads, by default as many as independent choices would be; by row the
+        drafts that are made, where more are than are verified."""
+        return self.seconds_of(self.features(exit_layers, drafted, experts, made))
 
     def seconds_of(self, features: Sequence[float]) -> float:
         """Seconds of a round that does so much."""
@@ -68,29 +75,33 @@ class CostModel:
         return sum(map(operator.mul, self.seconds, features))
 
     def features(
-        self, exit_layers: Sequence[int], drafted: Sequence[int], experts: Sequence[float] | None = None
+        self,
+        exit_layers: Sequence[int],
+        drafted: Sequence[int],
+        experts: Sequence[float] | None = None,
+        made: Sequence[int] | None = None,
     ) -> list[float]:
         """What a round does: one round; drafting at all; tokens chosen while drafting; layers run while drafting, and
         further rows of them; layers run while verifying, further rows of them, further experts of them; further rows
         of the head."""
-        rows, places, longest = len(drafted), sum(drafted) + len(drafted), max(drafted)
-        exit_layer = max(exit_layers) if longest else 0
+        rows, places, most = len(drafted), sum(drafted) + len(drafted), max(made or drafted)
+        exit_layer = max(exit_layers) if most else 0
         if experts is None:
             later = self.more_experts(exit_layer, places)
         else:
             pairs = zip(self.moe_layers, experts, strict=True)
             later = sum(read - self.top_k for layer, read in pairs if layer >= exit_layer)
-        return self.amounts(exit_layer, longest, rows, places, later)
+        return self.amounts(exit_layer, max(drafted), most, rows, places, later)
 
-    def amounts(self, exit_layer: int, longest: int, rows: int, places: int, later: float) -> list[float]:
-        """`features` of a round of so many rows and places, the longest draft of which has so many tokens, whose
-        verification reads `later` more experts than one row would."""
+    def amounts(self, exit_layer: int, longest: int, most: int, rows: int, places: int, later: float) -> list[float]:
+        """`features` of a round of so many rows and places, where the longest draft that is verified has so many tokens,
+        and the longest that is made has `most`, whose verification reads `later` more experts than one row would."""
         early, late = exit_layer * (longest + 1), self.n_layers - exit_layer
         further = float(places - 1)
         return [
             1.0,
-            float(longest > 0),
-            float(longest),
+            float(most > 0),
+            float(most),
             float(early),
             float(early * (rows - 1)),
             float(late),
@@ -132,29 +143,44 @@ def fit_cost_model(model: MoEDecoder, batch_size: int = 1, *, exits: Sequence[in
 class _Block:
     """Steps of one kind, one after the other.
 
-    exit_layer, drafted: 0 and 0 of plain decoding; by row
+    exit_layer, drafted, made: 0, 0 and 0 of plain decoding; by row
     experts: as `RoundReport` has them, of one of the steps; None of plain decoding
+    greedy: whether the text is
     seconds: of the last few; of the last, where a text has room for no more
     """
 
     exit_layer: int
     drafted: tuple[int, ...]
+    made: tuple[int, ...]
     experts: list[int] | None
+    greedy: bool
     seconds: list[float]
 
 
-class _Kind:
+class _Kind(NamedTuple):
+    """A kind of round: layers that draft, drafts of each row, and whether the first is let go, and none verified: this
+    tells what choosing a draft costs from what verifying one does."""
+
+    exit_layer: int
+    drafts: int
+    let_go: bool = False
+
+
+class _OneAfterAnother:
     """A policy of one kind of round after another, as it is told."""
 
     shadow, should_stop = False, None
 
     def __init__(self) -> None:
-        self.pair, self.experts = (0, 0), False
+        self.kind, self.experts = _Kind(0, 0), False
+        self.margin_rule: MarginRule | None = None
         self.report: RoundReport | None = None
 
     def plan(self, session: Session) -> list[tuple[int, int]]:
         """The same for every row."""
-        return [self.pair] * len(session.row_numbers)
+        rows = len(session.row_numbers)
+        self.margin_rule = MarginRule([math.inf] * rows, 1.0) if self.kind.let_go else None
+        return [(self.kind.exit_layer, self.kind.drafts)] * rows
 
     def observe(self, round: RoundReport) -> None:
         """Keep it."""
@@ -174,11 +200,11 @@ def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int]) -> CostModel:
     return _fitted_to(empty, blocks)
 
 
-def _time_rounds(model: MoEDecoder, rows: int, kinds: list[tuple[int, int]], seconds: float) -> list[_Block]:
+def _time_rounds(model: MoEDecoder, rows: int, kinds: list[_Kind], seconds: float) -> list[_Block]:
     """Blocks of steps of so many rows, of all kinds in turn."""
     config = model.config
     blocks, started, draw = list[_Block](), time.perf_counter(), random.Random(rows)
-    least, before = 2 * len(kinds), -1  # the first of a kind is recorded, and takes longer
+    least, before, sessions = 3 * len(kinds), -1, 0  # the first of a kind is recorded, and takes longer
 
     def is_over() -> bool:
         late = len(blocks) >= least and time.perf_counter() - started > seconds
@@ -188,23 +214,24 @@ def _time_rounds(model: MoEDecoder, rows: int, kinds: list[tuple[int, int]], sec
         before = len(blocks)
         tokens = min(256, config.max_seq_len - 2)
         prompts = [[draw.randrange(config.vocab_size) for _ in range(2)] for _ in range(rows)]
-        # (Greedy text would run in circles, and read fewer experts.)
-        session = Session(model, prompts, Sampling(temperature=1.0), max_new_tokens=tokens)
+        # Greedy text runs in circles, and reads fewer experts: that tells what they cost from what rows cost.
+        sampling = Sampling(temperature=float(sessions % 2 == 0))
+        session, sessions = Session(model, prompts, sampling, max_new_tokens=tokens), sessions + 1
         _run(session, kinds, blocks, is_over)
         session.close()
     return blocks[len(kinds) :] or blocks
 
 
-def _run(session: Session, kinds: list[tuple[int, int]], blocks: list[_Block], is_over: Callable[[], bool]) -> None:
+def _run(session: Session, kinds: list[_Kind], blocks: list[_Block], is_over: Callable[[], bool]) -> None:
     """Time steps of all kinds, some of each in turn, until a row has no use for the longest drafts, or time is up."""
     from layerskip_moe.generation.self_speculative import SelfSpeculative  # which imports `Adaptive`, and that this
 
-    policy, rows = _Kind(), len(session.rows)
+    policy, rows = _OneAfterAnother(), len(session.rows)
     plain, drafting = Autoregressive(), SelfSpeculative(policy=policy)
-    longest = max(drafts for _, drafts in kinds)
+    longest = max(kind.drafts for kind in kinds)
     session.prefill()
     while len(session.row_numbers) == rows and min(session.remaining) > longest and not is_over():
-        policy.pair = exit_layer, drafts = kinds[len(blocks) % len(kinds)]
+        policy.kind = exit_layer, drafts, let_go = kinds[len(blocks) % len(kinds)]
         seconds, experts = list[float](), None
         cold = max(math.ceil(_COLD / (rows * (drafts + 1))), 2)  # the first tells of experts, which is another step
         for turn in range(cold + _STEPS):
@@ -216,16 +243,27 @@ def _run(session: Session, kinds: list[tuple[int, int]], blocks: list[_Block], i
             seconds.append(time.perf_counter() - began)  # a GPU was waited for: it was asked for the tokens
             if policy.experts and drafts and policy.report is not None:
                 experts = policy.report.experts
-        blocks.append(_Block(exit_layer, (drafts,) * rows, experts, seconds[cold:] or seconds[-1:]))
+        made = (drafts,) * rows
+        blocks.append(
+            _Block(
+                exit_layer,
+                (0,) * rows if let_go else made,
+                made,
+                experts,
+                session.sampling.greedy,
+                seconds[cold:] or seconds[-1:],
+            )
+        )
 
 
-def _kinds(config: ModelConfig, batch_size: int, exits: Sequence[int]) -> list[tuple[int, int]]:
-    """(exit layer, drafts) of the rounds to time: plain ones, early to late exits, short and long drafts."""
+def _kinds(config: ModelConfig, batch_size: int, exits: Sequence[int]) -> list[_Kind]:
+    """The rounds to time: plain ones, early to late exits, no drafts, short and long drafts."""
     exits = exits or list(dict.fromkeys(max(config.n_layers // part, 1) for part in (6, 4, 2)))
     exits = exits if batch_size == 1 else list(dict.fromkeys([exits[0], exits[-1]]))  # their rounds take longer
     longest = max(min(5, few_rows.MOST_ROWS // batch_size - 1, config.max_seq_len - 4), 1)
-    pairs = [(exit_layer, length) for exit_layer in exits for length in sorted({1, longest})]
-    return [(0, 0), *pairs, *((exits[-1], length) for length in range(3, longest, 2))]
+    pairs = [_Kind(exit_layer, length) for exit_layer in exits for length in sorted({1, longest})]
+    let_go = [_Kind(exit_layer, 1, True) for exit_layer in sorted({exits[0], exits[-1]})]
+    return [_Kind(0, 0), *pairs, *(_Kind(exits[-1], length) for length in range(3, longest, 2)), *let_go]
 
 
 def _moe_layers(config: ModelConfig) -> tuple[int, ...]:
@@ -236,14 +274,15 @@ def _fitted_to(empty: CostModel, blocks: Sequence[_Block]) -> CostModel:
     """Least squares of relative errors, no cost below 0; of steps of one kind the median counts. Of no steps, as where
     texts have room for none, nothing costs anything."""
     if not blocks:
-        return replace(empty, seconds=(0.0,) * len(empty.amounts(0, 0, 1, 1, 0.0)))
-    seconds: dict[tuple[int, tuple[int, ...]], list[float]] = {}
-    did: dict[tuple[int, tuple[int, ...]], list[list[float]]] = {}
+        return replace(empty, seconds=(0.0,) * len(empty.amounts(0, 0, 0, 1, 1, 0.0)))
+    seconds: dict[object, list[float]] = {}
+    did: dict[object, list[list[float]]] = {}
     for block in blocks:
-        kind, exit_layers = (block.exit_layer, block.drafted), [block.exit_layer] * len(block.drafted)
+        kind = block.exit_layer, block.drafted, block.made, block.greedy
+        exit_layers = [block.exit_layer] * len(block.drafted)
         # (A plain step of several rows: as many experts as independent choices read.)
         seconds.setdefault(kind, []).extend(block.seconds)
-        did.setdefault(kind, []).append(empty.features(exit_layers, block.drafted, block.experts))
+        did.setdefault(kind, []).append(empty.features(exit_layers, block.drafted, block.experts, block.made))
     medians = torch.tensor([sorted(some)[len(some) // 2] for some in seconds.values()], dtype=torch.float64)
     features = torch.stack([torch.tensor(some, dtype=torch.float64).mean(dim=0) for some in did.values()])
     costs = _nonnegative_least_squares(features / medians[:, None], torch.ones_like(medians))

@@ -9,6 +9,7 @@ A active rows, R or N some of their places, T places of the row that has most, D
 Knows nothing of choosing tokens. Next: `self_speculative.py`, which calls this; `verification.py`, which chooses.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -18,9 +19,9 @@ from torch import Tensor
 from layerskip_moe.generation.sampling import penalize
 from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.verification import Round
-from layerskip_moe.nn import ModelConfig, MoEDecoder
-from layerskip_moe.nn.ragged import as_index, by_row, in_turn
-from layerskip_moe.nn.rounds import speculate
+from layerskip_moe.nn import ModelConfig, MoEDecoder, few_rows
+from layerskip_moe.nn.ragged import Judged, MarginRule, as_index, by_row, in_turn
+from layerskip_moe.nn.rounds import Speculated, speculate
 
 
 @dataclass
@@ -75,8 +76,11 @@ def go_together(session: Session, round_: Round, exit_layers: list[int], drafter
     return plain and round_.length > 0 and len({layer for layer in exit_layers if layer}) == 1
 
 
-def draft_and_verify(session: Session, round_: Round, exit_layer: int, watch: Watch) -> tuple[Tensor, list[int]]:
-    """Draft, verify and choose in one call: tokens and how many drafts were accepted, as `Round.settle` has them."""
+def draft_and_verify(
+    session: Session, round_: Round, exit_layer: int, watch: Watch, rule: MarginRule | None
+) -> tuple[Tensor, list[int], list[list[Judged]]]:
+    """Draft, verify and choose in one call: tokens and how many drafts were accepted, as `Round.settle` has them, and what
+    is known of drafts, see `RoundReport.judged`. Where a rule keeps fewer drafts, `round_` gets lower limits."""
     done = speculate(
         session.model,
         session.newest,
@@ -85,14 +89,27 @@ def draft_and_verify(session: Session, round_: Round, exit_layer: int, watch: Wa
         cache=session.cache,
         noise=None if round_.noise is None else round_.noise * session.sampling.temperature,
         limits=round_.limits,
+        rule=rule,
         collect=watch.collect(range(session.model.config.n_layers)),
         choices=watch.choices,
     )
     watch.chosen |= done.chosen
+    judged = _judged(done, round_.limits)
+    round_.limits = done.drafted
     if watch.shadow:
         rows, places = in_turn([range(limit + 1) for limit in round_.limits])
         watch.seen += [(layer, States(rows, places, states[:, None])) for layer, states in done.collected.items()]
-    return done.tokens, done.accepted
+    return done.tokens, done.accepted, judged
+
+
+def _judged(done: Speculated, limits: Sequence[int]) -> list[list[Judged]]:
+    """By row, of drafts that stand behind right ones alone: the margin, and whether the full model agrees."""
+    drafts, tokens = done.drafts.tolist(), done.tokens.tolist()
+    judged = []
+    for row, margins in enumerate(done.margins.tolist()):
+        known = min(done.accepted[row] + 1, limits[row])
+        judged.append([(margins[at], drafts[row][at] == tokens[row][at]) for at in range(known)])
+    return judged
 
 
 def draft(
@@ -228,11 +245,13 @@ def _told(should_stop: Callable[[Tensor, int], Tensor | bool], confidence: Tenso
     return [bool(stops)] * len(confidence) if stops.dim() == 0 else stops.tolist()
 
 
-def shadow_tokens(session: Session, round_: Round, watch: Watch, tokens: Tensor) -> Tensor:
+def shadow_tokens(session: Session, round_: Round, watch: Watch, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """[A, L, T] int64: what the state after each layer that is watched says at each place, with the drafts' noise; the
-    last layer's are `tokens` [A, T]; -1 elsewhere, and beyond a row's places. Before the round is appended."""
+    last layer's are `tokens` [A, T]; -1 elsewhere, and beyond a row's places. And margins [A, L, T], see
+    `RoundReport.shadow_margins`. Before the round is appended."""
     n_rows, places = tokens.shape
     shadow = tokens.new_full((n_rows, session.model.config.n_layers, places), -1)
+    margins = torch.full(shadow.shape, math.nan, dtype=torch.float64, device=tokens.device)
     limits = tokens.new_tensor(round_.limits)[:, None]
     shadow[:, -1] = tokens.where(torch.arange(places, device=tokens.device) <= limits, -1)
     if watch.seen:
@@ -244,8 +263,12 @@ def shadow_tokens(session: Session, round_: Round, watch: Watch, tokens: Tensor)
         if seen is not None:
             scores = penalize(scores, seen[rows, at], session.sampling.repetition_penalty)
         noise = None if round_.noise is None else round_.noise[rows, at]
-        shadow[rows, layers, at] = session.choose(scores, noise)
-    return shadow
+        if session.sampling.filters:
+            shadow[rows, layers, at] = session.choose(scores, noise)
+        else:
+            scaled = None if noise is None else noise * session.sampling.temperature
+            shadow[rows, layers, at], margins[rows, layers, at] = few_rows.choose_by_margin(scores, scaled)
+    return shadow, margins
 
 
 def experts_read(watch: Watch, config: ModelConfig) -> list[int] | None:

@@ -3,12 +3,15 @@
 Knows nothing of drafting. Next: `session.py`, which keeps the states; `policies/adaptive.py`, which asks.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from layerskip_moe.generation.sampling import choose, gumbel_noise
+from layerskip_moe.nn.few_rows import choose_by_margin
+from layerskip_moe.nn.ragged import Judged
 
 if TYPE_CHECKING:
     from layerskip_moe.generation.session import Session
@@ -17,9 +20,9 @@ _MOST_STATES = 64  # that the head is applied to
 _MOST_PLACES = 16  # of a prompt
 
 
-def prompt_agreement(session: "Session", exits: Sequence[int]) -> list[dict[int, list[bool]]]:
-    """For each row, by exit layer, whether it would have said at the last places of the prompt what the full model
-    would, with that place's noise; nothing where the prompt's states were not kept, or there are none, or the text has
+def prompt_agreement(session: "Session", exits: Sequence[int]) -> list[dict[int, list[Judged]]]:
+    """For each row, by exit layer, its margin at the last places of the prompt, and whether it would have said there what
+    the full model would, with that place's noise. Margins are nan where sampling filters. Nothing where the prompt's states were not kept, or there are none, or the text has
     gone on since."""
     prompt = session.prompt
     if prompt is None or any(session.outputs):
@@ -41,10 +44,15 @@ def prompt_agreement(session: "Session", exits: Sequence[int]) -> list[dict[int,
     if not session.sampling.greedy:
         places_after = torch.tensor(at, device=states.device)[:, None] + first + 1
         noise = gumbel_noise(session.sampling.seed, session.rows[rows], places_after, scores.shape[-1])[:, 0]
-    tokens = choose(scores, session.sampling, noise)
+    if session.sampling.filters:
+        tokens = choose(scores, session.sampling, noise)
+        margins = torch.full(tokens.shape, math.nan)
+    else:
+        scaled = None if noise is None else (noise * session.sampling.temperature).repeat(len(scores), 1)
+        tokens, margins = (some.view(scores.shape[:2]) for some in choose_by_margin(scores.flatten(0, 1), scaled))
     right = (tokens[:-1] == tokens[-1]).tolist()
-    found: list[dict[int, list[bool]]] = [{exit_layer: [] for exit_layer in exits} for _ in range(n_rows)]
-    for exit_layer, by_place in zip(exits, right, strict=True):
-        for row, was_right in zip(rows, by_place, strict=True):
-            found[row][exit_layer].append(was_right)
+    found: list[dict[int, list[Judged]]] = [{exit_layer: [] for exit_layer in exits} for _ in range(n_rows)]
+    for exit_layer, by_place, of_margin in zip(exits, right, margins[:-1].tolist(), strict=True):
+        for row, was_right, margin in zip(rows, by_place, of_margin, strict=True):
+            found[row][exit_layer].append((margin, was_right))
     return found

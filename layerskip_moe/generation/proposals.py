@@ -38,19 +38,20 @@ def draft(
     if not session.sampling.filters:
         noise = None if round_.noise is None else round_.noise[:, :count]
         noise = noise if noise is None or rows is None else noise[rows]
-        return session.draft(layers, positions, noise, rows=rows, top_k=top_k, collect=collect)
+        drafts, _, states = session.draft(layers, positions, noise, rows=rows, top_k=top_k, collect=collect)
+        return drafts, states
     model, token = session.model, session.newest if rows is None else session.newest[rows]
     cache = session.cache if rows is None else session.cache.subset(rows)
-    drafts, states = [token[:, :0]], []
+    tokens, by_place = [token[:, :0]], []
     for place in range(count + 1):
         at = positions[:, place : place + 1]
         output = model.run(model.embed(token), layers, positions=at, cache=cache, top_k=top_k, collect=collect)
-        states.append([output.hidden, *(output.collected[layer] for layer in collect)])
+        by_place.append([output.hidden, *(output.collected[layer] for layer in collect)])
         if place < count:
             token = round_.draft(model.unembed(output.hidden), rows)
             token = token if rows is None else token[rows]
-            drafts.append(token)
-    return torch.cat(drafts, dim=1), [torch.cat(parts, dim=1) for parts in zip(*states, strict=True)]
+            tokens.append(token)
+    return torch.cat(tokens, dim=1), [torch.cat(parts, dim=1) for parts in zip(*by_place, strict=True)]
 
 
 def propose(round_: Round, drafts: Sequence[Sequence[int]]) -> None:

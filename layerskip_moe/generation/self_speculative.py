@@ -138,6 +138,7 @@ class SelfSpeculative:
         with _asking:
             plan = policy.plan(session)
             shadow, experts = policy.shadow, getattr(policy, "experts", False)
+            rule = getattr(policy, "margin_rule", None)
         _check_plan(plan, session)
         started = _clock(session)
         watch = Watch(watched_exits(policy, session.model.config) if shadow else (), experts, shadow)
@@ -145,15 +146,16 @@ class SelfSpeculative:
         round_ = Round.begin(session, [length for _, length in plan], self.coupling, confident=stop is not None)
         exit_layers = [layer if limit else 0 for (layer, _), limit in zip(plan, round_.limits, strict=True)]
         confidences: list[list[float]] = [[] for _ in plan]
+        judged = None
         if go_together(session, round_, exit_layers, drafter):
-            tokens, accepted = draft_and_verify(session, round_, max(exit_layers), watch)
+            tokens, accepted, judged = draft_and_verify(session, round_, max(exit_layers), watch, rule)
         else:
             drafted, confidences = draft(session, round_, exit_layers, stop, drafter, watch)
             tokens, accepted = round_.settle(verify(session, round_, drafted, watch))
         seconds = _clock(session) - started  # a GPU was waited for: it was asked how many drafts were right
         rows = session.row_numbers
         read = experts_read(watch, session.model.config) if experts else None
-        said = shadow_tokens(session, round_, watch, tokens) if watch.shadow else None
+        said, margins = shadow_tokens(session, round_, watch, tokens) if watch.shadow else (None, None)
         appending = _clock(session)
         session.append(tokens, accepted, drafted=round_.limits)
         seconds += _clock(session) - appending
@@ -167,6 +169,8 @@ class SelfSpeculative:
             tokens=tokens,
             experts=read,
             shadow=said,
+            judged=judged,
+            shadow_margins=margins,
         )
         with _asking:
             policy.observe(report)

@@ -21,6 +21,7 @@ from layerskip_moe.generation.sampling import Sampling, choose, gumbel_noise, pe
 from layerskip_moe.generation.statistics import GenerationStats
 from layerskip_moe.generation.text import TextStream
 from layerskip_moe.nn import KVCache, MoEDecoder, RunOutput
+from layerskip_moe.nn.ragged import Judged
 
 MOST_AHEAD, MOST_NOISE = 16, 2**20  # places, and numbers, of noise drawn at a time
 _KEPT = 64  # last positions of prompts whose states are kept
@@ -67,6 +68,7 @@ class Session:
         self.telling_seconds = 0.0
         self.rows = torch.arange(first_row, first_row + len(prompts), device=device)
         self._active = list(range(len(prompts)))  # the same rows, counted within this batch
+        self._prompt_lengths = [len(prompt) for prompt in prompts]
         self.newest = torch.tensor([[prompt[-1]] for prompt in prompts], device=device)
         self.capacity = max(map(len, prompts)) + max_new_tokens
         self._caches: list[tuple[MoEDecoder, KVCache]] = []
@@ -113,9 +115,9 @@ class Session:
             ends = {layer: states[:, first:].clone() for layer, states in output.collected.items()}
             self.prompt = first, RunOutput(output.hidden[:, first:].clone(), ends)
 
-    def prompt_agreement(self, exits: Sequence[int]) -> list[dict[int, list[bool]]]:
-        """For each row, by exit layer, whether it would have said at the prompt's last places what the full model
-        would. For the exits whose states `prefill` kept, before the first round; [] where there are none."""
+    def prompt_agreement(self, exits: Sequence[int]) -> list[dict[int, list[Judged]]]:
+        """For each row, by exit layer, its margin at the prompt's last places, and whether it would have said there what
+        the full model would. For the exits whose states `prefill` kept, before the first round; [] where there are none."""
         return prompt_agreement(self, exits)
 
     def new_cache(self, model: MoEDecoder, *, n_layers: int | None = None) -> KVCache:
@@ -171,9 +173,9 @@ class Session:
         rows: Tensor | None = None,
         top_k: int | None = None,
         collect: Sequence[int] = (),
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Drafts by some layers and the head, one after another, after the newest token, which is at the first of
-        positions [A, n + 1], and states, as `MoEDecoder.draft` has them. Nothing is filtered out or penalised. rows
+        positions [A, n + 1], their margins, and states, as `MoEDecoder.draft` has them. Nothing is filtered out or penalised. rows
         [R]: the rows that draft, where not all do, of which all else is given and returned."""
         return self.model.draft(
             self.newest if rows is None else self.newest[rows],
@@ -202,8 +204,13 @@ class Session:
         if noise is None or max(used) + count > noise.shape[1]:
             vocab_size = self.model.config.vocab_size
             ahead = max(count, min(MOST_AHEAD, MOST_NOISE // (len(done) * vocab_size)))
-            places = self.cache.lengths[:, None] + torch.arange(1, ahead + 1, device=self.newest.device)
+            left = (
+                None if noise is None or min(used) < max(used) else noise[:, used[0] :]
+            )  # of drafts that were rejected
+            there = 0 if left is None else left.shape[1]
+            places = self.cache.lengths[:, None] + torch.arange(there + 1, ahead + 1, device=self.newest.device)
             noise = gumbel_noise(self.sampling.seed, self.rows, places, vocab_size, stream=stream)
+            noise = noise if left is None else torch.cat([left, noise], dim=1)
             used, self._noise[stream] = [0] * len(done), (done, noise)
         if len(set(used)) == 1:
             return noise[:, used[0] : used[0] + count]
@@ -282,8 +289,14 @@ class Session:
 
     def _remember(self, tokens: Tensor, accepted: Sequence[int]) -> None:
         """Write the round's tokens where later rounds look for them; the last of each row is the newest."""
-        most, first = max(accepted), self.cache.lengths[:, None] + 1
-        place, tokens = torch.arange(most + 1, device=tokens.device), tokens[:, : most + 1]
+        most, tokens = max(accepted), tokens[:, : max(accepted) + 1]
+        if len(tokens) == 1 and self._seen is None:  # of one row all is known here, and little need be asked of tensors
+            [row] = self._active
+            start = self._prompt_lengths[row] + len(self.outputs[row])
+            self.newest, self.tokens[:, start : start + most + 1] = tokens[:, most:], tokens
+            self.cache.extend(most + 1)
+            return
+        first, place = self.cache.lengths[:, None] + 1, torch.arange(most + 1, device=tokens.device)
         if min(accepted) == most:  # no numbers go to a GPU
             self.newest = tokens[:, most:].contiguous()
             self.cache.extend(most + 1)

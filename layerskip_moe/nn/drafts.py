@@ -18,6 +18,7 @@ from layerskip_moe.nn.attention import Places, locate_within
 from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.checks import check_positions, check_run
 from layerskip_moe.nn.graphs import Graph
+from layerskip_moe.nn.ragged import MarginRule
 from layerskip_moe.nn.replay import Recording, drafts_of, round_of
 from layerskip_moe.nn.run_blocks import recordable
 from layerskip_moe.nn.steps import (
@@ -45,7 +46,7 @@ def repeat_draft(
     *,
     length: int,
     key: tuple[Any, ...],
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Tokens drafted one after another in one call; see `MoEDecoder.draft`.
 
     states_of: from token ids and their places to states, the first of which the head is for
@@ -61,13 +62,13 @@ def repeat_draft(
             at = positions[:, place : place + 1]
             return states_of(token, locate_within(at, rows, model.config, slots, cache.capacity))
 
-        tokens, states = draft_places(model, states_at, newest, count, noise[0] if noise else None)
-        return [tokens, *states]
+        tokens, margins, states = draft_places(model, states_at, newest, count, noise[0] if noise else None)
+        return [tokens, margins, *states]
 
     inputs = [newest, cache.rows, positions, *([] if noise is None else [noise])]
     key = "drafts", len(newest), count, slots, noise is None, *key
-    tokens, *states = recorded(model, run, inputs, cache, key)
-    return tokens, states
+    tokens, margins, *states = recorded(model, run, inputs, cache, key)
+    return tokens, margins, states
 
 
 def draft_places(
@@ -76,15 +77,18 @@ def draft_places(
     newest: Tensor,
     count: int,
     noise: Tensor | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """The plain loop: drafts [A, n], and each of the states [A, n + 1, D]."""
-    tokens, states = [newest], []
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The plain loop: drafts [A, n] and their margins, and each of the states [A, n + 1, D]."""
+    tokens, states, margins = [newest], [], [newest.new_zeros(len(newest), 0, dtype=torch.float64)]
     for place in range(count + 1):
         states.append(states_at(tokens[-1], place))
         if place < count:
             logits = model.unembed(states[-1][0])[:, 0]
-            tokens.append(few_rows.choose(logits, None if noise is None else noise[:, place])[:, None])
-    return torch.cat(tokens, dim=1)[:, 1:], [torch.cat(parts, dim=1) for parts in zip(*states, strict=True)]
+            token, margin = few_rows.choose_by_margin(logits, None if noise is None else noise[:, place])
+            tokens.append(token[:, None])
+            margins.append(margin[:, None])
+    by_place = [torch.cat(parts, dim=1) for parts in zip(*states, strict=True)]
+    return torch.cat(tokens, dim=1)[:, 1:], torch.cat(margins, dim=1), by_place
 
 
 def _draft_by_place(
@@ -95,15 +99,16 @@ def _draft_by_place(
     cache: KVCache,
     noise: Tensor | None,
     key: tuple[Any, ...],
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """On a CPU: two recordings, from a token to its states and from those to the next token, repeated in turn."""
     count, run = positions.shape[1] - 1, by_rows(states_of, model.config, cache)
     if not count:
         inputs = [newest[:, 0], cache.rows, positions[:, 0]]
-        return newest[:, :0], [state[:, None] for state in recorded(model, run, inputs, cache, ("draft", *key))]
+        states = [state[:, None] for state in recorded(model, run, inputs, cache, ("draft", *key))]
+        return newest[:, :0], newest[:, :0].double(), states
     if recordings := _complete(*_drafting(model, run, newest, positions, cache, noise, key)):
-        tokens, *states = drafts_of(recordings, newest, cache.rows, positions, noise)
-        return tokens, states
+        tokens, margins, *states = drafts_of(recordings, newest, cache.rows, positions, noise)
+        return tokens, margins, states
 
     def states_at(token: Tensor, place: int) -> list[Tensor]:
         states = run([token[:, 0], cache.rows, positions[:, place].contiguous()])
@@ -125,7 +130,7 @@ def _drafting(
 
     def choice_of(inputs: list[Tensor]) -> list[Tensor]:
         hidden, *noise = inputs
-        return [few_rows.choose(model.unembed(hidden), noise[0] if noise else None)]
+        return list(few_rows.choose_by_margin(model.unembed(hidden), noise[0] if noise else None))
 
     first, _ = recording_of(model, run, [newest[:, 0], cache.rows, positions[:, 0]], cache, ("draft", *key))
     hidden = torch.zeros(len(newest), model.config.d_model, dtype=model.dtype, device=newest.device)
@@ -160,9 +165,9 @@ def repeat_round(
     newest: Tensor,
     positions: Tensor,
     cache: KVCache,
-    *,
     noise: Tensor | None,
     limits: Sequence[int],
+    rule: MarginRule | None,
 ) -> list[Tensor] | None:
     """Drafts, their verification and the full model's choices in one call, see `replay.round_of`; None where that
     cannot be recorded: on a GPU, and where an operator is not of the few rows'.
@@ -192,4 +197,4 @@ def repeat_round(
     assert isinstance(found, RecordedRound)
     if not found.complete:
         return None
-    return round_of(found.recordings, newest, cache.rows, positions, noise, torch.tensor(limits))
+    return round_of(found.recordings, newest, cache.rows, positions, noise, torch.tensor(limits), rule)

@@ -148,8 +148,18 @@ def remember(
 def choose(logits: Tensor, noise: Tensor | None) -> Tensor:
     """Tokens [N] where logits [N, V], plus noise [N, V] in float64 if there is any, are largest."""
     if are_few(logits) and has_kernels():
-        return torch.ops.layerskip_moe_few_rows.choose.default(logits, None if noise is None else noise.contiguous())
+        return choose_by_margin(logits, noise)[0]
     return (logits if noise is None else logits + noise).argmax(dim=-1)
+
+
+def choose_by_margin(logits: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same, and by how much they are larger there than where they are second largest, [N] float64."""
+    if are_few(logits) and has_kernels():
+        return torch.ops.layerskip_moe_few_rows.choose.default(logits, None if noise is None else noise.contiguous())
+    scores = (logits if noise is None else logits + noise).double()
+    tokens = scores.argmax(dim=-1, keepdim=True)
+    others = scores.scatter(-1, tokens, -math.inf).amax(dim=-1)
+    return tokens[..., 0], scores.gather(-1, tokens)[..., 0] - others
 
 
 def attend(

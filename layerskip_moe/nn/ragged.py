@@ -6,10 +6,46 @@ N places of any rows, A rows, T places of the row that has most, V vocabulary. K
 `rounds.py` and `generation/drafting.py`, which run them.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+Judged = tuple[float, bool]  # of a draft: its margin (nan: not known), and whether the model that verifies agreed
+
+
+@dataclass(frozen=True)
+class MarginRule:
+    """When a row drafts no more: by its drafts' margins, which are by how much what a draft was chosen by, its logit and
+    its place's noise, is larger than the second largest. The model that verifies chooses with the same noise, so that a
+    draft which was clearly the first is likely to be its choice, too.
+
+    A draft of margin m is taken to be right with probability m / (m + half), and is kept while all of a row's drafts so
+    far, it too, are right with probability `least` or more.
+
+    Attributes:
+        halves: by row, above 0, in logits: the margin of drafts that are right half of the time
+        least: 0 to 1; 0 keeps all
+    """
+
+    halves: Sequence[float]
+    least: float
+
+    def kept(self, margins: Tensor, limits: Sequence[int]) -> list[int]:
+        """How many of each row's drafts are kept, of margins [A, T - 1] and up to its limit."""
+        found = []
+        for half, of_row, limit in zip(self.halves, margins.tolist(), limits, strict=True):
+            all_right, count = 1.0, 0
+            for margin in of_row[:limit]:
+                all_right *= 1.0 if math.isinf(margin) else margin / (margin + half)
+                if not all_right >= self.least:  # (nor where it is not a number)
+                    break
+                count += 1
+            found.append(count)
+        return found
 
 
 def in_turn(places: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:

@@ -16,7 +16,7 @@ from layerskip_moe.nn import few_rows
 from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.decoder import MoEDecoder
 from layerskip_moe.nn.drafts import repeat_round
-from layerskip_moe.nn.ragged import as_index, before_the_first_wrong, by_row, in_turn
+from layerskip_moe.nn.ragged import MarginRule, as_index, before_the_first_wrong, by_row, in_turn
 from layerskip_moe.nn.steps import can_repeat
 
 
@@ -25,15 +25,19 @@ class Speculated:
     """What came of a round.
 
     tokens:    [A, T] int64, what the full model chooses after the newest token and after each draft, of no meaning
-               beyond a row's drafts
-    drafts:    [A, T - 1] int64, likewise
-    accepted:  how many drafts of each row the full model agreed with before the first that it did not
+               beyond the drafts that a row kept
+    drafts:    [A, T - 1] int64, of no meaning beyond those that were made
+    margins:   [A, T - 1] float64, of the drafts, likewise
+    drafted:   how many drafts of each row were kept, and verified; one more was made where a rule let it go
+    accepted:  how many of them the full model agreed with before the first that it did not
     collected: layer index -> its states [N, D], of newest token and drafts, row by row
     chosen:    layer index -> experts [N, K] of them, in the layers that verified
     """
 
     tokens: Tensor
     drafts: Tensor
+    margins: Tensor
+    drafted: list[int]
     accepted: list[int]
     collected: dict[int, Tensor]
     chosen: dict[int, Tensor]
@@ -48,6 +52,7 @@ def speculate(
     cache: KVCache,
     noise: Tensor | None,
     limits: Sequence[int],
+    rule: MarginRule | None = None,
     collect: Sequence[int] = (),
     choices: bool = False,
 ) -> Speculated:
@@ -56,39 +61,44 @@ def speculate(
     newest: [A, 1] int64; positions: [A, T] int64, where it stands and where drafts will
     noise: [A, T, V] float64, added to the logits; a draft, and the full model's choice, is where they are largest
     limits: drafts of each row, at most T - 1
+    rule: by which fewer are kept
     collect: layers whose states are wanted; choices: whether `Speculated.chosen` is
     """
     split = range(exit_layer)
-    kept = [layer for layer in collect if layer in split], [layer for layer in collect if layer not in split]
+    wanted = [layer for layer in collect if layer in split], [layer for layer in collect if layer not in split]
     most, made = sum(limits) + len(limits), None
     if model.compiled and can_repeat(most, model.dtype, newest.device):
-        made = repeat_round(model, exit_layer, kept, choices, newest, positions, cache, noise=noise, limits=limits)
+        made = repeat_round(model, exit_layer, wanted, choices, newest, positions, cache, noise, limits, rule)
     if made is None:
-        return _in_two_steps(model, exit_layer, kept, choices, newest, positions, cache, noise, limits)
-    tokens, drafts, accepted, *states = made
-    early, late = states[: len(kept[0])], states[len(kept[0]) + 1 :]  # (between them, the last layer's)
-    collected = _present(kept[0], early, limits) | dict(zip(kept[1], late, strict=False))
+        return _in_two_steps(model, exit_layer, wanted, choices, newest, positions, cache, noise, limits, rule)
+    tokens, drafts, margins, kept, accepted, *states = made
+    early, late = states[: len(wanted[0])], states[len(wanted[0]) + 1 :]  # (between them, the last layer's)
+    drafted = kept.tolist()
+    collected = _present(wanted[0], early, drafted) | dict(zip(wanted[1], late, strict=False))
     routed = [layer for layer in range(exit_layer, model.config.n_layers) if choices and model.config.is_moe(layer)]
-    chosen = dict(zip(routed, late[len(kept[1]) :], strict=True))
-    return Speculated(tokens, drafts, accepted.tolist(), collected, chosen)
+    chosen = dict(zip(routed, late[len(wanted[1]) :], strict=True))
+    return Speculated(tokens, drafts, margins, drafted, accepted.tolist(), collected, chosen)
 
 
 def _in_two_steps(
     model: MoEDecoder,
     exit_layer: int,
-    kept: tuple[list[int], list[int]],
+    wanted: tuple[list[int], list[int]],
     choices: bool,
     newest: Tensor,
     positions: Tensor,
     cache: KVCache,
     noise: Tensor | None,
     limits: Sequence[int],
+    rule: MarginRule | None,
 ) -> Speculated:
-    """`speculate` by `MoEDecoder.draft` and `MoEDecoder.decode`; kept: layers of the two whose states are."""
+    """`speculate` by `MoEDecoder.draft` and `MoEDecoder.decode`; wanted: layers of the two whose states are. All that may
+    be drafted is, before the rule is asked."""
     first = None if noise is None else noise[:, :-1]
-    drafts, (states, *early) = model.draft(
-        newest, range(exit_layer), positions=positions, cache=cache, noise=first, collect=kept[0]
+    drafts, margins, (states, *early) = model.draft(
+        newest, range(exit_layer), positions=positions, cache=cache, noise=first, collect=wanted[0]
     )
+    limits = limits if rule is None else rule.kept(margins, limits)
     rows, places = as_index(*in_turn([range(limit + 1) for limit in limits]), newest.device)
     # Of rows with fewer drafts no more places are run, where any number of places is as good as another.
     ragged = len(rows) < positions.numel() and few_rows.serves(newest.device)
@@ -96,19 +106,19 @@ def _in_two_steps(
         states, cache = states[rows, places][:, None], cache.subset(rows)
     at = positions[rows, places][:, None] if ragged else positions
     later = range(exit_layer, model.config.n_layers)
-    output, logits = model.decode(states, later, positions=at, cache=cache, collect=kept[1], choices=choices)
+    output, logits = model.decode(states, later, positions=at, cache=cache, collect=wanted[1], choices=choices)
     if ragged:
         logits = by_row(logits, rows, places, shape=(len(limits), positions.shape[1]))
     tokens = few_rows.choose(logits.flatten(0, 1), None if noise is None else noise.flatten(0, 1)).view(positions.shape)
     accepted = before_the_first_wrong(tokens[:, :-1] == drafts, limits)
-    collected = {layer: some[rows, places] for layer, some in zip(kept[0], early, strict=True)}
+    collected = {layer: some[rows, places] for layer, some in zip(wanted[0], early, strict=True)}
     for layer, some in output.collected.items():
         collected[layer] = some[:, 0] if ragged else some[rows, places]
     chosen = output.chosen
     if not ragged:
         by_place = {layer: experts.view(*positions.shape, -1) for layer, experts in output.chosen.items()}
         chosen = {layer: experts[rows, places] for layer, experts in by_place.items()}
-    return Speculated(tokens, drafts, accepted, collected, chosen)
+    return Speculated(tokens, drafts, margins, list(limits), accepted, collected, chosen)
 
 
 def _present(layers: Sequence[int], states: Sequence[Tensor], limits: Sequence[int]) -> dict[int, Tensor]:

@@ -303,6 +303,11 @@ def test_choose(n, vocab_size, dtype, noisy, seed):
     # Equal logits of 16 bits may tie: what is chosen is then one of the best.
     best = scores.amax(dim=-1)
     torch.testing.assert_close(scores.gather(1, chosen[:, None])[:, 0], best, atol=1e-9, rtol=1e-12)
+    again, margins = few_rows.choose_by_margin(logits, noise)
+    assert torch.equal(again, chosen)
+    others = [[*row[:token], *row[token + 1 :]] for row, token in zip(scores.tolist(), chosen.tolist(), strict=True)]
+    second = torch.tensor([max(row, default=float("-inf")) for row in others], dtype=torch.float64)
+    torch.testing.assert_close(margins, best - second, atol=1e-9, rtol=1e-12)
 
 
 @torch.no_grad()
@@ -351,7 +356,7 @@ def operators(dtype, seed):
         "gate": lambda some: few_rows.gate(x[some], gates[some]),
         "rotate": lambda some: few_rows.rotate(heads[some], *table, positions[some]),
         "router": lambda some: torch.cat([part.double() for part in router(x[some])], dim=-1),
-        "choose": lambda some: few_rows.choose(x[some], noise[some]),
+        "choose": lambda some: torch.stack(few_rows.choose_by_margin(x[some], noise[some]), dim=-1),
         "attend": attend_some,
         "remember": remember_some,
     }

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from layerskip_moe.nn import KVCache, rounds
 from layerskip_moe.nn.compiling import compiling
 from layerskip_moe.nn.kernels import has_kernels
+from layerskip_moe.nn.ragged import MarginRule
 from layerskip_moe.nn.rounds import speculate
 
 
@@ -84,6 +85,44 @@ def test_one_call_is_many(model, data, rows, exit_layer, longest, temperature, s
             assert {layer: experts.shape[0] for layer, experts in done.chosen.items()} == dict.fromkeys(
                 routed, sum(limits) + rows
             )
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    data=st.data(),
+    rows=st.integers(1, 3),
+    longest=st.integers(1, 5),
+    temperature=st.sampled_from([0.0, 0.7]),
+    least=st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0]),
+    seed=st.integers(0, 999),
+)
+def test_a_row_drafts_no_more_where_it_is_unsure(model, data, rows, longest, temperature, least, seed):
+    """What a rule keeps is verified, as where no more was ever wanted."""
+    limits = data.draw(st.lists(st.integers(0, longest), min_size=rows, max_size=rows), "limits")
+    limits[seed % rows] = longest
+    halves = data.draw(st.lists(st.floats(0.01, 1.0), min_size=rows, max_size=rows), "halves")
+    generator = torch.Generator().manual_seed(seed)
+    newest = torch.randint(23, (rows, 1), generator=generator)
+    noise = temperature * torch.randn(rows, longest + 1, 23, generator=generator).double() if temperature else None
+    with torch.no_grad():
+        cache = begun(model, rows)
+        how = dict(positions=cache.lengths[:, None] + torch.arange(longest + 1), cache=cache, noise=noise)
+        whole = speculate(model, newest, 2, limits=limits, **how)
+        kept = []
+        for margins, half, limit in zip(whole.margins.tolist(), halves, limits, strict=True):
+            right = torch.tensor([margin / (margin + half) for margin in margins[:limit]], dtype=torch.float64)
+            kept.append(int((right.cumprod(0) >= least).sum()))
+        expected = speculate(model, newest, 2, limits=kept, **how) if any(kept) else None
+        for compiled in (False, True, True):
+            with compiling(model, compiled):
+                done = speculate(model, newest, 2, limits=limits, rule=MarginRule(halves, least), **how)
+            assert done.drafted == kept and MarginRule(halves, least).kept(whole.margins, limits) == kept
+            for row, (limit, count) in enumerate(zip(limits, kept, strict=True)):
+                made = min(count + 1, limit)
+                assert done.drafts[row, :made].tolist() == whole.drafts[row, :made].tolist()
+                assert done.margins[row, :made].tolist() == whole.margins[row, :made].tolist()
+                assert done.tokens[row, : count + 1].tolist() == whole.tokens[row, : count + 1].tolist()
+            assert expected is None or done.accepted == expected.accepted
 
 
 needs_kernels = pytest.mark.skipif(not has_kernels(), reason="there is no C++ compiler")

@@ -1,20 +1,37 @@
 """Acceptance: how likely the full model is to agree with an exit's next draft, learnt from what it agreed with before.
 
-P(right) = sigmoid(b + d), and sigmoid(b + c + d) behind drafts that were right: b is the exit's and c all exits', kept
-from text to text; d is the row's, and tells easy text from hard, whatever the exit. All take a step along the gradient
-of the log-likelihood for each draft that was judged, b and c a smaller one the more they have seen. With one number for
-each exit and one for each row there is little to be deceived by: the best of many plans is chosen by them.
+Draft and full model choose with the same noise, so that much depends on a draft's margin m, by how much what it was
+chosen by is larger than the second largest:
 
-Knows nothing of time. Next: `adaptive.py`, which weighs acceptance against it.
+    P(right) = m / (m + h) = sigmoid(log m - log h).
+
+Margins lie about a text's own level as exponentially distributed numbers do about their mean M, whatever the exit: with
+noise because of the noise, without it nearly so. So all that is to be known is h, of which -log h = b + d: b is the
+exit's, kept from text to text, d the row's, which tells easy stretches from hard; and M, the rows' and that of all. Where
+margins are not known, P(right) is the mean over them, which depends on h / M alone.
+
+b and d take a step along the gradient of the log-likelihood for each draft that was judged, b a smaller one the more it
+has seen. Knows nothing of time. Next: `adaptive.py`, which weighs acceptance against it.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
+from functools import lru_cache
 
-_FIRST_GUESS = 0.8  # b of an exit of which nothing is known: 69%
-# b and c move by _STEP / (1 + _SLOWER * seen), and at least by _STEP / _SLOWEST.
+from layerskip_moe.nn.ragged import Judged
+
+# By place of a draft: the share of rounds that keep as many, and how likely these are all right then.
+Course = tuple[tuple[float, float], ...]
+
+_FIRST_GUESS = 2.0  # b of an exit of which nothing is known: right half of the time where the margin is 0.14
+# b moves by _STEP / (1 + _SLOWER * seen), and at least by _STEP / _SLOWEST.
 _STEP, _SLOWER, _SLOWEST = 2.0, 0.15, 160.0
-_ROW_STEP = 0.15
+_ROW_STEP = 0.4
+_LEVEL_STEP, _ROW_LEVEL_STEP = 0.02, 0.1  # of mean log margins
+_MEAN_LOG = -0.5772  # of exponentially distributed numbers whose mean is 1
+_FARTHEST = 8.0  # log margins are taken to lie between minus and plus this
+_PARTS = 16  # of the distribution of margins
 
 
 class Acceptance:
@@ -26,8 +43,8 @@ class Acceptance:
 
     def __init__(self, exits: Sequence[int]) -> None:
         self._exits = {exit_layer: [_FIRST_GUESS, 1.0] for exit_layer in exits}  # b, and 1 + _SLOWER * seen
-        self._later = [0.0, 4.0]  # c, and the same; it is learnt more slowly
-        self._rows: dict[int, float] = {}
+        self._level = _MEAN_LOG  # mean log margin
+        self._rows: dict[int, list[float]] = {}  # d, and by how much the row's mean log margin lies above
 
     @property
     def seen(self) -> int:
@@ -38,30 +55,52 @@ class Acceptance:
         """Forget the rows: another text begins."""
         self._rows.clear()
 
-    def see_draft(self, row: int, exit_layer: int, drafted: int, accepted: int) -> None:
-        """A round of that row: `accepted` of `drafted` tokens were right before the first that was not."""
-        for place in range(min(accepted + 1, drafted)):
-            self._see(row, exit_layer, place == 0, place < accepted, _ROW_STEP)
+    def see(self, row: int, exit_layer: int, judged: Sequence[Judged], *, exits_told: int = 1) -> None:
+        """Drafts of that row that were judged; where so many exits were told of the same places, each tells of the row
+        that much less."""
+        known, of_row = self._exits[exit_layer], self._rows.setdefault(row, [0.0, 0.0])
+        for margin, right in judged:
+            if math.isnan(margin):
+                wrong_by = right - self.rate(row, exit_layer)
+            else:
+                log_margin = min(max(math.log(margin), -_FARTHEST), _FARTHEST) if margin > 0 else -_FARTHEST
+                wrong_by = right - _sigmoid(log_margin + known[0] + of_row[0])
+                above = log_margin - self._level - of_row[1]
+                self._level += _LEVEL_STEP / exits_told * above
+                of_row[1] += _ROW_LEVEL_STEP / exits_told * above
+            known[1] = min(known[1] + _SLOWER, _SLOWEST)
+            known[0] += _STEP / known[1] * wrong_by
+            of_row[0] += _ROW_STEP / exits_told * wrong_by
 
-    def see_text(self, row: int, exit_layer: int, right: Sequence[bool]) -> None:
-        """Whether the exit would have been right at successive places of the row's text; of all exits, a place tells of
-        the row once."""
-        for place, was_right in enumerate(right):
-            first = place == 0 or not right[place - 1]
-            self._see(row, exit_layer, first, was_right, _ROW_STEP / len(self._exits))
+    def half(self, row: int, exit_layer: int) -> float:
+        """h: the margin at which that exit's drafts are right half of the time."""
+        return math.exp(-self._exits[exit_layer][0] - self._rows.get(row, (0.0, 0.0))[0])
 
-    def _see(self, row: int, exit_layer: int, first: bool, right: bool, row_step: float) -> None:
-        known, of_row = self._exits[exit_layer], self._rows.get(row, 0.0)
-        wrong_by = right - _sigmoid(known[0] + of_row + (0.0 if first else self._later[0]))
-        for moved in (known,) if first else (known, self._later):
-            moved[1] = min(moved[1] + _SLOWER, _SLOWEST)
-            moved[0] += _STEP / moved[1] * wrong_by
-        self._rows[row] = of_row + row_step * wrong_by
+    def course(self, row: int, exit_layer: int, least: float, length: int) -> Course:
+        """Of rounds of at most so many drafts by that exit, kept while all are right with probability `least` or more."""
+        of_row, above = self._rows.get(row, (0.0, 0.0))
+        log_mean = self._level + above - _MEAN_LOG
+        # (Not to the last digit: courses are the same then, and known.)
+        return _course(round(4 * (self._exits[exit_layer][0] + of_row + log_mean)), math.ceil(32 * least), length)
 
-    def rates(self, row: int, exit_layer: int) -> tuple[float, float]:
-        """The probability that a round's first draft is right, and that one behind right ones is."""
-        logit = self._exits[exit_layer][0] + self._rows.get(row, 0.0)
-        return _sigmoid(logit), _sigmoid(logit + self._later[0])
+    def rate(self, row: int, exit_layer: int) -> float:
+        """The probability that a draft is right of whose margin nothing is known."""
+        return self.course(row, exit_layer, 0.0, 1)[0][1]
+
+
+@lru_cache(maxsize=4096)
+def _course(quarters: int, least: int, length: int) -> Course:
+    """Where log(M / h) is so many quarters, and `least` so many 32nds. Drafts are right independently of each other."""
+    half = math.exp(-min(max(quarters / 4, -30.0), 30.0))
+    margins = [-math.log(1 - (part + 0.5) / _PARTS) for part in range(_PARTS)]
+    rising = [margin / (margin + half) for margin in margins]
+    kept, right, course = 1.0, 1.0, list[tuple[float, float]]()
+    for _ in range(length):
+        sure = rising[bisect_left(rising, least / 32 / right) :]
+        kept *= len(sure) / _PARTS
+        right *= sum(sure) / len(sure) if sure else 1.0
+        course.append((kept, right))
+    return tuple(course)
 
 
 def _sigmoid(logit: float) -> float:

@@ -9,6 +9,7 @@ A rows, K drafts at most, L layers. Knows nothing of how a round is made. Next: 
 
 import math
 import weakref
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -20,26 +21,45 @@ from layerskip_moe.generation.policies.new_text import NewText
 from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import MoEDecoder, few_rows
+from layerskip_moe.nn.ragged import Judged, MarginRule
 
 _BETTER = 1.02  # by how much another plan must be better before it takes the present one's place
 # By how much drafting must promise to be faster than plain decoding, of one row and of several: the cost model is no
 # more exact than that.
 _PAYS, _PAYS_IN_BATCHES = 1.03, 1.1
-_RETHINK = 4  # rounds from one choice of a plan to the next
+_RETHINK = 8  # rounds from one choice of a plan to the next
 # Rounds from one look at what other exits would have said to the next, times the rows: at first, and later.
-_LOOK, _LOOK_LATER = 6, 48
+_LOOK, _LOOK_LATER = 6, 96
 _REST, _LONGEST_REST = 16, 256  # steps of plain decoding from one look to the next, where drafting does not pay
 _UNION_MEMORY = 0.8  # of the unions of earlier looks
 _DOUBT = 0.15  # of a fitted cost model: how far drafting may be from what it says, beside plain steps
 _SURE = 0.08  # doubt beyond this is worth a try of what else may be best
+_SUREST = 0.98  # of how likely a draft must be right
 _TIMED = 8  # plain steps that are timed, at the end of a rest
 
 
-class Adaptive:
-    """Maximises expected tokens / expected seconds of a round over exit layers and draft lengths, no drafts included.
+@dataclass(frozen=True)
+class _Plan:
+    """Tokens per second that are expected, layers that draft (0: none), the most drafts of a row, and how likely they must
+    all be right for the last one to be kept."""
 
-    All rows of a batch draft by the same layers, each as many tokens as pay: a draft that is reached with probability p
-    adds p tokens, and the time of a place more. The plan is chosen anew every fourth round, and changed for one that
+    worth: float
+    exit_layer: int
+    length: int
+    least: float
+
+
+_PLAIN = _Plan(0.0, 0, 0, 0.0)
+
+
+class Adaptive:
+    """Maximises expected tokens / expected seconds of a round over exit layers and how sure a draft must be, no drafts
+    included.
+
+    All rows of a batch draft by the same layers, each as many tokens as pay: a draft that is right with probability p, as
+    are those before it, adds p tokens, and the time of a place more; so it is kept where p is at least that time times the
+    tokens per second of the best plan. How likely a draft is right is told by its margin (`MarginRule`); where margins are
+    not known, all rows draft a fixed number. The plan is chosen anew every eighth round, and changed for one that
     is 2% better; drafting must promise 3% more than plain decoding, 10% in batches, and less while costs are in doubt.
     Every now and then a round asks what other exits would have said. Where drafting does not pay, decoding is plain for
     16 steps, then 32, and so on up to 256, from look to look. What was learnt of acceptance is kept from text to text,
@@ -58,18 +78,19 @@ class Adaptive:
         self.length, self.cost_model = length, cost_model
         self.exits: tuple[int, ...] = ()
         self.shadow = self.experts = False
+        self.margin_rule: MarginRule | None = None
         self._given = cost_model is not None
         self._prepared_for: weakref.ref[MoEDecoder] | None = None
         self._acceptances: dict[bool, Acceptance] = {}  # by whether the text is greedy
         self._acceptance: Acceptance | None = None
         self._is_new_text = NewText()
         self._union = 1.0  # experts that places read, over those of independent choices
-        self._reckoned: dict[tuple[int, int, int, int], float] = {}  # by exit layer, longest draft, places, rows
+        self._reckoned: dict[tuple[int, ...], float] = {}  # by what `_reckoned_seconds` is asked of
         self._drift = Drift(0.0)  # a given cost model is taken as it is
-        self._last: tuple[int, int, int, int] | None = None  # what the last round was: as `_reckoned`; None: none
+        self._last: tuple[int, int] | None = None  # what the last round was: exit layer and rows; None: none
         self._rounds = self._rest = self._looks = 0
         self._to_look, self._next_rest = _LOOK, _REST
-        self._exit, self._lengths, self._rows = 0, list[int](), list[int]()
+        self._plan, self._rows, self._knows_margins = _PLAIN, list[int](), True
 
     def prepare(self, model: MoEDecoder, rows: int) -> None:
         """Before a batch of so many rows is decoded: time the model, once. Not a part of decoding. Raises ValueError
@@ -81,7 +102,7 @@ class Adaptive:
             raise ValueError("the cost model is of another network; fit one to this model, or leave it out.")
         if self._prepared_for is None or self._prepared_for() is not model:
             self._acceptances, self._looks, self._to_look = {}, 0, _LOOK
-            self._is_new_text, self._exit, self._rest, self._rows = NewText(), 0, 0, []
+            self._is_new_text, self._plan, self._rest, self._rows = NewText(), _PLAIN, 0, []
         if cost is not self.cost_model:
             self._drift, self._union = Drift(0.0 if self._given else _DOUBT), 1.0
             self._reckoned.clear()
@@ -112,11 +133,12 @@ class Adaptive:
         # Greedy text and sampled text are not equally easy.
         self._acceptance = self._acceptances.setdefault(session.sampling.greedy, Acceptance(self.exits))
         self._acceptance.begin()
-        self._rest, self._next_rest, self._exit, self._rows, self._last = 0, _REST, 0, [], None
+        self._rest, self._next_rest, self._plan, self._rows, self._last = 0, _REST, _PLAIN, [], None
+        self._knows_margins = not session.sampling.filters
         if not self._acceptance.seen:  # people's text is harder than the model's own, and no measure of it for long
             for row, by_exit in zip(session.row_numbers, session.prompt_agreement(self.exits), strict=False):
-                for exit_layer, right in by_exit.items():
-                    self._acceptance.see_text(row, exit_layer, right)
+                for exit_layer, judged in by_exit.items():
+                    self._acceptance.see(row, exit_layer, judged, exits_told=len(self.exits))
 
     def plan(self, session: Session) -> list[tuple[int, int]]:
         """The pair of each row; the same as in the last round, mostly."""
@@ -124,67 +146,88 @@ class Adaptive:
             self._begin(session)
         assert self._acceptance is not None
         rows, self._rounds = session.row_numbers, self._rounds + 1
-        if self._exit == 0 or self._rounds % _RETHINK == 0 or rows != self._rows:
+        if not self._plan.exit_layer or self._rounds % _RETHINK == 0 or rows != self._rows:
             self._choose(rows)
         self._to_look -= 1
-        self.shadow = self._exit == 0 or self._to_look <= 0
-        self.experts = self.shadow and self._exit > 0
+        drafts = self._plan.exit_layer > 0
+        self.shadow = not drafts or self._to_look <= 0
+        self.experts = self.shadow and drafts
         if self.shadow:
             self._looks += 1
             # (A look at many rows takes longer, and tells more.)
             self._to_look = min(_LOOK + 2 * self._looks * len(rows), _LOOK_LATER * len(rows))
-        return [(self._exit or 1, length) for length in self._lengths]
+        self.margin_rule = None
+        if drafts and self._plan.least > 0:
+            halves = [self._acceptance.half(row, self._plan.exit_layer) for row in rows]
+            self.margin_rule = MarginRule(halves, self._plan.least)
+        return [(self._plan.exit_layer or 1, self._plan.length)] * len(rows)
 
     def _choose(self, rows: list[int]) -> None:
         """The best plan, unless the present one is nearly as good."""
         pays = _PAYS if len(rows) == 1 else _PAYS_IN_BATCHES
         # What is not done now is tried where it may well be better.
-        tried = math.exp(max(self._drift.doubt - _SURE, 0.0) * (1 if self._exit else -1))
-        plans = [(tried * pays * len(rows) / self._seconds(0, 0, len(rows), len(rows)), 0, [0] * len(rows))]
-        plans += [self._best_lengths(exit_layer, rows) for exit_layer in self.exits]
-        best = max(plans, key=lambda plan: plan[0])
-        present = next(plan for plan in plans if plan[1] == self._exit)
-        _, self._exit, self._lengths = best if best[0] > _BETTER * present[0] or rows != self._rows else present
+        tried = math.exp(max(self._drift.doubt - _SURE, 0.0) * (1 if self._plan.exit_layer else -1))
+        plain = replace(_PLAIN, worth=len(rows) / self._seconds(0, 0, len(rows), len(rows)))
+        known = max(plain.worth, self._plan.worth if rows == self._rows else 0.0)
+        plans = [replace(plain, worth=plain.worth * tried * pays)]
+        plans += [self._best(exit_layer, rows, known) for exit_layer in self.exits]
+        best = max(plans, key=lambda plan: plan.worth)
+        present = next(plan for plan in plans if plan.exit_layer == self._plan.exit_layer)
+        self._plan = best if best.worth > _BETTER * present.worth or rows != self._rows else present
         self._rows = rows
 
-    def _best_lengths(self, exit_layer: int, rows: list[int]) -> tuple[float, int, list[int]]:
-        """Tokens per second of the best lengths for drafts of that exit, the exit, and the lengths. Drafts are added
-        from the likeliest to be reached on."""
+    def _best(self, exit_layer: int, rows: list[int], worth: float) -> "_Plan":
+        """The best plan for that exit, where so many tokens per second are known to be possible."""
         assert self._acceptance is not None
-        drafts = []
-        for index, row in enumerate(rows):
-            reached, later = self._acceptance.rates(row, exit_layer)
-            for place in range(self.length):
-                drafts.append((reached, -place, index))
-                reached *= later
-        lengths, tokens, best = [0] * len(rows), float(len(rows)), (0.0, exit_layer, [0] * len(rows))
-        for reached, _, index in sorted(drafts, reverse=True):
-            lengths[index] += 1
-            tokens += reached
-            places = sum(lengths) + len(rows)
-            if places > few_rows.MOST_ROWS >= len(rows):  # beyond, verification is another kind of work
+        n_rows, least = len(rows), 0.0
+        if self._knows_margins:  # what it costs to keep a draft is to run it through all layers
+            more = self._seconds(exit_layer, 2, 2 + n_rows, n_rows) - self._seconds(exit_layer, 1, 1 + n_rows, n_rows)
+            least = min(worth * max(more, 0.0), _SUREST)
+        # Verification of more places is another kind of work.
+        length = self.length if n_rows > few_rows.MOST_ROWS else min(self.length, few_rows.MOST_ROWS // n_rows - 1)
+        courses = zip(*(self._acceptance.course(row, exit_layer, least, length) for row in rows), strict=True)
+        best, tokens, places, longest, most = _Plan(0.0, exit_layer, 0, least), float(n_rows), float(n_rows), 0.0, 0.0
+        draft_on = 1.0  # the share of rounds in which a row does
+        for drafts, of_rows in enumerate(courses, start=1):
+            most += draft_on
+            draft_on = 1 - math.prod([1 - kept for kept, _ in of_rows])
+            longest += draft_on
+            places += sum([kept for kept, _ in of_rows])
+            tokens += sum([kept * right for kept, right in of_rows])
+            if self._knows_margins and drafts < length:  # they end drafts, not the length
+                continue
+            found = tokens / self._seconds(exit_layer, longest, places, n_rows, most)
+            if found <= best.worth:
                 break
-            worth = tokens / self._seconds(exit_layer, max(lengths), places, len(rows))
-            if worth > best[0]:
-                best = worth, exit_layer, lengths.copy()
-            elif reached < 0.05:
-                break
+            best = _Plan(found, exit_layer, drafts, least)
         return best
 
-    def _seconds(self, exit_layer: int, longest: int, places: int, rows: int) -> float:
-        """Seconds expected of a round of this text, by now."""
-        reckoned = self._reckoned_seconds(exit_layer, longest, places, rows)
-        return reckoned * math.exp(self._drift.offset) if longest else reckoned
+    def _seconds(self, exit_layer: int, longest: float, places: float, rows: int, most: float | None = None) -> float:
+        """Seconds expected of a round of this text, by now; of numbers that are expected, between those of whole ones."""
+        most, short, few = longest if most is None else most, int(longest), int(places)
+        seconds = self._reckoned_seconds(exit_layer, short, few, rows)
+        if longest > short:
+            seconds += (longest - short) * (self._reckoned_seconds(exit_layer, short + 1, few, rows) - seconds)
+        if places > few:
+            at = self._reckoned_seconds(exit_layer, short, few, rows)
+            seconds += (places - few) * (self._reckoned_seconds(exit_layer, short, few + 1, rows) - at)
+        if most > longest:
+            at = self._reckoned_seconds(exit_layer, short, few, rows)
+            seconds += (most - longest) * (self._reckoned_seconds(exit_layer, short, few, rows, short + 1) - at)
+        return seconds * math.exp(self._drift.offset) if most else seconds
 
-    def _reckoned_seconds(self, exit_layer: int, longest: int, places: int, rows: int) -> float:
+    def _reckoned_seconds(
+        self, exit_layer: int, longest: int, places: int, rows: int, most: int | None = None
+    ) -> float:
         """The same by the cost model alone: plans have much in common, and it is asked hundreds of times a choice."""
-        plan = exit_layer, longest, places, rows
+        most = longest if most is None else most
+        plan = exit_layer, longest, places, rows, most
         seconds = self._reckoned.get(plan)
         if seconds is None:
             cost = self.cost_model
             assert cost is not None, "`prepare` came before"
             later = self._union * cost.more_experts(exit_layer, places)
-            seconds = max(cost.seconds_of(cost.amounts(exit_layer, longest, rows, places, later)), 1e-9)
+            seconds = max(cost.seconds_of(cost.amounts(exit_layer, longest, most, rows, places, later)), 1e-9)
             self._reckoned[plan] = seconds
         return seconds
 
@@ -194,37 +237,42 @@ class Adaptive:
         assert self._acceptance is not None
         if not {*round.exit_layers} <= {0, *self.exits}:  # of another model's text, which another thread decodes
             return
-        told = zip(round.rows, round.exit_layers, round.drafted, round.accepted, strict=True)
-        for row, exit_layer, drafted, accepted in told:  # (another thread may have had another plan made meanwhile)
-            if drafted:
-                self._acceptance.see_draft(row, exit_layer, drafted, accepted)
+        if max(round.exit_layers) and round.judged is None:
+            self._knows_margins = False
+        for index, row in enumerate(round.rows):  # (another thread may have had another plan made meanwhile)
+            if round.exit_layers[index]:
+                self._acceptance.see(row, round.exit_layers[index], _judged(round, index))
         if round.shadow is not None:
             self._last = None
             self._see_shadow(round, round.shadow)
             self._see_experts(round)
         else:
             self._see_seconds(round)
-        if self._exit:
+        if self._plan.exit_layer:
             self._next_rest = _REST
         else:
             self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)
 
     def _see_seconds(self, round: RoundReport) -> None:
         """How long a round took that was like the one before: the first of a kind is recorded."""
-        longest, places, rows = max(round.drafted), sum(round.drafted) + len(round.drafted), len(round.drafted)
-        kind = max(round.exit_layers), longest, places, rows
-        if longest and kind == self._last:
-            self._drift.see(round.seconds, self._reckoned_seconds(*kind), drafting=True)
+        kind = max(round.exit_layers), len(round.drafted)
+        if kind[0] and kind == self._last:
+            longest, places, most = max(round.drafted), sum(round.drafted) + kind[1], max(_made(round))
+            self._drift.see(
+                round.seconds, self._reckoned_seconds(kind[0], longest, places, kind[1], most), drafting=True
+            )
         self._last = kind
 
     def _see_shadow(self, round: RoundReport, shadow: Tensor) -> None:
         """What the other exits would have said, of the tokens that became text."""
-        assert self._acceptance is not None
-        right = (shadow == round.tokens[:, None]).tolist()
+        assert self._acceptance is not None and round.shadow_margins is not None
+        right, margins = (shadow == round.tokens[:, None]).tolist(), round.shadow_margins.tolist()
         for index, (row, accepted) in enumerate(zip(round.rows, round.accepted, strict=True)):
             for exit_layer in self.exits:
                 if exit_layer != round.exit_layers[index]:
-                    self._acceptance.see_text(row, exit_layer, right[index][exit_layer - 1][: accepted + 1])
+                    by_place = zip(margins[index][exit_layer - 1], right[index][exit_layer - 1], strict=True)
+                    judged = list(by_place)[: accepted + 1]
+                    self._acceptance.see(row, exit_layer, judged, exits_told=len(self.exits))
 
     def _see_experts(self, round: RoundReport) -> None:
         """How many experts verification read, of those that independent choices would have."""
@@ -235,6 +283,21 @@ class Adaptive:
         read = sum(count - cost.top_k for layer, count in pairs if layer >= exit_layer)
         self._union += (1 - _UNION_MEMORY) * (read / cost.more_experts(exit_layer, places) - self._union)
         self._reckoned.clear()
+
+
+def _judged(round: RoundReport, index: int) -> list[Judged]:
+    """What is known of a row's drafts; of rounds that tell no margins, all but these."""
+    if round.judged is not None:
+        return round.judged[index]
+    drafted, accepted = round.drafted[index], round.accepted[index]
+    return [(math.nan, place < accepted) for place in range(min(accepted + 1, drafted))]
+
+
+def _made(round: RoundReport) -> list[int]:
+    """By row, how many drafts were made: one more than were verified, where one was let go behind right ones."""
+    if round.judged is None:
+        return round.drafted
+    return [max(drafted, len(judged)) for drafted, judged in zip(round.drafted, round.judged, strict=True)]
 
 
 def candidate_exits(n_layers: int) -> tuple[int, ...]:

@@ -12,16 +12,18 @@ from typing import Protocol
 from torch import Tensor
 
 from layerskip_moe.generation.session import Session
+from layerskip_moe.nn.ragged import Judged, MarginRule
 
 
-@dataclass(frozen=True)
+@dataclass  # (not frozen: one is made each round, which takes thrice as long for frozen ones)
 class RoundReport:
     """What came of one round, row by row in the order of the plan.
 
     Attributes:
         rows: the number of the prompt that each of A rows continues, counted over all of `generate`'s prompts
         exit_layers: the layers that drafted; 0 where nothing was drafted
-        drafted: tokens drafted, no more than planned: a row that may get r more has use for r - 1
+        drafted: tokens drafted and verified, no more than planned: a row that may get r more has use for r - 1, and a
+            margin rule may let the last one go
         accepted: how many of them the full model agreed with, before the first that it did not
         confidences: for each row and draft the probability the drafter gave it; no numbers where the policy has no
             `should_stop`
@@ -35,6 +37,12 @@ class RoundReport:
         shadow: [A, L, T] int64, the token that the state after each layer says at each place, by the shared head and
             with the drafts' noise (the last layer's are `tokens`); -1 beyond a row's drafts and one more, and at layers
             that are not among the policy's `exits`. None where its `shadow` is False.
+        judged: for each row the margin (`nn/ragged.py`) of each draft, and whether the full model agreed, as far as that
+            is known: up to the first wrong one, and of one that was let go behind right ones. Known of rounds that are
+            one call: where all rows draft by the same layers, the policy has no `should_stop`, and sampling has
+            neither filters nor coupling="rejection". None elsewhere.
+        shadow_margins: [A, L, T] float64, the margins of `shadow`; nan where there are none, and where sampling filters
+            or penalises. None where `shadow` is.
     """
 
     rows: list[int]
@@ -46,6 +54,8 @@ class RoundReport:
     tokens: Tensor
     experts: list[int] | None = None
     shadow: Tensor | None = None
+    judged: list[list[Judged]] | None = None
+    shadow_margins: Tensor | None = None
 
 
 class Policy(Protocol):
@@ -58,6 +68,8 @@ class Policy(Protocol):
     experts: asked before each round: where True, `RoundReport.experts` is filled in
     exits: exit layers, below L: shadow tokens are of these alone. Their states at the end of the prompts are kept,
         too, in `Session.prompt`
+    margin_rule: asked after each `plan`: a `MarginRule` by which rows draft no more where they are unsure, or None. It is
+        left aside in rounds of which nothing would be `judged`
     rests: a method of the session, asked first: where it returns True, this step is one of plain decoding, without
         `plan` and `observe`
     rested: a method of (rows, seconds), called after such a step: of how many rows it was, and how long it took, as in

@@ -1,4 +1,5 @@
-// Drafting many tokens one after another in one call, of two programs: from tokens to states, and from states to tokens.
+// Drafting many tokens one after another in one call, of two programs: from tokens to states, and from states to tokens;
+// no more of them than are likely to be right.
 //
 // Knows nothing of what the programs compute. Next: rounds.h.
 
@@ -8,32 +9,49 @@
 
 namespace few_rows {
 
+// A draft of margin m is taken to be right with probability m / (m + half[row]). It is kept while all of a row's drafts so
+// far, it too, are right with probability `least` or more; then the row drafts no more.
+struct MarginRule {
+  const double* half;
+  double least;
+};
+
 // states_of: (token [A], row [A], position [A]) -> states [A, .], of which the first are what `choice_of` takes;
-// choice_of: (states [A, .], noise [A, V], if there is any) -> token [A].
-// newest, rows: [A]; positions [A, n + 1]; noise [A, n or more, V].
+// choice_of: (states [A, .], noise [A, V], if there is any) -> token [A], margin [A].
+// newest, rows: [A]; positions [A, n + 1]; noise [A, n or more, V]; limits [A], the drafts that a row wants, up to n.
 //
-// -> drafts [A, n], and each of the states [A, n + 1, .], of newest and of every draft.
+// -> drafts [A, n], margins [A, n], how many of each row's are kept [A], and each of the states [A, n + 1, .], of newest and
+// of every draft. Without a rule a row keeps what it wants; where the last row drafts no more, what would follow is zeros.
 inline std::vector<Tensor> replay_drafts(
-    int64_t states_of, int64_t choice_of, const Tensor& newest, const Tensor& rows, const Tensor& positions, const std::optional<Tensor>& noise) {
+    int64_t states_of, int64_t choice_of, const Tensor& newest, const Tensor& rows, const Tensor& positions,
+    const std::optional<Tensor>& noise, const Tensor& limits, const std::optional<Tensor>& halves, double least) {
   Program &states_program = find_program(states_of), &choice_program = find_program(choice_of);
-  const int64_t n_rows = newest.numel(), places = positions.size(1);
-  for (const Tensor* numbers : {&newest, &rows, &positions}) check_dense(*numbers, ScalarType::Long);
-  check_sizes(rows.numel() == n_rows && positions.numel() == n_rows * places);
+  const int64_t n_rows = newest.numel(), places = positions.size(1), longest = places - 1;
+  for (const Tensor* numbers : {&newest, &rows, &positions, &limits}) check_dense(*numbers, ScalarType::Long);
+  check_sizes(rows.numel() == n_rows && positions.numel() == n_rows * places && limits.numel() == n_rows);
   check_sizes(n_rows <= states_program.room && n_rows <= choice_program.room);
   check_sizes(states_program.inputs.size() == 3 && choice_program.inputs.size() == (noise ? 2 : 1));
-  check_sizes(!states_program.outputs.empty() && choice_program.outputs.size() == 1);
+  check_sizes(!states_program.outputs.empty() && choice_program.outputs.size() == 2);
   check_sizes(states_program.outputs[0].numel() / states_program.room == choice_program.inputs[0].numel() / choice_program.room);
   check_sizes(!noise || noise->size(2) == choice_program.inputs[1].numel() / choice_program.room);
   if (noise) check_dense(*noise, ScalarType::Double), check_sizes(noise->dim() == 3 && noise->size(0) == n_rows && noise->size(1) + 1 >= places);
+  if (halves) check_dense(*halves, ScalarType::Double), check_sizes(halves->numel() == n_rows);
+  const double* half = halves ? static_cast<const double*>(halves->data_ptr()) : nullptr;
+  const int64_t* limit = static_cast<const int64_t*>(limits.data_ptr());
+  for (int64_t r = 0; r < n_rows; ++r) check_sizes(0 <= limit[r] && limit[r] <= longest);
 
-  std::vector<Tensor> results = {torch::stable::new_zeros(newest, {n_rows, places - 1})};
+  std::vector<Tensor> results = {torch::stable::new_zeros(newest, {n_rows, longest}),
+      torch::stable::new_zeros(newest, {n_rows, longest}, ScalarType::Double), torch::stable::new_zeros(newest, {n_rows})};
   for (const Tensor& output : states_program.outputs)
     results.push_back(torch::stable::new_zeros(output, {n_rows, places, output.numel() / states_program.room}));
 
   const int64_t* position = static_cast<const int64_t*>(positions.data_ptr());
   int64_t* draft = static_cast<int64_t*>(results[0].data_ptr());
+  double* margin = static_cast<double*>(results[1].data_ptr());
+  int64_t* kept = static_cast<int64_t*>(results[2].data_ptr());
   std::vector<int64_t> token(static_cast<const int64_t*>(newest.data_ptr()), static_cast<const int64_t*>(newest.data_ptr()) + n_rows), at(n_rows);
-  for (int64_t place = 0; place < places; ++place) {
+  std::vector<double> all_right(n_rows, 1.0);
+  for (int64_t place = 0, goes_on = 1; goes_on; ++place) {
     {
       const WithRows there(n_rows, states_program.room);
       for (int64_t r = 0; r < n_rows; ++r) at[r] = position[r * places + place];
@@ -41,14 +59,14 @@ inline std::vector<Tensor> replay_drafts(
       for (const auto& step : states_program.steps) step();
     }
     for (size_t o = 0; o < states_program.outputs.size(); ++o) {
-      const Tensor& states = results[1 + o];
+      const Tensor& states = results[3 + o];
       const size_t bytes = states.size(2) * states.element_size();
       for (int64_t r = 0; r < n_rows; ++r)
         std::memcpy(
             static_cast<char*>(states.data_ptr()) + (r * places + place) * bytes,
             static_cast<const char*>(states_program.outputs[o].data_ptr()) + r * bytes, bytes);
     }
-    if (place + 1 == places) break;
+    if (place == longest) break;
     const WithRows there(n_rows, choice_program.room);
     put(choice_program.inputs[0], states_program.outputs[0].data_ptr());
     if (noise) {
@@ -59,8 +77,14 @@ inline std::vector<Tensor> replay_drafts(
             static_cast<const double*>(noise->data_ptr()) + (r * noise->size(1) + place) * vocabulary, vocabulary * sizeof(double));
     }
     for (const auto& step : choice_program.steps) step();
-    const int64_t* chosen = static_cast<const int64_t*>(choice_program.outputs[0].data_ptr());
-    for (int64_t r = 0; r < n_rows; ++r) draft[r * (places - 1) + place] = token[r] = chosen[r];
+    goes_on = 0;
+    for (int64_t r = 0; r < n_rows; ++r) {
+      draft[r * longest + place] = token[r] = static_cast<const int64_t*>(choice_program.outputs[0].data_ptr())[r];
+      const double of_row = margin[r * longest + place] = static_cast<const double*>(choice_program.outputs[1].data_ptr())[r];
+      if (kept[r] < place || place >= limit[r]) continue;
+      if (half != nullptr) all_right[r] *= std::isinf(of_row) ? 1.0 : of_row / (of_row + half[r]);
+      if (half == nullptr || all_right[r] >= least) kept[r] = place + 1, goes_on = 1;
+    }
   }
   return results;
 }

@@ -28,7 +28,7 @@ STABLE_TORCH_LIBRARY(layerskip_moe_few_rows, library) {
   library.def("route(Tensor logits, Tensor? bias, int top_k, bool normalize) -> (Tensor, Tensor)");
   library.def(
       "remember(Tensor logits, Tensor(a!) memory, Tensor rows, Tensor positions, float[] weights, int hold) -> Tensor");
-  library.def("choose(Tensor logits, Tensor? noise) -> Tensor");
+  library.def("choose(Tensor logits, Tensor? noise) -> (Tensor, Tensor)");
   library.def(
       "attend(Tensor queries, Tensor new_keys, Tensor new_values, Tensor(a!) keys, Tensor(b!) values, Tensor rows, "
       "Tensor positions, int window, float scale) -> Tensor");
@@ -36,11 +36,11 @@ STABLE_TORCH_LIBRARY(layerskip_moe_few_rows, library) {
   library.def("recorded(Tensor[] outputs) -> int");
   library.def("replay(int program, Tensor[] inputs, int rows) -> Tensor[]");
   library.def(
-      "replay_drafts(int states_of, int choice_of, Tensor newest, Tensor rows, Tensor positions, Tensor? noise) "
-      "-> Tensor[]");
+      "replay_drafts(int states_of, int choice_of, Tensor newest, Tensor rows, Tensor positions, Tensor? noise, "
+      "Tensor limits, Tensor? halves, float least) -> Tensor[]");
   library.def(
       "replay_round(int states_of, int choice_of, int verify, Tensor newest, Tensor rows, Tensor positions, Tensor? noise, "
-      "Tensor limits) -> Tensor[]");
+      "Tensor limits, Tensor? halves, float least) -> Tensor[]");
   library.def("forget(int program) -> int");
 }
 

@@ -9,27 +9,23 @@
 
 namespace few_rows {
 
-// states_of, choice_of, newest, rows, positions: as `replay_drafts` has them; noise [A, n + 1, V]; limits [A], the drafts
-// of each row that count, up to n;
+// states_of, choice_of, newest, rows, positions, limits, halves, least: as `replay_drafts` has them; noise [A, n + 1, V];
 // verify: (states [N, .], row [N], position [N]) -> (logits [N, V], ...), which is given the newest token's place and those
-// of the drafts that count, N in all, row by row.
+// of the drafts that are kept, N in all, row by row.
 //
-// -> the full model's tokens [A, n + 1], drafts [A, n], how many of those that count it agreed with before the first that
-// it did not [A], then what `states_of` gives but the first [A, n + 1, .] and what `verify` gives but the first [N, .].
-// Tokens and drafts are of no meaning beyond what counts.
+// -> the full model's tokens [A, n + 1], drafts [A, n], their margins [A, n], how many were kept [A], how many of these it
+// agreed with before the first that it did not [A], then what `states_of` gives but the first [A, n + 1, .] and what `verify`
+// gives but the first [N, .]. Tokens are of no meaning beyond what was kept, drafts and margins beyond one more.
 inline std::vector<Tensor> replay_round(
     int64_t states_of, int64_t choice_of, int64_t verify, const Tensor& newest, const Tensor& rows, const Tensor& positions,
-    const std::optional<Tensor>& noise, const Tensor& limits) {
-  std::vector<Tensor> drafted = replay_drafts(states_of, choice_of, newest, rows, positions, noise);
+    const std::optional<Tensor>& noise, const Tensor& limits, const std::optional<Tensor>& halves, double least) {
+  std::vector<Tensor> drafted = replay_drafts(states_of, choice_of, newest, rows, positions, noise, limits, halves, least);
   Program& program = find_program(verify);
   check_sizes(program.inputs.size() == 3 && !program.outputs.empty() && (!noise || noise->size(1) == positions.size(1)));
-  const Tensor &drafts = drafted[0], &states = drafted[1];
+  const Tensor &drafts = drafted[0], &kept = drafted[2], &states = drafted[3];
   const int64_t n_rows = newest.numel(), places = positions.size(1), longest = places - 1;
-  check_dense(limits, ScalarType::Long);
-  check_sizes(limits.numel() == n_rows);
-  const int64_t* count = static_cast<const int64_t*>(limits.data_ptr());
+  const int64_t* count = static_cast<const int64_t*>(kept.data_ptr());
   const int64_t* draft = static_cast<const int64_t*>(drafts.data_ptr());
-  for (int64_t r = 0; r < n_rows; ++r) check_sizes(0 <= count[r] && count[r] <= longest);
 
   std::vector<int64_t> row, position;
   std::vector<char> start;
@@ -56,13 +52,13 @@ inline std::vector<Tensor> replay_round(
     const double* drawn = noise ? static_cast<const double*>(noise->data_ptr()) + r * places * vocabulary : nullptr;
     int64_t* token = static_cast<int64_t*>(tokens.data_ptr()) + r * places;
     for (int64_t place = 0; place <= count[r]; ++place, logit += vocabulary)
-      token[place] = choose_of(logit, drawn == nullptr ? drawn : drawn + place * vocabulary, vocabulary);
+      token[place] = choose_of(logit, drawn == nullptr ? drawn : drawn + place * vocabulary, vocabulary).token;
     int64_t right = 0;
     while (right < count[r] && draft[r * longest + right] == token[right]) ++right;
     static_cast<int64_t*>(accepted.data_ptr())[r] = right;
   }
-  std::vector<Tensor> results = {tokens, drafts, accepted};
-  results.insert(results.end(), drafted.begin() + 2, drafted.end());
+  std::vector<Tensor> results = {tokens, drafts, drafted[1], kept, accepted};
+  results.insert(results.end(), drafted.begin() + 4, drafted.end());
   for (size_t o = 1; o < program.outputs.size(); ++o) {
     const Tensor& output = program.outputs[o];
     results.push_back(torch::stable::new_empty(output, {total, output.numel() / program.room}));

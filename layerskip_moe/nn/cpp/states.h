@@ -173,28 +173,43 @@ inline Tensor remember(
   return y;
 }
 
+// What a row says, and by how much it is larger than what is largest but for it.
+struct Choice {
+  int64_t token;
+  double margin;
+};
+
 // Where a row's logits, plus noise if there is any, are largest.
-inline int64_t choose_of(const float* logits, const double* noise, int64_t vocabulary) {
+inline Choice choose_of(const float* logits, const double* noise, int64_t vocabulary) {
   const auto score = [&](int64_t token) { return logits[token] + (noise == nullptr ? 0.0 : noise[token]); };
   int64_t best = 0;
-  for (int64_t token = 1; token < vocabulary && !std::isnan(score(best)); ++token)  // (as torch: the first that is not a number)
-    if (!(score(token) <= score(best))) best = token;
-  return best;
+  double largest = score(0), second = -INFINITY;
+  for (int64_t token = 1; token < vocabulary && !std::isnan(largest); ++token) {  // (as torch: the first that is not a number)
+    const double one = score(token);
+    if (one <= second) continue;
+    if (one <= largest) second = one;
+    else second = largest, largest = one, best = token;
+  }
+  return {best, largest - second};
 }
 
-inline Tensor choose(const Tensor& logits, const std::optional<Tensor>& noise) {
+// Without noise a row's margin is that of its logits.
+inline std::tuple<Tensor, Tensor> choose(const Tensor& logits, const std::optional<Tensor>& noise) {
   if (noise) check_dense(*noise, ScalarType::Double);
   check_sizes(logits.dim() == 2 && (!noise || noise->numel() == logits.numel()));
   Tensor tokens = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Long);
+  Tensor margins = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Double);
   perform([=] {
     const int64_t rows = present_rows(logits), vocabulary = logits.size(1);
     const Numbers floats = as_floats(logits);
     const double* drawn = noise ? static_cast<const double*>(noise->data_ptr()) : nullptr;
-    for (int64_t n = 0; n < rows; ++n)
-      static_cast<int64_t*>(tokens.data_ptr())[n] =
-          choose_of(floats.data() + n * vocabulary, drawn == nullptr ? drawn : drawn + n * vocabulary, vocabulary);
+    for (int64_t n = 0; n < rows; ++n) {
+      const Choice choice = choose_of(floats.data() + n * vocabulary, drawn == nullptr ? drawn : drawn + n * vocabulary, vocabulary);
+      static_cast<int64_t*>(tokens.data_ptr())[n] = choice.token;
+      static_cast<double*>(margins.data_ptr())[n] = choice.margin;
+    }
   });
-  return tokens;
+  return {tokens, margins};
 }
 
 }  // namespace few_rows
