@@ -32,6 +32,7 @@ _RETHINK = 8  # rounds from one choice of a plan to the next
 _LOOK, _LOOK_LATER = 6, 96
 _REST, _LONGEST_REST = 16, 256  # steps of plain decoding from one look to the next, where drafting does not pay
 _UNION_MEMORY = 0.8  # of the unions of earlier looks
+_KNOWN = 30  # drafts judged of each exit, after which a text may begin without a look
 _DOUBT = 0.15  # of a fitted cost model: how far drafting may be from what it says, beside plain steps
 _SURE = 0.08  # doubt beyond this is worth a try of what else may be best
 _SUREST = 0.98  # of how likely a draft must be right
@@ -89,7 +90,7 @@ class Adaptive:
         self._drift = Drift(0.0)  # a given cost model is taken as it is
         self._last: tuple[int, int] | None = None  # what the last round was: exit layer and rows; None: none
         self._rounds = self._rest = self._looks = 0
-        self._to_look, self._next_rest = _LOOK, _REST
+        self._to_look, self._next_rest = _LOOK, 0
         self._plan, self._rows, self._knows_margins = _PLAIN, list[int](), True
 
     def prepare(self, model: MoEDecoder, rows: int) -> None:
@@ -112,10 +113,10 @@ class Adaptive:
         """Whether this step is one of plain decoding, of which nothing is to be told."""
         if self._is_new_text(session):
             self._begin(session)
-        if self._rest:
-            self._rest -= 1
-            return True
-        return False
+        if not self._rest or len(session.row_numbers) < len(self._rows):  # of fewer rows another plan may be best
+            return False
+        self._rest -= 1
+        return True
 
     def rested(self, rows: int, seconds: float) -> None:
         """How long that step took. The last few before a look count, which are not cold, and next to what follows."""
@@ -133,12 +134,22 @@ class Adaptive:
         # Greedy text and sampled text are not equally easy.
         self._acceptance = self._acceptances.setdefault(session.sampling.greedy, Acceptance(self.exits))
         self._acceptance.begin()
-        self._rest, self._next_rest, self._plan, self._rows, self._last = 0, _REST, _PLAIN, [], None
+        self._rest, self._next_rest, self._plan, self._last = 0, 0, _PLAIN, None
+        self._rows = list[int]()
         self._knows_margins = not session.sampling.filters
         if not self._acceptance.seen:  # people's text is harder than the model's own, and no measure of it for long
             for row, by_exit in zip(session.row_numbers, session.prompt_agreement(self.exits), strict=False):
                 for exit_layer, judged in by_exit.items():
                     self._acceptance.see(row, exit_layer, judged, exits_told=len(self.exits))
+        elif self._acceptance.seen > _KNOWN:
+            self._choose(session.row_numbers)
+            if not self._plan.exit_layer:
+                self._begin_rest()
+
+    def _begin_rest(self) -> None:
+        """Steps of plain decoding, twice as many as the last time. (A look at many rows takes longer, and tells more.)"""
+        self._rest = self._next_rest or _REST * min(len(self._rows), 8)
+        self._next_rest = min(2 * self._rest, _LONGEST_REST)
 
     def plan(self, session: Session) -> list[tuple[int, int]]:
         """The pair of each row; the same as in the last round, mostly."""
@@ -154,7 +165,6 @@ class Adaptive:
         self.experts = self.shadow and drafts
         if self.shadow:
             self._looks += 1
-            # (A look at many rows takes longer, and tells more.)
             self._to_look = min(_LOOK + 2 * self._looks * len(rows), _LOOK_LATER * len(rows))
         self.margin_rule = None
         if drafts and self._plan.least > 0:
@@ -249,9 +259,9 @@ class Adaptive:
         else:
             self._see_seconds(round)
         if self._plan.exit_layer:
-            self._next_rest = _REST
+            self._next_rest = 0
         else:
-            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)
+            self._begin_rest()
 
     def _see_seconds(self, round: RoundReport) -> None:
         """How long a round took that was like the one before: the first of a kind is recorded."""

@@ -49,42 +49,48 @@ inline std::vector<Tensor> replay_drafts(
   int64_t* draft = static_cast<int64_t*>(results[0].data_ptr());
   double* margin = static_cast<double*>(results[1].data_ptr());
   int64_t* kept = static_cast<int64_t*>(results[2].data_ptr());
-  std::vector<int64_t> token(static_cast<const int64_t*>(newest.data_ptr()), static_cast<const int64_t*>(newest.data_ptr()) + n_rows), at(n_rows);
+  std::vector<int64_t> active(n_rows), token(n_rows), row(n_rows), at(n_rows);  // of the rows that draft on
   std::vector<double> all_right(n_rows, 1.0);
-  for (int64_t place = 0, goes_on = 1; goes_on; ++place) {
+  for (int64_t r = 0; r < n_rows; ++r) active[r] = r, token[r] = static_cast<const int64_t*>(newest.data_ptr())[r];
+  for (int64_t place = 0; !active.empty(); ++place) {
+    const int64_t n_active = static_cast<int64_t>(active.size());
+    for (int64_t i = 0; i < n_active; ++i)
+      row[i] = static_cast<const int64_t*>(rows.data_ptr())[active[i]], at[i] = position[active[i] * places + place];
     {
-      const WithRows there(n_rows, states_program.room);
-      for (int64_t r = 0; r < n_rows; ++r) at[r] = position[r * places + place];
-      put(states_program.inputs[0], token.data()), put(states_program.inputs[1], rows), put(states_program.inputs[2], at.data());
+      const WithRows there(n_active, states_program.room);
+      put(states_program.inputs[0], token.data()), put(states_program.inputs[1], row.data()), put(states_program.inputs[2], at.data());
       for (const auto& step : states_program.steps) step();
     }
     for (size_t o = 0; o < states_program.outputs.size(); ++o) {
       const Tensor& states = results[3 + o];
       const size_t bytes = states.size(2) * states.element_size();
-      for (int64_t r = 0; r < n_rows; ++r)
+      for (int64_t i = 0; i < n_active; ++i)
         std::memcpy(
-            static_cast<char*>(states.data_ptr()) + (r * places + place) * bytes,
-            static_cast<const char*>(states_program.outputs[o].data_ptr()) + r * bytes, bytes);
+            static_cast<char*>(states.data_ptr()) + (active[i] * places + place) * bytes,
+            static_cast<const char*>(states_program.outputs[o].data_ptr()) + i * bytes, bytes);
     }
     if (place == longest) break;
-    const WithRows there(n_rows, choice_program.room);
+    const WithRows there(n_active, choice_program.room);
     put(choice_program.inputs[0], states_program.outputs[0].data_ptr());
     if (noise) {
       const int64_t vocabulary = noise->size(2);
-      for (int64_t r = 0; r < n_rows; ++r)
+      for (int64_t i = 0; i < n_active; ++i)
         std::memcpy(
-            static_cast<double*>(choice_program.inputs[1].data_ptr()) + r * vocabulary,
-            static_cast<const double*>(noise->data_ptr()) + (r * noise->size(1) + place) * vocabulary, vocabulary * sizeof(double));
+            static_cast<double*>(choice_program.inputs[1].data_ptr()) + i * vocabulary,
+            static_cast<const double*>(noise->data_ptr()) + (active[i] * noise->size(1) + place) * vocabulary, vocabulary * sizeof(double));
     }
     for (const auto& step : choice_program.steps) step();
-    goes_on = 0;
-    for (int64_t r = 0; r < n_rows; ++r) {
-      draft[r * longest + place] = token[r] = static_cast<const int64_t*>(choice_program.outputs[0].data_ptr())[r];
-      const double of_row = margin[r * longest + place] = static_cast<const double*>(choice_program.outputs[1].data_ptr())[r];
-      if (kept[r] < place || place >= limit[r]) continue;
-      if (half != nullptr) all_right[r] *= std::isinf(of_row) ? 1.0 : of_row / (of_row + half[r]);
-      if (half == nullptr || all_right[r] >= least) kept[r] = place + 1, goes_on = 1;
+    int64_t staying = 0;
+    for (int64_t i = 0; i < n_active; ++i) {
+      const int64_t r = active[i], chosen = static_cast<const int64_t*>(choice_program.outputs[0].data_ptr())[i];
+      const double of_draft = static_cast<const double*>(choice_program.outputs[1].data_ptr())[i];
+      draft[r * longest + place] = chosen, margin[r * longest + place] = of_draft;
+      if (place >= limit[r]) continue;
+      if (half != nullptr) all_right[r] *= std::isinf(of_draft) ? 1.0 : of_draft / (of_draft + half[r]);
+      if (half != nullptr && !(all_right[r] >= least)) continue;
+      kept[r] = place + 1, active[staying] = r, token[staying++] = chosen;
     }
+    active.resize(staying);
   }
   return results;
 }
