@@ -64,8 +64,8 @@ class CostModel:
         experts: Sequence[float] | None = None,
         made: Sequence[int] | None = None,
     ) -> float:
-        """Seconds of a round. By row: the layers that draft (0: none) and the drafts that are verified; by MoE layer: how
-        many different experts verification reads, by default as many as independent choices would be; by row the
+        """Seconds of a round. By row: the layers that draft (0: none) and the drafts that are verified; by MoE layer:
+        how many different experts verification reads, by default as many as independent choices would be; by row the
         drafts that are made, where more are than are verified."""
         return self.seconds_of(self.features(exit_layers, drafted, experts, made))
 
@@ -94,8 +94,9 @@ class CostModel:
         return self.amounts(exit_layer, max(drafted), most, rows, places, later)
 
     def amounts(self, exit_layer: int, longest: int, most: int, rows: int, places: int, later: float) -> list[float]:
-        """`features` of a round of so many rows and places, where the longest draft that is verified has so many tokens,
-        and the longest that is made has `most`, whose verification reads `later` more experts than one row would."""
+        """`features` of a round of so many rows and places, where the longest draft that is verified has so many
+        tokens, and the longest that is made has `most`, whose verification reads `later` more experts than one row
+        would."""
         early, late = exit_layer * (longest + 1), self.n_layers - exit_layer
         further = float(places - 1)
         return [

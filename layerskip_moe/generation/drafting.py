@@ -79,8 +79,8 @@ def go_together(session: Session, round_: Round, exit_layers: list[int], drafter
 def draft_and_verify(
     session: Session, round_: Round, exit_layer: int, watch: Watch, rule: MarginRule | None
 ) -> tuple[Tensor, list[int], list[list[Judged]]]:
-    """Draft, verify and choose in one call: tokens and how many drafts were accepted, as `Round.settle` has them, and what
-    is known of drafts, see `RoundReport.judged`. Where a rule keeps fewer drafts, `round_` gets lower limits."""
+    """Draft, verify and choose in one call: tokens and how many drafts were accepted, as `Round.settle` has them, and
+    what is known of drafts, see `RoundReport.judged`. Where a rule keeps fewer drafts, `round_` gets lower limits."""
     done = speculate(
         session.model,
         session.newest,

@@ -21,9 +21,9 @@ _MOST_PLACES = 16  # of a prompt
 
 
 def prompt_agreement(session: "Session", exits: Sequence[int]) -> list[dict[int, list[Judged]]]:
-    """For each row, by exit layer, its margin at the last places of the prompt, and whether it would have said there what
-    the full model would, with that place's noise. Margins are nan where sampling filters. Nothing where the prompt's states were not kept, or there are none, or the text has
-    gone on since."""
+    """For each row, by exit layer, its margin at the last places of the prompt, and whether it would have said there
+    what the full model would, with that place's noise. Margins are nan where sampling filters. Nothing where the
+    prompt's states were not kept, or there are none, or the text has gone on since."""
     prompt = session.prompt
     if prompt is None or any(session.outputs):
         return []

@@ -116,8 +116,9 @@ class Session:
             self.prompt = first, RunOutput(output.hidden[:, first:].clone(), ends)
 
     def prompt_agreement(self, exits: Sequence[int]) -> list[dict[int, list[Judged]]]:
-        """For each row, by exit layer, its margin at the prompt's last places, and whether it would have said there what
-        the full model would. For the exits whose states `prefill` kept, before the first round; [] where there are none."""
+        """For each row, by exit layer, its margin at the prompt's last places, and whether it would have said there
+        what the full model would. For the exits whose states `prefill` kept, before the first round; [] where there
+        are none."""
         return prompt_agreement(self, exits)
 
     def new_cache(self, model: MoEDecoder, *, n_layers: int | None = None) -> KVCache:
@@ -175,8 +176,8 @@ class Session:
         collect: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Drafts by some layers and the head, one after another, after the newest token, which is at the first of
-        positions [A, n + 1], their margins, and states, as `MoEDecoder.draft` has them. Nothing is filtered out or penalised. rows
-        [R]: the rows that draft, where not all do, of which all else is given and returned."""
+        positions [A, n + 1], their margins, and states, as `MoEDecoder.draft` has them. Nothing is filtered out or
+        penalised. rows [R]: the rows that draft, where not all do, of which all else is given and returned."""
         return self.model.draft(
             self.newest if rows is None else self.newest[rows],
             layers,

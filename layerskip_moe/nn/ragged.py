@@ -13,15 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 Judged = tuple[float, bool]  # of a draft: its margin (nan: not known), and whether the model that verifies agreed
 
 
 @dataclass(frozen=True)
 class MarginRule:
-    """When a row drafts no more: by its drafts' margins, which are by how much what a draft was chosen by, its logit and
-    its place's noise, is larger than the second largest. The model that verifies chooses with the same noise, so that a
-    draft which was clearly the first is likely to be its choice, too.
+    """When a row drafts no more: by its drafts' margins, which are by how much what a draft was chosen by, its logit
+    and its place's noise, is larger than the second largest. The model that verifies chooses with the same noise, so
+    that a draft which was clearly the first is likely to be its choice, too.
 
     A draft of margin m is taken to be right with probability m / (m + half), and is kept while all of a row's drafts so
     far, it too, are right with probability `least` or more.

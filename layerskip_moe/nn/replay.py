@@ -62,8 +62,8 @@ class Recording:
 def drafts_of(
     recordings: Sequence[Recording], newest: Tensor, rows: Tensor, positions: Tensor, noise: Tensor | None
 ) -> list[Tensor]:
-    """Draft tokens one after another by two recordings, see `cpp/drafts.h`: drafts and their margins [A, n], and each of
-    the states [A, n + 1, .]."""
+    """Draft tokens one after another by two recordings, see `cpp/drafts.h`: drafts and their margins [A, n], and each
+    of the states [A, n + 1, .]."""
     limits = torch.full((len(newest),), positions.shape[1] - 1)
     drafts, margins, _, *states = torch.ops.layerskip_moe_few_rows.replay_drafts.default(
         *(recording.number for recording in recordings), *_dense(newest, rows, positions, noise), limits, None, 0.0
@@ -81,8 +81,8 @@ def round_of(
     rule: MarginRule | None,
 ) -> list[Tensor]:
     """Draft by two recordings and verify by a third, see `cpp/rounds.h`: the full model's tokens [A, n + 1], drafts
-    [A, n], their margins [A, n], how many of each row's first limits [A] were kept and how many of these were right [A],
-    then states of drafting [A, n + 1, .] and of verification [N, .]."""
+    [A, n], their margins [A, n], how many of each row's first limits [A] were kept and how many of these were right
+    [A], then states of drafting [A, n + 1, .] and of verification [N, .]."""
     halves, least = (None, 0.0) if rule is None else (torch.tensor(rule.halves, dtype=torch.float64), rule.least)
     return torch.ops.layerskip_moe_few_rows.replay_round.default(
         *(recording.number for recording in recordings), *_dense(newest, rows, positions, noise), limits, halves, least

@@ -92,8 +92,8 @@ def _in_two_steps(
     limits: Sequence[int],
     rule: MarginRule | None,
 ) -> Speculated:
-    """`speculate` by `MoEDecoder.draft` and `MoEDecoder.decode`; wanted: layers of the two whose states are. All that may
-    be drafted is, before the rule is asked."""
+    """`speculate` by `MoEDecoder.draft` and `MoEDecoder.decode`; wanted: layers of the two whose states are. All that
+    may be drafted is, before the rule is asked."""
     first = None if noise is None else noise[:, :-1]
     drafts, margins, (states, *early) = model.draft(
         newest, range(exit_layer), positions=positions, cache=cache, noise=first, collect=wanted[0]

@@ -51,6 +51,8 @@ def test_every_layer_is_asked_at_every_position(model, temperature):
     assert text.said.tolist() == chosen[..., 0].tolist()
     assert text.confidence == pytest.approx(logs.exp().gather(-1, chosen)[..., 0].numpy(), abs=1e-4)
     assert text.second.tolist() == scores.topk(2).indices[..., 1].tolist()
+    largest = scores.topk(2).values * (temperature or 1)
+    assert text.margin == pytest.approx((largest[..., 0] - largest[..., 1]).numpy(), abs=1e-3)
     assert text.agreement.tolist() == (chosen[..., 0] == chosen[-1, :, 0]).tolist()
     assert text.experts.shape == (2, length, 2)
     for index, layer in enumerate((0, 2)):
@@ -107,7 +109,7 @@ def test_a_file_gives_back_the_trace(trace, tmp_path):
     assert len(again.texts) == 5 and [len(texts) for texts in again.continuations().values()] == [2, 2]
     for one, other in zip(again.texts, trace.texts, strict=True):
         assert (one.prompt_length, one.temperature, one.seed) == (other.prompt_length, other.temperature, other.seed)
-        for name in ("tokens", "said", "second", "confidence", "experts"):
+        for name in ("tokens", "said", "second", "confidence", "margin", "experts"):
             assert np.array_equal(getattr(one, name), getattr(other, name)), name
     assert again.texts[0].said.dtype == again.texts[0].experts.dtype == np.uint8
     assert [file.name for file in path.parent.iterdir()] == ["trace.npz"]
@@ -138,5 +140,5 @@ def test_files_that_are_no_trace(trace, tmp_path):
     header = json.loads(arrays["header"].tobytes())
     words = json.dumps({**header, "version": 7}).encode()
     np.savez(path, **{**arrays, "header": np.frombuffer(words, dtype=np.uint8)})
-    with pytest.raises(ValueError, match="of version 7, and this library reads version 2; record it anew"):
+    with pytest.raises(ValueError, match="of version 7, and this library reads version 3; record it anew"):
         load_trace(path)

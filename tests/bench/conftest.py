@@ -37,20 +37,22 @@ def invented_text():
         experts = draws.random((moe_layers, states, config.num_experts)).argsort(axis=-1)[..., : config.top_k]
         second = (said + draws.integers(1, config.vocab_size, size=said.shape)) % config.vocab_size
         confidence = draws.random(said.shape).astype(np.float32)
-        return TracedText(tokens, 2, 0.0, seed, said, second, confidence, experts)
+        margin = draws.exponential(size=said.shape).astype(np.float32)
+        return TracedText(tokens, 2, 0.0, seed, said, second, confidence, margin, experts)
 
     return build
 
 
 class _Cost:
-    """1 for each layer a draft or a place runs through, 0.5 for each pass of the head, 0.1 for each expert read."""
+    """1 for each layer a draft or a place runs through, 0.5 for each pass of the head, 0.1 for each expert read. One
+    that is let go takes a pass of the head."""
 
     def __init__(self, n_layers):
         self.n_layers = n_layers
 
-    def round_seconds(self, exit_layers, drafted, experts=None):
-        [exit_layer], [drafts] = exit_layers, drafted
-        drafting = (drafts + 1) * exit_layer + 0.5 * drafts
+    def round_seconds(self, exit_layers, drafted, experts=None, made=None):
+        [exit_layer], [drafts], [chosen] = exit_layers, drafted, made or drafted
+        drafting = (drafts + 1) * exit_layer + 0.5 * chosen
         return drafting + self.n_layers - exit_layer + 0.5 + 0.1 * sum(experts or [])
 
 

@@ -91,18 +91,28 @@ def test_no_other_nonnegative_costs_are_nearer(seed, columns):
 def test_costs_of_rounds_that_lasted_what_they_should():
     """The median of rounds of a kind counts, so that one that was disturbed moves nothing."""
     true = CostModel(6, (1, 3, 5), 4, 2, seconds=(1e-3, 5e-4, 3e-4, 1e-4, 2e-5, 3e-4, 4e-5, 5e-5, 6e-5))
-    kinds = [([layer] * rows, [drafts] * rows) for layer in (1, 3) for drafts in (1, 2, 4, 8) for rows in (1, 2, 3)]
-    kinds += [([0] * rows, [0] * rows) for rows in (1, 2, 3)]
+    kinds = [(layer, drafts, drafts, rows) for layer in (1, 3) for drafts in (1, 2, 4, 8) for rows in (1, 2, 3)]
+    kinds += [(0, 0, 0, rows) for rows in (1, 2, 3)] + [(3, 0, 1, 1), (1, 0, 1, 2)]  # with a draft that is let go
     blocks = []
-    for index, (exit_layers, drafted) in enumerate(kinds):
+    for index, (exit_layer, drafted, made, rows) in enumerate(kinds):
         experts = [2 + index % 3, 4 - index % 2, 2 + index % 2]
-        seconds = true.round_seconds(exit_layers, drafted, experts)
-        block = cost_model._Block(max(exit_layers), tuple(drafted), experts, [seconds, seconds, 10 * seconds])
+        seconds = true.round_seconds([exit_layer] * rows, [drafted] * rows, experts, [made] * rows)
+        block = cost_model._Block(
+            exit_layer, (drafted,) * rows, (made,) * rows, experts, False, [seconds, seconds, 10 * seconds]
+        )
         blocks += [block, block]
     found = cost_model._fitted_to(SPARSE, blocks)
-    for exit_layers, drafted in (*kinds, ([2, 2], [3, 3])):
-        expected = true.round_seconds(exit_layers, drafted, [3, 3, 3])
-        assert found.round_seconds(exit_layers, drafted, [3, 3, 3]) == pytest.approx(expected, rel=0.01)
+    for exit_layer, drafted, made, rows in (*kinds, (2, 3, 3, 2), (2, 2, 3, 1)):
+        round_ = [exit_layer] * rows, [drafted] * rows, [3, 3, 3], [made] * rows
+        assert found.round_seconds(*round_) == pytest.approx(true.round_seconds(*round_), rel=0.01)
+
+
+def test_a_draft_that_is_let_go_costs_its_choice():
+    cost = CostModel(6, (1, 3, 5), 4, 2, seconds=(1e-3, 5e-4, 3e-4, 1e-4, 2e-5, 3e-4, 4e-5, 5e-5, 6e-5))
+    assert cost.round_seconds([2], [3], made=[4]) == pytest.approx(cost.round_seconds([2], [3]) + 3e-4)
+    # Of none at all: a step of plain decoding, and what drafting costs beside its layers.
+    alone = cost.round_seconds([2], [0], made=[1]) - cost.round_seconds([0], [0])
+    assert alone == pytest.approx(5e-4 + 3e-4 + 2 * (1e-4 - 3e-4))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ LAYERS = range(2)
 
 
 def drafted(model, rows, count, temperature, *, compiled, one_by_one=False):
-    """Three drafts in a row of `rows` rows whose lengths differ: tokens, margins, states, and what the cache then holds."""
+    """Three drafts in a row of `rows` rows whose lengths differ: tokens, margins, states, and the cache."""
     generator = torch.Generator().manual_seed(rows + count)
     cache = KVCache(model.config, rows, 40, dtype=model.dtype)
     cache.extend(torch.arange(rows) + 1)

@@ -7,8 +7,8 @@ chosen by is larger than the second largest:
 
 Margins lie about a text's own level as exponentially distributed numbers do about their mean M, whatever the exit: with
 noise because of the noise, without it nearly so. So all that is to be known is h, of which -log h = b + d: b is the
-exit's, kept from text to text, d the row's, which tells easy stretches from hard; and M, the rows' and that of all. Where
-margins are not known, P(right) is the mean over them, which depends on h / M alone.
+exit's, kept from text to text, d the row's, which tells easy stretches from hard; and M, the rows' and that of all.
+Where margins are not known, P(right) is the mean over them, which depends on h / M alone.
 
 b and d take a step along the gradient of the log-likelihood for each draft that was judged, b a smaller one the more it
 has seen. Knows nothing of time. Next: `adaptive.py`, which weighs acceptance against it.
@@ -77,7 +77,8 @@ class Acceptance:
         return math.exp(-self._exits[exit_layer][0] - self._rows.get(row, (0.0, 0.0))[0])
 
     def course(self, row: int, exit_layer: int, least: float, length: int) -> Course:
-        """Of rounds of at most so many drafts by that exit, kept while all are right with probability `least` or more."""
+        """Of rounds of at most so many drafts by that exit, kept while all are right with probability `least` or
+        more."""
         of_row, above = self._rows.get(row, (0.0, 0.0))
         log_mean = self._level + above - _MEAN_LOG
         # (Not to the last digit: courses are the same then, and known.)

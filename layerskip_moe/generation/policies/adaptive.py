@@ -41,8 +41,8 @@ _TIMED = 8  # plain steps that are timed, at the end of a rest
 
 @dataclass(frozen=True)
 class _Plan:
-    """Tokens per second that are expected, layers that draft (0: none), the most drafts of a row, and how likely they must
-    all be right for the last one to be kept."""
+    """Tokens per second that are expected, layers that draft (0: none), the most drafts of a row, and how likely they
+    must all be right for the last one to be kept."""
 
     worth: float
     exit_layer: int
@@ -57,15 +57,15 @@ class Adaptive:
     """Maximises expected tokens / expected seconds of a round over exit layers and how sure a draft must be, no drafts
     included.
 
-    All rows of a batch draft by the same layers, each as many tokens as pay: a draft that is right with probability p, as
-    are those before it, adds p tokens, and the time of a place more; so it is kept where p is at least that time times the
-    tokens per second of the best plan. How likely a draft is right is told by its margin (`MarginRule`); where margins are
-    not known, all rows draft a fixed number. The plan is chosen anew every eighth round, and changed for one that
-    is 2% better; drafting must promise 3% more than plain decoding, 10% in batches, and less while costs are in doubt.
-    Every now and then a round asks what other exits would have said. Where drafting does not pay, decoding is plain for
-    16 steps, then 32, and so on up to 256, from look to look. What was learnt of acceptance is kept from text to text,
-    and how long steps take beside what was reckoned, too: where it is in doubt which of the two is faster, the other
-    one is tried.
+    All rows of a batch draft by the same layers, each as many tokens as pay: a draft that is right with probability p,
+    as are those before it, adds p tokens, and the time of a place more; so it is kept where p is at least that time
+    times the tokens per second of the best plan. How likely a draft is right is told by its margin (`MarginRule`);
+    where margins are not known, all rows draft a fixed number. The plan is chosen anew every eighth round, and changed
+    for one that is 2% better; drafting must promise 3% more than plain decoding, 10% in batches, and less while costs
+    are in doubt. Every now and then a round asks what other exits would have said. Where drafting does not pay,
+    decoding is plain for 16 steps, then 32, and so on up to 256, from look to look. What was learnt of acceptance is
+    kept from text to text, and how long steps take beside what was reckoned, too: where it is in doubt which of the
+    two is faster, the other one is tried.
 
     length: the most drafts in a round, K
     cost_model: seconds of a round, which are taken as they are; None: fitted to the model when first needed, see
@@ -147,7 +147,8 @@ class Adaptive:
                 self._begin_rest()
 
     def _begin_rest(self) -> None:
-        """Steps of plain decoding, twice as many as the last time. (A look at many rows takes longer, and tells more.)"""
+        """Steps of plain decoding, twice as many as the last time. (A look at many rows takes longer, and tells
+        more.)"""
         self._rest = self._next_rest or _REST * min(len(self._rows), 8)
         self._next_rest = min(2 * self._rest, _LONGEST_REST)
 
@@ -190,9 +191,9 @@ class Adaptive:
         """The best plan for that exit, where so many tokens per second are known to be possible."""
         assert self._acceptance is not None
         n_rows, least = len(rows), 0.0
-        if self._knows_margins:  # what it costs to keep a draft is to run it through all layers
-            more = self._seconds(exit_layer, 2, 2 + n_rows, n_rows) - self._seconds(exit_layer, 1, 1 + n_rows, n_rows)
-            least = min(worth * max(more, 0.0), _SUREST)
+        if self._knows_margins:  # what it costs that every row keeps one more is to run them through all layers
+            more = self._seconds(exit_layer, 2, 3 * n_rows, n_rows) - self._seconds(exit_layer, 1, 2 * n_rows, n_rows)
+            least = min(worth * max(more, 0.0) / n_rows, _SUREST)
         # Verification of more places is another kind of work.
         length = self.length if n_rows > few_rows.MOST_ROWS else min(self.length, few_rows.MOST_ROWS // n_rows - 1)
         courses = zip(*(self._acceptance.course(row, exit_layer, least, length) for row in rows), strict=True)
@@ -213,7 +214,8 @@ class Adaptive:
         return best
 
     def _seconds(self, exit_layer: int, longest: float, places: float, rows: int, most: float | None = None) -> float:
-        """Seconds expected of a round of this text, by now; of numbers that are expected, between those of whole ones."""
+        """Seconds expected of a round of this text, by now; of numbers that are expected, between those of whole
+        ones."""
         most, short, few = longest if most is None else most, int(longest), int(places)
         seconds = self._reckoned_seconds(exit_layer, short, few, rows)
         if longest > short:

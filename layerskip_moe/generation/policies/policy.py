@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from layerskip_moe.generation.session import Session
-from layerskip_moe.nn.ragged import Judged, MarginRule
+from layerskip_moe.nn.ragged import Judged
 
 
 @dataclass  # (not frozen: one is made each round, which takes thrice as long for frozen ones)
@@ -37,10 +37,10 @@ class RoundReport:
         shadow: [A, L, T] int64, the token that the state after each layer says at each place, by the shared head and
             with the drafts' noise (the last layer's are `tokens`); -1 beyond a row's drafts and one more, and at layers
             that are not among the policy's `exits`. None where its `shadow` is False.
-        judged: for each row the margin (`nn/ragged.py`) of each draft, and whether the full model agreed, as far as that
-            is known: up to the first wrong one, and of one that was let go behind right ones. Known of rounds that are
-            one call: where all rows draft by the same layers, the policy has no `should_stop`, and sampling has
-            neither filters nor coupling="rejection". None elsewhere.
+        judged: for each row the margin (`nn/ragged.py`) of each draft, and whether the full model agreed, as far as
+            that is known: up to the first wrong one, and of one that was let go behind right ones. Known of rounds
+            that are one call: where all rows draft by the same layers, the policy has no `should_stop`, and sampling
+            has neither filters nor coupling="rejection". None elsewhere.
         shadow_margins: [A, L, T] float64, the margins of `shadow`; nan where there are none, and where sampling filters
             or penalises. None where `shadow` is.
     """
@@ -68,8 +68,8 @@ class Policy(Protocol):
     experts: asked before each round: where True, `RoundReport.experts` is filled in
     exits: exit layers, below L: shadow tokens are of these alone. Their states at the end of the prompts are kept,
         too, in `Session.prompt`
-    margin_rule: asked after each `plan`: a `MarginRule` by which rows draft no more where they are unsure, or None. It is
-        left aside in rounds of which nothing would be `judged`
+    margin_rule: asked after each `plan`: a `MarginRule` by which rows draft no more where they are unsure, or None. It
+        is left aside in rounds of which nothing would be `judged`
     rests: a method of the session, asked first: where it returns True, this step is one of plain decoding, without
         `plan` and `observe`
     rested: a method of (rows, seconds), called after such a step: of how many rows it was, and how long it took, as in
