@@ -109,6 +109,7 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
         accepted = text.accepted(place, exit_layer, drafted)
         experts, seconds = text.experts(place, exit_layer, drafted), text.seconds(place, exit_layer, drafted, made)
         places = slice(place, place + drafted + 1)
+        judged = _judged(text, place, exit_layer, min(accepted + 1, made)) if limit and stop is None else None
         place += accepted + 1
         session.remaining, session.newest = [text.length - place], _tokens(text.tokens[place - 1 : place])
         report = RoundReport(
@@ -121,7 +122,7 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
             tokens=_tokens(text.tokens[places]),
             experts=experts if experts and getattr(policy, "experts", False) else None,
             shadow=_shadow(text, places, policy, config) if policy.shadow else None,
-            judged=_judged(text, place, exit_layer, min(accepted + 1, made)) if limit and stop is None else None,
+            judged=judged,
             shadow_margins=torch.from_numpy(text.margin[None, :, places].astype("float64")) if policy.shadow else None,
         )
         policy.observe(report)

@@ -140,6 +140,11 @@ class SelfSpeculative:
             shadow, experts = policy.shadow, getattr(policy, "experts", False)
             rule = getattr(policy, "margin_rule", None)
         _check_plan(plan, session)
+        if rule is not None and len(rule.halves) != len(plan):
+            raise ValueError(
+                f"the policy's margin rule is for {len(rule.halves)} rows, and {len(plan)} are active; "
+                "give a half for each."
+            )
         started = _clock(session)
         watch = Watch(watched_exits(policy, session.model.config) if shadow else (), experts, shadow)
         stop = policy.should_stop

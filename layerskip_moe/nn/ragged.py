@@ -33,6 +33,10 @@ class MarginRule:
     halves: Sequence[float]
     least: float
 
+    def __post_init__(self) -> None:
+        if not all(half > 0 for half in self.halves) or not 0 <= self.least <= 1:
+            raise ValueError(f"halves={list(self.halves)} must be above 0, and least={self.least} between 0 and 1.")
+
     def kept(self, margins: Tensor, limits: Sequence[int]) -> list[int]:
         """How many of each row's drafts are kept, of margins [A, T - 1] and up to its limit."""
         found = []

@@ -13,6 +13,7 @@ from layerskip_moe.bench.replay import replay
 from layerskip_moe.bench.rounds import TextRounds
 from layerskip_moe.generation import SelfSpeculative, generate
 from layerskip_moe.generation.policies import DEL, DraftVerify, Fixed, Heuristic
+from layerskip_moe.nn.ragged import MarginRule
 
 PROMPTS = [[3, 9, 21], [5], [7, 7, 2, 1]]
 NEW = 16
@@ -82,6 +83,49 @@ def test_policies_that_look_at_no_clock_have_the_rounds_of_decoding(small_model,
     told, (again, _) = really(model, texts, make()), replayed(model, texts, make(), cost_of(4))
     for real, copy in zip(told, again, strict=True):
         assert [report.accepted for report in copy] == [report.accepted for report in real]
+
+
+class Unsure:
+    """Drafts by a margin rule, another one in each round."""
+
+    should_stop = None
+
+    def __init__(self):
+        self.count, self.shadow = 0, False
+
+    def plan(self, session):
+        self.count += 1
+        self.shadow = self.count % 3 == 0
+        self.margin_rule = MarginRule([0.1 * (1 + self.count % 4)], 0.2 * (self.count % 5))
+        return [(1 + self.count % 3, 3)]
+
+    def observe(self, round):
+        pass
+
+
+def test_margin_rules_have_the_very_rounds_of_decoding(small_model, texts, cost_of):
+    model = small_model()
+    told, (again, rounds) = really(model, texts, Unsure()), replayed(model, texts, Unsure(), cost_of(4))
+    let_go = 0
+    for real, copy in zip(itertools.chain(*told), itertools.chain(*again), strict=True):
+        assert (copy.accepted, copy.exit_layers) == (real.accepted, real.exit_layers)
+        if not max(real.exit_layers):
+            continue
+        if real.accepted == real.drafted or copy.accepted == copy.drafted:  # (behind a refused one all is different)
+            assert copy.drafted == real.drafted
+        assert [right for _, right in copy.judged[0]] == [right for _, right in real.judged[0]]
+        margins = [margin for margin, _ in copy.judged[0]]
+        assert margins == pytest.approx([margin for margin, _ in real.judged[0]], abs=1e-4)
+        let_go += len(real.judged[0]) > real.drafted[0]
+        if real.shadow is not None:
+            there = slice(real.accepted[0] + 1)
+            assert torch.allclose(copy.shadow_margins[:, :3, there], real.shadow_margins[:, :3, there], atol=1e-4)
+    assert let_go > 0
+    for of_text, reports in zip(rounds, again, strict=True):
+        for one, report in zip(of_text, reports, strict=True):
+            made = max(len(report.judged[0]), one.drafted) if report.judged else 0
+            if made > one.drafted == one.accepted and one.exit_layer:
+                assert one.seconds == cost_of(4).round_seconds([one.exit_layer], [one.drafted], one.experts, [made])
 
 
 class Curious:

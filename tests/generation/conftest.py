@@ -10,6 +10,7 @@ import torch
 
 from layerskip_moe.generation.sampling import gumbel_noise, log_probabilities
 from layerskip_moe.nn import ModelConfig, MoEDecoder, RunOutput
+from layerskip_moe.nn.ragged import MarginRule
 
 # What float32 may move a logit by, against float64, in the models below (measured: 1e-5; tested in test_ties.py).
 ROUNDING = 5e-5
@@ -138,15 +139,19 @@ def table_model():
 
 
 class _RandomPolicy:
-    """Plans any legal thing for each row, stops at random, and looks at random at what costs: lossless all the same."""
+    """Plans any legal thing for each row, stops at random or where a margin is small, and looks at random at what
+    costs: lossless all the same."""
 
-    def __init__(self, seed=0, longest=4):
-        self._draw, self._longest, self.rounds = random.Random(seed), longest, []
+    def __init__(self, seed=0, longest=4, by_margin=True):
+        self._draw, self._longest, self._by_margin, self.rounds = random.Random(seed), longest, by_margin, []
 
     def plan(self, session):
         layers = session.model.config.n_layers
         self.shadow, self.experts = (self._draw.random() < 0.3 for _ in range(2))
         self.should_stop = self._stop if self._draw.random() < 0.5 else None
+        halves = [self._draw.uniform(0.01, 2.0) for _ in session.row_numbers]
+        ruled = self._by_margin and self._draw.random() < 0.6
+        self.margin_rule = MarginRule(halves, self._draw.random()) if ruled else None
         pairs = [(self._draw.randint(1, layers), self._draw.randint(0, self._longest)) for _ in session.row_numbers]
         pairs = pairs if self._draw.random() < 0.5 else [(pairs[0][0], length) for _, length in pairs]
         return pairs if self._draw.random() < 0.7 else pairs[:1] * len(pairs)
@@ -162,7 +167,7 @@ class _RandomPolicy:
 
 @pytest.fixture(scope="session")
 def random_policy():
-    """random_policy(seed=0, longest=4) -> a policy without sense; `rounds` are those it observed."""
+    """random_policy(seed=0, longest=4, by_margin=True) -> a policy without sense; `rounds` are those it observed."""
     return _RandomPolicy
 
 

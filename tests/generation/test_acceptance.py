@@ -31,14 +31,14 @@ def test_nothing_known_is_the_same_for_all():
 
 
 def test_a_step_along_the_gradient():
-    """One draft of margin 3, right: the exit by 2 / 1.15 of what was missing, the row by 0.4 of it."""
+    """One draft of margin 3, right: the exit by 1 / 1.15 of what was missing, the row by 0.12 of it."""
     acceptance = Acceptance(EXITS)
     missing = 1 - 3 / (3 + math.exp(-2))
     acceptance.see(5, 2, [(3.0, True)])
-    known = 2 + 2 / 1.15 * missing
-    assert acceptance.half(5, 2) == pytest.approx(math.exp(-known - 0.4 * missing))
+    known = 2 + 1 / 1.15 * missing
+    assert acceptance.half(5, 2) == pytest.approx(math.exp(-known - 0.12 * missing))
     assert acceptance.half(6, 2) == pytest.approx(math.exp(-known)), "another row"
-    assert acceptance.half(5, 4) == pytest.approx(math.exp(-2 - 0.4 * missing)), "the row's other exits"
+    assert acceptance.half(5, 4) == pytest.approx(math.exp(-2 - 0.12 * missing)), "the row's other exits"
     assert acceptance.seen == 0, "of the others nothing"
 
 

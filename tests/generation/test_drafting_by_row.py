@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from layerskip_moe.generation import Autoregressive, SelfSpeculative, generate
 from layerskip_moe.generation.policies import Fixed
 from layerskip_moe.nn import decoder
+from layerskip_moe.nn.ragged import MarginRule
 
 ROWS, EVERY = 3, frozenset(range(64))
 
@@ -142,7 +143,7 @@ def test_what_shadows_say(counting_model):
 @given(seed=st.integers(0, 10**6), agreed=st.lists(st.sets(st.integers(1, 12)), min_size=1, max_size=ROWS))
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_nothing_runs_twice_whatever_is_planned(counting_model, random_policy, seed, agreed):
-    model, policy = counting_model(agreed), random_policy(seed)
+    model, policy = counting_model(agreed), random_policy(seed, by_margin=False)
     calls = decode(model, policy, 12, rows=len(agreed))
     for layer in range(4):
         ran = sum(rows * places for first, end, rows, places in calls if first <= layer < end)
@@ -264,3 +265,43 @@ def test_rows_that_stop_leave_the_others_their_texts(trained_model, random_polic
     assert len(set(map(len, plain))) > 1
     policy = random_policy(seed)
     assert generate(trained_model(), prompts, SelfSpeculative(policy=policy), **settings).tokens == plain
+
+
+def test_what_a_margin_rule_lets_go_is_judged_and_not_verified(trained_model):
+    """Beside the same rounds without it."""
+    model, how = trained_model(n_layers=4), dict(max_new_tokens=12, temperature=0.9, seed=1)
+    rule = MarginRule([0.5], 0.7)
+    whole, ruled = Planned([(2, 4)], should_stop=None), Planned([(2, 4)], should_stop=None, margin_rule=rule)
+    tokens = [generate(model, [[3, 9, 21]], SelfSpeculative(policy=policy), **how).tokens for policy in (whole, ruled)]
+    assert tokens[0] == tokens[1]
+    one, other = whole.reports[0], ruled.reports[0]
+    kept = other.drafted[0]
+    assert kept < one.drafted[0] == 4 and other.accepted[0] == min(one.accepted[0], kept)
+    assert other.judged[0] == one.judged[0][: kept + 1]
+    assert len(one.judged[0]) == min(one.accepted[0] + 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sampling"),
+    [({"coupling": "rejection"}, {"temperature": 0.9}), ({}, {"temperature": 0.9, "top_k": 5})],
+    ids=["rejection", "filters"],
+)
+def test_a_margin_rule_is_left_aside_where_margins_tell_nothing(trained_model, strategy, sampling):
+    policy = Planned(*[[(2, 4)]] * 3, should_stop=None, margin_rule=MarginRule([1e9], 1.0))
+    generate(
+        trained_model(n_layers=4),
+        [[3, 9, 21]],
+        SelfSpeculative(policy=policy, **strategy),
+        max_new_tokens=17,
+        **sampling,
+    )
+    assert policy.reports[0].drafted == [4] and policy.reports[0].judged is None
+
+
+def test_margin_rules_that_cannot_be(trained_model):
+    policy = Planned([(2, 4)] * 2, should_stop=None, margin_rule=MarginRule([0.1], 0.5))
+    with pytest.raises(ValueError, match="margin rule is for 1 rows, and 2 are active"):
+        generate(trained_model(n_layers=4), [[3], [4]], SelfSpeculative(policy=policy), max_new_tokens=5)
+    for halves, least in (([0.0], 0.5), ([float("nan")], 0.5), ([0.1], 1.5), ([0.1], float("nan"))):
+        with pytest.raises(ValueError, match="must be above 0, and least"):
+            MarginRule(halves, least)

@@ -26,9 +26,9 @@ Course = tuple[tuple[float, float], ...]
 
 _FIRST_GUESS = 2.0  # b of an exit of which nothing is known: right half of the time where the margin is 0.14
 # b moves by _STEP / (1 + _SLOWER * seen), and at least by _STEP / _SLOWEST.
-_STEP, _SLOWER, _SLOWEST = 2.0, 0.15, 160.0
-_ROW_STEP = 0.4
-_LEVEL_STEP, _ROW_LEVEL_STEP = 0.02, 0.1  # of mean log margins
+_STEP, _SLOWER, _SLOWEST = 1.0, 0.15, 160.0
+_ROW_STEP = 0.12
+_LEVEL_STEP, _ROW_LEVEL_STEP = 0.02, 0.04  # of mean log margins
 _MEAN_LOG = -0.5772  # of exponentially distributed numbers whose mean is 1
 _FARTHEST = 8.0  # log margins are taken to lie between minus and plus this
 _PARTS = 16  # of the distribution of margins
