@@ -95,7 +95,7 @@ def generate(
     compile:     make decoding fast first: on a CPU compile kernels, seconds once per machine, and record steps; on a
                  GPU, where Triton is, compile blocks, once per process and kind of step, and capture steps as CUDA
                  graphs. What is recorded serves later calls: a model keeps its last cache, where that is at most a
-                 quarter of its weights' size. False decodes at once, and several times slower;
+                 quarter of its weights' size, or 64 MiB. False decodes at once, and several times slower;
                  it adds in another order, so that where two tokens tie the text may differ from the other's. A model
                  with hooks on its modules, or modules whose `forward` was replaced, is run step by step in any case, so
                  that they are called.

@@ -1,7 +1,7 @@
 """Caches kept from one `generate` to the next, with the steps recorded on them, each of which took as long as many
 repeats of it.
 
-A model keeps one, of at most a quarter of its weights' size. It serves as many rows again that are no longer, while
+A model keeps one, of at most a quarter of its weights' size, or 64 MiB. It serves as many rows again that are no longer, while
 every module, parameter, buffer and setting of the model is what it was.
 
 Knows nothing of what is recorded. Next: `nn/cache.py`, `nn/steps.py`; `session.py`, which asks.
@@ -17,7 +17,7 @@ from torch import Tensor
 from layerskip_moe.nn import KVCache, MoEDecoder
 
 ROUNDING = 256  # capacities are multiples of it, so that texts of about the same length find one that fits
-_LARGEST = 0.25  # of the weights' bytes
+_LARGEST, _SMALL = 0.25, 2**26  # of the weights' bytes; bytes that any machine can spare
 
 
 @dataclass(eq=False)
@@ -70,5 +70,6 @@ def take_cache(model: MoEDecoder, batch_size: int, capacity: int, *, n_layers: i
 
 def keep_cache(model: MoEDecoder, cache: KVCache) -> None:
     """Keep a cache that nobody uses any more, with what is recorded on it."""
-    if cache.recordings and cache.nbytes <= _LARGEST * sum(parameter.nbytes for parameter in model.parameters()):
+    most = max(_LARGEST * sum(parameter.nbytes for parameter in model.parameters()), _SMALL)
+    if cache.recordings and cache.nbytes <= most:
         _kept[model] = cache, _Parts.of(model)

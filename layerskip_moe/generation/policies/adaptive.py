@@ -26,7 +26,7 @@ from layerskip_moe.nn.ragged import Judged, MarginRule
 _BETTER = 1.02  # by how much another plan must be better before it takes the present one's place
 # By how much drafting must promise to be faster than plain decoding, of one row and of several: the cost model is no
 # more exact than that.
-_PAYS, _PAYS_IN_BATCHES = 1.03, 1.1
+_PAYS, _PAYS_IN_BATCHES = 1.03, 1.2
 _RETHINK = 8  # rounds from one choice of a plan to the next
 # Rounds from one look at what other exits would have said to the next, times the rows: at first, and later.
 _LOOK, _LOOK_LATER = 6, 96
@@ -61,7 +61,7 @@ class Adaptive:
     as are those before it, adds p tokens, and the time of a place more; so it is kept where p is at least that time
     times the tokens per second of the best plan. How likely a draft is right is told by its margin (`MarginRule`);
     where margins are not known, all rows draft a fixed number. The plan is chosen anew every eighth round, and changed
-    for one that is 2% better; drafting must promise 3% more than plain decoding, 10% in batches, and less while costs
+    for one that is 2% better; drafting must promise 3% more than plain decoding, 20% in batches, and less while costs
     are in doubt. Every now and then a round asks what other exits would have said. Where drafting does not pay,
     decoding is plain for 16 steps, then 32, and so on up to 256, from look to look. What was learnt of acceptance is
     kept from text to text, and how long steps take beside what was reckoned, too: where it is in doubt which of the
@@ -113,7 +113,8 @@ class Adaptive:
         """Whether this step is one of plain decoding, of which nothing is to be told."""
         if self._is_new_text(session):
             self._begin(session)
-        if not self._rest or len(session.row_numbers) < len(self._rows):  # of fewer rows another plan may be best
+        fewer = len(session.row_numbers) < len(self._rows) and min(session.remaining) > _REST
+        if not self._rest or fewer:  # of fewer rows another plan may be best
             return False
         self._rest -= 1
         return True
