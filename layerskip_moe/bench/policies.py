@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from layerskip_moe.analysis.margins import told_by_margin
 from layerskip_moe.analysis.trace import Array, TracedText
 from layerskip_moe.bench.oracle import fixed_seconds, oracle
 from layerskip_moe.bench.replay import ReplayedRound, replay
@@ -81,6 +82,7 @@ class PolicyComparison:
         draft_lengths: likewise, from 0
         fixed_seconds: [exit layers, draft lengths] of all prompts together
         runs: plain, best fixed, then the policies, the best tree, then the oracles of one exit layer and of all
+        told: how well exits tell where they are right, as `told_by_margin` has it
         resamples: of the prompts, for the intervals
         seed: of these
     """
@@ -91,6 +93,7 @@ class PolicyComparison:
     draft_lengths: list[int]
     fixed_seconds: Array
     runs: list[PolicyRun]
+    told: list[dict[str, Any]]
     resamples: int
     seed: int
 
@@ -131,6 +134,7 @@ class PolicyComparison:
             "draft_lengths": self.draft_lengths,
             "speed_up": (totals[plain] / self.fixed_seconds).tolist(),
             "rows": rows,
+            "told": self.told,
             "resamples": self.resamples,
             "seed": self.seed,
         }
@@ -209,6 +213,7 @@ def compare_policies(
         draft_lengths=lengths,
         fixed_seconds=seconds,
         runs=runs,
+        told=told_by_margin(texts),
         resamples=resamples,
         seed=seed,
     )

@@ -6,6 +6,9 @@
     exit             layers that drafted, mean over the rounds that did
     drafts           tokens drafted and verified, mean over all rounds
     way              from the best fixed pair's tokens/s, 0%, to the oracle's, 100%
+    agrees           share of tokens at which an exit says what the last layer says
+    told by margin   how often it is larger where they agree than where not: area under the ROC curve, 0.50 is chance
+    by probability   likewise
 
 Knows nothing of how it was found. Next: `policies.py`; `analysis/figures/policies.py`, for the same as a picture.
 """
@@ -72,6 +75,15 @@ def _tables(comparison: Mapping[str, Any]) -> Iterator[tuple[Sequence[str], list
     if published:
         head = ("faster than (95%)", *published)
         yield head, [(row["name"], *(_faster(row["faster_than"].get(name)) for name in published)) for row in compared]
+    head = ("exit layer", "agrees", "told by margin", "by probability")
+    parts = ("agreement", "by_margin", "by_probability")
+    yield (
+        head,
+        [
+            (str(row["exit_layer"]), percent(row[parts[0]]), *(number(row[part], 2) for part in parts[1:]))
+            for row in comparison["told"]
+        ],
+    )
     if "check" in comparison:
         yield _CHECK_HEAD, [_checked(row) for row in comparison["check"]]
 

@@ -1,8 +1,8 @@
 """Caches kept from one `generate` to the next, with the steps recorded on them, each of which took as long as many
 repeats of it.
 
-A model keeps one, of at most a quarter of its weights' size, or 64 MiB. It serves as many rows again that are no longer, while
-every module, parameter, buffer and setting of the model is what it was.
+A model keeps one, of at most a quarter of its weights' size, or 64 MiB. It serves as many rows again that are no
+longer, while every module, parameter, buffer and setting of the model is what it was.
 
 Knows nothing of what is recorded. Next: `nn/cache.py`, `nn/steps.py`; `session.py`, which asks.
 """

@@ -171,6 +171,9 @@ def test_what_is_kept_is_small_and_goes_with_the_model(model, monkeypatch):
     assert model in kept_caches._kept
     monkeypatch.setattr(kept_caches, "_LARGEST", 0.25)
     generate(model, PROMPTS, max_new_tokens=10)
+    assert model in kept_caches._kept, "64 MiB are"
+    monkeypatch.setattr(kept_caches, "_SMALL", 0)
+    generate(model, PROMPTS, max_new_tokens=10)
     assert model not in kept_caches._kept
     monkeypatch.undo()
     own = copy.deepcopy(model)
