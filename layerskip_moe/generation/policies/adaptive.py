@@ -29,7 +29,7 @@ _BETTER = 1.02  # by how much another plan must be better before it takes the pr
 _PAYS, _PAYS_IN_BATCHES = 1.03, 1.2
 _RETHINK = 8  # rounds from one choice of a plan to the next
 # Rounds from one look at what other exits would have said to the next, times the rows: at first, and later.
-_LOOK, _LOOK_LATER = 6, 96
+_LOOK, _LOOK_LATER = 10, 96
 _REST, _LONGEST_REST = 16, 256  # steps of plain decoding from one look to the next, where drafting does not pay
 _UNION_MEMORY = 0.8  # of the unions of earlier looks
 _KNOWN = 30  # drafts judged of each exit, after which a text may begin without a look
