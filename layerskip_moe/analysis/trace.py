@@ -188,6 +188,8 @@ def _check_arrays(path: str | Path, arrays: dict[str, Array], config: ModelConfi
             raise ValueError(f"{path} is damaged: its {name} have shape {found.shape}, not {shape}.")
         if found.dtype.kind not in ("f" if name in _REAL else "iu"):
             raise ValueError(f"{path} is damaged: its {name} are of type {found.dtype}; record it anew.")
+        if name == "margin" and not (found >= 0).all():  # (nor are they what is no number)
+            raise ValueError(f"{path} is damaged: its margins are not all 0 or more; record it anew.")
         count = config.num_experts if name == "experts" else config.vocab_size
         if name not in _REAL and found.size and not 0 <= found.min() <= found.max() < count:
             raise ValueError(f"{path} is damaged: its {name} are not all among 0 to {count - 1}; record it anew.")

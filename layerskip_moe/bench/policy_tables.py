@@ -1,6 +1,6 @@
 """A comparison of policies as tables, for a terminal and in Markdown.
 
-    accepted         drafts the full model agreed with, of all drafted
+    accepted         drafts the full model agreed with, of all that were verified
     tokens / round   new tokens for each verification
     experts / token  different experts that verification read in a MoE layer, by new token; plain decoding reads K
     exit             layers that drafted, mean over the rounds that did

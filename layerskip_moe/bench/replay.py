@@ -3,7 +3,7 @@
 The policy is asked and told what `SelfSpeculative` would ask and tell it, one prompt after another, each a batch of its
 own. How many drafts are accepted is exact; a round lasts as long as a cost model says, so every replay is the same.
 Three things that a policy may see are not in a trace: what is drafted after the first refused draft, where the text's
-own places stand in (so `should_stop` may end a round's last, refused drafts elsewhere); the model
+own places stand in (so `should_stop` or a margin rule may end a round's last, refused drafts elsewhere); the model
 itself, of which a session here has the config alone; and the clock. What it costs to ask is not in a round's seconds
 either: rounds with `shadow` or `should_stop` take longer than they do here, which `policies_check.py` shows.
 
@@ -11,6 +11,7 @@ L layers, T places of a round.
 Knows nothing of how policies are compared. Next: `policies.py`, which does; `rounds.py`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -123,7 +124,8 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
             experts=experts if experts and getattr(policy, "experts", False) else None,
             shadow=_shadow(text, places, policy, config) if policy.shadow else None,
             judged=judged,
-            shadow_margins=torch.from_numpy(text.margin[None, :, places].astype("float64")) if policy.shadow else None,
+            made=[made],
+            shadow_margins=_shadow_margins(text, places, policy, config) if policy.shadow else None,
         )
         policy.observe(report)
         rounds.append(ReplayedRound(exit_layer, drafted, accepted, experts, seconds))
@@ -160,6 +162,15 @@ def _shadow(text: TextRounds, places: slice, policy: Policy, config: ModelConfig
     others = [layer for layer in range(config.n_layers) if layer + 1 not in watched]
     said[:, others] = -1
     return said
+
+
+def _shadow_margins(text: TextRounds, places: slice, policy: Policy, config: ModelConfig) -> torch.Tensor:
+    """[1, L, T], likewise, but nan of the last layer."""
+    watched = watched_exits(policy, config)
+    others = [layer for layer in range(config.n_layers) if layer + 1 not in watched]
+    margins = torch.from_numpy(text.margin[None, :, places].astype("float64"))
+    margins[:, others] = math.nan
+    return margins
 
 
 def _never(session: Session) -> bool:

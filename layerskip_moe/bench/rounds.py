@@ -2,7 +2,8 @@
 
 A round at place n has n tokens of the continuation behind it. Its drafts are the text itself up to the first one that
 the full model refuses; what is drafted after that, no trace has. Which experts those last drafts are sent to is taken
-to be what the text's own tokens at their places are; everything else here is exact.
+to be what the text's own tokens at their places are, and how many of them a margin rule keeps is what it would keep of
+these; everything else here is exact.
 
 L layers, M MoE layers, N tokens of a continuation, E experts, K chosen.
 Knows nothing of policies. Next: `replay.py`, which asks one for every round; `oracle.py`, which knows the future.

@@ -191,9 +191,10 @@ def drafts_never_right() -> Iterator[None]:
         tokens, accepted = settle(round_, logits)
         return tokens, [0] * len(accepted)
 
-    def refused_in_one_call(*arguments: Any) -> tuple[Tensor, list[int], list[list[Judged]]]:
+    def refused_in_one_call(*arguments: Any) -> tuple[Tensor, list[int], list[list[Judged]] | None]:
         tokens, accepted, judged = in_one_call(*arguments)
-        return tokens, [0] * len(accepted), [[(margin, False) for margin, _ in of_row[:1]] for of_row in judged]
+        wrong = None if judged is None else [[(margin, False) for margin, _ in of_row[:1]] for of_row in judged]
+        return tokens, [0] * len(accepted), wrong
 
     def wrong_shadow(session: Session, *arguments: Any) -> tuple[Tensor, Tensor]:
         said, margins = shadow(session, *arguments)

@@ -159,8 +159,8 @@ class _Block:
 
 
 class _Kind(NamedTuple):
-    """A kind of round: layers that draft, drafts of each row, and whether the first is let go, and none verified: this
-    tells what choosing a draft costs from what verifying one does."""
+    """A kind of round: layers that draft, drafts of each row, and whether the first is to be let go, and none verified,
+    where a margin rule holds: this tells what choosing a draft costs from what verifying one does."""
 
     exit_layer: int
     drafts: int
@@ -232,7 +232,7 @@ def _run(session: Session, kinds: list[_Kind], blocks: list[_Block], is_over: Ca
     longest = max(kind.drafts for kind in kinds)
     session.prefill()
     while len(session.row_numbers) == rows and min(session.remaining) > longest and not is_over():
-        policy.kind = exit_layer, drafts, let_go = kinds[len(blocks) % len(kinds)]
+        policy.kind = exit_layer, drafts, _ = kinds[len(blocks) % len(kinds)]
         seconds, experts = list[float](), None
         cold = max(math.ceil(_COLD / (rows * (drafts + 1))), 2)  # the first tells of experts, which is another step
         for turn in range(cold + _STEPS):
@@ -245,16 +245,9 @@ def _run(session: Session, kinds: list[_Kind], blocks: list[_Block], is_over: Ca
             if policy.experts and drafts and policy.report is not None:
                 experts = policy.report.experts
         made = (drafts,) * rows
-        blocks.append(
-            _Block(
-                exit_layer,
-                (0,) * rows if let_go else made,
-                made,
-                experts,
-                session.sampling.greedy,
-                seconds[cold:] or seconds[-1:],
-            )
-        )
+        drafted = tuple(policy.report.drafted) if drafts and policy.report is not None else made
+        timed = seconds[cold:] or seconds[-1:]
+        blocks.append(_Block(exit_layer, drafted, made, experts, session.sampling.greedy, timed))
 
 
 def _kinds(config: ModelConfig, batch_size: int, exits: Sequence[int]) -> list[_Kind]:

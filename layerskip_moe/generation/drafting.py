@@ -78,7 +78,7 @@ def go_together(session: Session, round_: Round, exit_layers: list[int], drafter
 
 def draft_and_verify(
     session: Session, round_: Round, exit_layer: int, watch: Watch, rule: MarginRule | None
-) -> tuple[Tensor, list[int], list[list[Judged]]]:
+) -> tuple[Tensor, list[int], list[list[Judged]] | None]:
     """Draft, verify and choose in one call: tokens and how many drafts were accepted, as `Round.settle` has them, and
     what is known of drafts, see `RoundReport.judged`. Where a rule keeps fewer drafts, `round_` gets lower limits."""
     done = speculate(
@@ -94,7 +94,7 @@ def draft_and_verify(
         choices=watch.choices,
     )
     watch.chosen |= done.chosen
-    judged = _judged(done, round_.limits)
+    judged = None if done.margins is None else _judged(done, done.margins, round_.limits)
     round_.limits = done.drafted
     if watch.shadow:
         rows, places = in_turn([range(limit + 1) for limit in round_.limits])
@@ -102,13 +102,13 @@ def draft_and_verify(
     return done.tokens, done.accepted, judged
 
 
-def _judged(done: Speculated, limits: Sequence[int]) -> list[list[Judged]]:
+def _judged(done: Speculated, margins: Tensor, limits: Sequence[int]) -> list[list[Judged]]:
     """By row, of drafts that stand behind right ones alone: the margin, and whether the full model agrees."""
     drafts, tokens = done.drafts.tolist(), done.tokens.tolist()
     judged = []
-    for row, margins in enumerate(done.margins.tolist()):
+    for row, of_row in enumerate(margins.tolist()):
         known = min(done.accepted[row] + 1, limits[row])
-        judged.append([(margins[at], drafts[row][at] == tokens[row][at]) for at in range(known)])
+        judged.append([(of_row[at], drafts[row][at] == tokens[row][at]) for at in range(known)])
     return judged
 
 

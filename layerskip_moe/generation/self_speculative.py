@@ -151,7 +151,7 @@ class SelfSpeculative:
         round_ = Round.begin(session, [length for _, length in plan], self.coupling, confident=stop is not None)
         exit_layers = [layer if limit else 0 for (layer, _), limit in zip(plan, round_.limits, strict=True)]
         confidences: list[list[float]] = [[] for _ in plan]
-        judged = None
+        judged, wanted = None, round_.limits
         if go_together(session, round_, exit_layers, drafter):
             tokens, accepted, judged = draft_and_verify(session, round_, max(exit_layers), watch, rule)
         else:
@@ -175,6 +175,9 @@ class SelfSpeculative:
             experts=read,
             shadow=said,
             judged=judged,
+            made=[min(kept + 1, limit) for kept, limit in zip(round_.limits, wanted, strict=True)]
+            if rule is not None and judged is not None
+            else round_.limits,
             shadow_margins=margins,
         )
         with _asking:

@@ -205,9 +205,8 @@ class Session:
         if noise is None or max(used) + count > noise.shape[1]:
             vocab_size = self.model.config.vocab_size
             ahead = max(count, min(MOST_AHEAD, MOST_NOISE // (len(done) * vocab_size)))
-            left = (
-                None if noise is None or min(used) < max(used) else noise[:, used[0] :]
-            )  # of drafts that were rejected
+            # What is left is kept; of rows that have come to different places all is drawn anew.
+            left = None if noise is None or min(used) < max(used) else noise[:, used[0] :]
             there = 0 if left is None else left.shape[1]
             places = self.cache.lengths[:, None] + torch.arange(there + 1, ahead + 1, device=self.newest.device)
             noise = gumbel_noise(self.sampling.seed, self.rows, places, vocab_size, stream=stream)

@@ -16,7 +16,8 @@ class GenerationStats:
             only met a stop token is counted too
         layers_run: layers run to choose the new tokens, summed over them; neither drafts are counted, nor what early
             exit makes up for at earlier positions
-        drafted_by_position: entry i: how many tokens were proposed as the (i + 1)-th draft of a round
+        drafted_by_position: entry i: how many tokens were proposed, and verified, as the (i + 1)-th draft of a round;
+            one that a margin rule lets go is not
         accepted_by_position: how many of those the full model agreed with; the token it adds itself is not one
         prefill_seconds: wall time of running the prompts
         decode_seconds: wall time of all that came after. A row decoded in a batch has the batch's times: they

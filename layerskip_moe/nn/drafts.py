@@ -160,7 +160,7 @@ class RecordedRound:
 def repeat_round(
     model: "MoEDecoder",
     exit_layer: int,
-    kept: tuple[list[int], list[int]],
+    wanted: tuple[list[int], list[int]],
     choices: bool,
     newest: Tensor,
     positions: Tensor,
@@ -172,22 +172,22 @@ def repeat_round(
     """Drafts, their verification and the full model's choices in one call, see `replay.round_of`; None where that
     cannot be recorded: on a GPU, and where an operator is not of the few rows'.
 
-    kept: layers of drafting and of verification whose states are wanted
+    wanted: layers of drafting and of verification whose states are
     """
     if not few_rows.serves(newest.device):
         return None
     check_positions(positions, model.config, cache)
     most = sum(limits) + len(limits)
     rooms = room_for(len(newest)), room_for(most)
-    key = *weights_of(model), "round", exit_layer, tuple(kept[0]), tuple(kept[1]), choices, noise is None, *rooms
+    key = *weights_of(model), "round", exit_layer, tuple(wanted[0]), tuple(wanted[1]), choices, noise is None, *rooms
     found = cache.recordings.get(key)
     if found is None:
         layers = list(range(exit_layer)), list(range(exit_layer, model.config.n_layers))
-        for some, states in zip(layers, kept, strict=True):
+        for some, states in zip(layers, wanted, strict=True):
             check_run(some, model.config, len(positions), cache, collect=states)
-        step, step_key = recordable(model, layers[0], cache, None, kept[0])
+        step, step_key = recordable(model, layers[0], cache, None, wanted[0])
         drafting = _drafting(model, by_rows(step, model.config, cache), newest, positions, cache, noise, step_key)
-        step, step_key = recordable(model, layers[1], cache, None, kept[1], choices=choices, heads=True)
+        step, step_key = recordable(model, layers[1], cache, None, wanted[1], choices=choices, heads=True)
         rows, at = (numbers[:1].expand(most) for numbers in (cache.rows, positions[:, 0]))
         inputs = [torch.zeros(most, model.config.d_model, dtype=model.dtype), rows, at]
         # (What is written here is written again, at the first repetition.)

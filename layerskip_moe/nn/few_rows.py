@@ -156,10 +156,10 @@ def choose_by_margin(logits: Tensor, noise: Tensor | None) -> tuple[Tensor, Tens
     """The same, and by how much they are larger there than where they are second largest, [N] float64."""
     if are_few(logits) and has_kernels():
         return torch.ops.layerskip_moe_few_rows.choose.default(logits, None if noise is None else noise.contiguous())
-    scores = (logits if noise is None else logits + noise).double()
-    tokens = scores.argmax(dim=-1, keepdim=True)
-    others = scores.scatter(-1, tokens, -math.inf).amax(dim=-1)
-    return tokens[..., 0], scores.gather(-1, tokens)[..., 0] - others
+    scores = logits if noise is None else logits + noise
+    largest = scores.topk(min(2, scores.shape[-1]), dim=-1).values.double()
+    margins = largest[..., 0] - largest[..., 1] if scores.shape[-1] > 1 else torch.full_like(largest[..., 0], math.inf)
+    return scores.argmax(dim=-1), margins
 
 
 def attend(

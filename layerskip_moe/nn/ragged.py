@@ -27,7 +27,7 @@ class MarginRule:
 
     Attributes:
         halves: by row, above 0, in logits: the margin of drafts that are right half of the time
-        least: 0 to 1; 0 keeps all
+        least: 0 to 1; 0 keeps all, but for margins that are no numbers
     """
 
     halves: Sequence[float]

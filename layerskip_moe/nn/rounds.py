@@ -27,7 +27,7 @@ class Speculated:
     tokens:    [A, T] int64, what the full model chooses after the newest token and after each draft, of no meaning
                beyond the drafts that a row kept
     drafts:    [A, T - 1] int64, of no meaning beyond those that were made
-    margins:   [A, T - 1] float64, of the drafts, likewise
+    margins:   [A, T - 1] float64, of the drafts, likewise; None where the round was not one call
     drafted:   how many drafts of each row were kept, and verified; one more was made where a rule let it go
     accepted:  how many of them the full model agreed with before the first that it did not
     collected: layer index -> its states [N, D], of newest token and drafts, row by row
@@ -36,7 +36,7 @@ class Speculated:
 
     tokens: Tensor
     drafts: Tensor
-    margins: Tensor
+    margins: Tensor | None
     drafted: list[int]
     accepted: list[int]
     collected: dict[int, Tensor]
@@ -61,7 +61,8 @@ def speculate(
     newest: [A, 1] int64; positions: [A, T] int64, where it stands and where drafts will
     noise: [A, T, V] float64, added to the logits; a draft, and the full model's choice, is where they are largest
     limits: drafts of each row, at most T - 1
-    rule: by which fewer are kept
+    rule: by which fewer are kept, where the round is one call: elsewhere, as on a GPU, all are drafted and verified at
+        once, and keeping fewer would save nothing
     collect: layers whose states are wanted; choices: whether `Speculated.chosen` is
     """
     split = range(exit_layer)
@@ -70,7 +71,7 @@ def speculate(
     if model.compiled and can_repeat(most, model.dtype, newest.device):
         made = repeat_round(model, exit_layer, wanted, choices, newest, positions, cache, noise, limits, rule)
     if made is None:
-        return _in_two_steps(model, exit_layer, wanted, choices, newest, positions, cache, noise, limits, rule)
+        return _in_two_steps(model, exit_layer, wanted, choices, newest, positions, cache, noise, limits)
     tokens, drafts, margins, kept, accepted, *states = made
     early, late = states[: len(wanted[0])], states[len(wanted[0]) + 1 :]  # (between them, the last layer's)
     drafted = kept.tolist()
@@ -90,15 +91,12 @@ def _in_two_steps(
     cache: KVCache,
     noise: Tensor | None,
     limits: Sequence[int],
-    rule: MarginRule | None,
 ) -> Speculated:
-    """`speculate` by `MoEDecoder.draft` and `MoEDecoder.decode`; wanted: layers of the two whose states are. All that
-    may be drafted is, before the rule is asked."""
+    """`speculate` by `MoEDecoder.draft` and `MoEDecoder.decode`; wanted: layers of the two whose states are."""
     first = None if noise is None else noise[:, :-1]
-    drafts, margins, (states, *early) = model.draft(
+    drafts, _, (states, *early) = model.draft(
         newest, range(exit_layer), positions=positions, cache=cache, noise=first, collect=wanted[0]
     )
-    limits = limits if rule is None else rule.kept(margins, limits)
     rows, places = as_index(*in_turn([range(limit + 1) for limit in limits]), newest.device)
     # Of rows with fewer drafts no more places are run, where any number of places is as good as another.
     ragged = len(rows) < positions.numel() and few_rows.serves(newest.device)
@@ -118,7 +116,7 @@ def _in_two_steps(
     if not ragged:
         by_place = {layer: experts.view(*positions.shape, -1) for layer, experts in output.chosen.items()}
         chosen = {layer: experts[rows, places] for layer, experts in by_place.items()}
-    return Speculated(tokens, drafts, margins, list(limits), accepted, collected, chosen)
+    return Speculated(tokens, drafts, None, list(limits), accepted, collected, chosen)
 
 
 def _present(layers: Sequence[int], states: Sequence[Tensor], limits: Sequence[int]) -> dict[int, Tensor]:

@@ -106,7 +106,7 @@ def test_tables_and_picture(small_model, cost_of, texts):
     assert told.count("\nHeuristic") == 2, "its row, and how much faster than the others it is"
     markdown = policies_markdown(result)
     assert "| policy | tokens/s | speed-up |" in markdown and "](p.png)" in markdown
-    assert "| accepted | drafts the full model agreed with, of all drafted |" in markdown
+    assert "| accepted | drafts the full model agreed with, of all that were verified |" in markdown
     [axes] = policy_map([report]).axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     drafting = [row for row in report["rows"] if row["name"] != "plain"]

@@ -116,3 +116,7 @@ def test_a_course_is_what_comes_of_the_rule(quarters, least):
         there = [all(was for _, was in drafts[: place + 1]) for drafts, count in pairs if count > place]
         assert kept == pytest.approx(len(there) / len(rounds), abs=0.09)
         assert len(there) < 200 or right == pytest.approx(sum(there) / len(there), abs=0.08)
+
+
+def test_courses_of_many_drafts_that_are_hardly_ever_right():
+    assert len(_course(-24, 0, 200)) == 200 and _course(-24, 1, 200)[-1][0] == 0.0

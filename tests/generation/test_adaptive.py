@@ -296,7 +296,8 @@ def told(policy, session, *, plain, drafting, steps=400):
         shadow = tokens[:, None].expand(1, N_LAYERS, -1) if policy.shadow else None
         margins = torch.ones(1, N_LAYERS, length + 1).double() if policy.shadow else None
         judged = [[(1.0, True)] * length]
-        policy.observe(RoundReport([0], exits, lengths, [length], [[]], seconds, tokens, None, shadow, judged, margins))
+        told = dict(made=lengths, judged=judged, shadow=shadow, shadow_margins=margins)
+        policy.observe(RoundReport([0], exits, lengths, [length], [[]], seconds, tokens, **told))
     return drafted / steps
 
 
@@ -363,3 +364,32 @@ def test_the_time_in_which_a_user_is_told_of_tokens_is_not_a_round_s(trained_mod
     arguments = dict(max_new_tokens=8, on_token=lambda row, token: time.sleep(0.2))
     generate(trained_model(n_layers=4), [[3, 9, 21]], SelfSpeculative(policy=policy), **arguments)
     assert policy.rounds and all(round.seconds < 0.2 for round in policy.rounds)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sampling"),
+    [
+        ({"coupling": "rejection"}, {"temperature": 0.9}),
+        ({}, {"temperature": 0.9, "top_k": 9}),
+        ({}, {"compile": False}),
+    ],
+    ids=["rejection", "filters", "not compiled"],
+)
+def test_where_rounds_tell_no_margins_lengths_are_chosen(trained_model, strategy, sampling):
+    """After one round, if that, none is drafted that is not verified, and the policy says how many are worth it."""
+    model = trained_model(n_layers=4, max_seq_len=64)
+    policy = Noted(cost_model=cost_model(config=model.config, row=0.2))
+    generate(model, [[3, 9, 21]], SelfSpeculative(policy=policy, **strategy), max_new_tokens=50, **sampling)
+    assert all(round.judged is None or not max(round.exit_layers) for round in policy.rounds)
+    assert policy.margin_rule is None and not policy._knows_margins
+    assert sum(round.drafted[0] == 7 for round in policy.rounds) <= 1 + sum(
+        round.accepted[0] >= 4 for round in policy.rounds
+    )
+
+
+def test_so_many_rows_that_none_may_draft_are_decoded_plainly(trained_model):
+    policy = Noted(cost_model=cost_model(config=trained_model(n_layers=4).config))
+    prompts = [[row % 29] for row in range(40)]
+    out = generate(trained_model(n_layers=4), prompts, SelfSpeculative(policy=policy), max_new_tokens=8)
+    assert out.tokens == generate(trained_model(n_layers=4), prompts, max_new_tokens=8).tokens
+    assert not policy.rounds, "nor are there looks"

@@ -1,6 +1,9 @@
 """The same seed gives the same text, however rows are grouped, whoever proposes, wherever decoding was begun."""
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from layerskip_moe.generation import (
     Autoregressive,
@@ -8,9 +11,11 @@ from layerskip_moe.generation import (
     LayerSkipping,
     Sampling,
     SelfSpeculative,
+    Session,
     Speculative,
     generate,
 )
+from layerskip_moe.generation.sampling import gumbel_noise
 
 PROMPTS = [[3], [5, 1, 7, 2], [4] * 8, [1, 2], [8, 8, 1, 0, 2, 3]]
 STRATEGIES = [Autoregressive(), SelfSpeculative(1, 2), SelfSpeculative(2, 5)]
@@ -100,3 +105,24 @@ def test_other_seeds_and_other_rows_get_other_texts(tiny_model, strategy):
 
     all_texts = [tuple(text) for seed in (0, 1, -1) for text in texts(seed)]
     assert len(set(all_texts)) == 12
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    advances=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(1, 9)), min_size=1, max_size=12),
+    together=st.booleans(),
+    stream=st.sampled_from([0, 1, 3]),
+)
+def test_noise_is_that_of_its_place_however_it_was_drawn_before(trained_model, advances, together, stream):
+    """Drawn for some places ahead, kept, and drawn again, while rows go on at one pace or each at its own."""
+    model = trained_model(max_seq_len=128)
+    with torch.inference_mode():
+        session = Session(model, [[3, 9], [5, 1, 7]], Sampling(0.8, seed=4), max_new_tokens=100)
+        session.prefill()
+        for first, second, count in advances:
+            found = session.noise(count, stream=stream)
+            places = session.cache.lengths[:, None] + torch.arange(1, count + 1)
+            assert torch.equal(found, gumbel_noise(4, session.rows, places, 29, stream=stream))
+            accepted = [first, first if together else second]
+            session.append(torch.zeros(2, 6, dtype=torch.int64), accepted)
+        session.close()

@@ -107,14 +107,19 @@ def test_a_row_drafts_no_more_where_it_is_unsure(model, data, rows, longest, tem
     with torch.no_grad():
         cache = begun(model, rows)
         how = dict(positions=cache.lengths[:, None] + torch.arange(longest + 1), cache=cache, noise=noise)
-        whole = speculate(model, newest, 2, limits=limits, **how)
+        with compiling(model):
+            whole = speculate(model, newest, 2, limits=limits, **how)
+        if whole.margins is None:  # (without a C++ compiler no round is one call)
+            return
         kept = []
         for margins, half, limit in zip(whole.margins.tolist(), halves, limits, strict=True):
             right = torch.tensor([margin / (margin + half) for margin in margins[:limit]], dtype=torch.float64)
             kept.append(int((right.cumprod(0) >= least).sum()))
         expected = speculate(model, newest, 2, limits=kept, **how) if any(kept) else None
-        for compiled in (False, True, True):
-            with compiling(model, compiled):
+        aside = speculate(model, newest, 2, limits=limits, rule=MarginRule(halves, least), **how)
+        assert aside.margins is None and (aside.drafted, aside.accepted) == (limits, whole.accepted), "not one call"
+        for _ in range(2):
+            with compiling(model):
                 done = speculate(model, newest, 2, limits=limits, rule=MarginRule(halves, least), **how)
             assert done.drafted == kept and MarginRule(halves, least).kept(whole.margins, limits) == kept
             for row, (limit, count) in enumerate(zip(limits, kept, strict=True)):

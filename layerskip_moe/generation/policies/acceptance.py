@@ -5,10 +5,12 @@ chosen by is larger than the second largest:
 
     P(right) = m / (m + h) = sigmoid(log m - log h).
 
-Margins lie about a text's own level as exponentially distributed numbers do about their mean M, whatever the exit: with
-noise because of the noise, without it nearly so. So all that is to be known is h, of which -log h = b + d: b is the
-exit's, kept from text to text, d the row's, which tells easy stretches from hard; and M, the rows' and that of all.
-Where margins are not known, P(right) is the mean over them, which depends on h / M alone.
+How margins are spread over places decides between plans, never which draft is kept. They are taken to be exponentially
+distributed about a text's own mean M, whatever the exit: that is what noise makes of them where no token dominates, and
+was measured to be close here, greedy text included; a model that is sure of most tokens has narrower ones. So all that
+is to be known is h, of which -log h = b + d: b is the exit's, kept from text to text, d the row's, which tells easy
+stretches from hard; and M, the rows' and that of all. Where margins are not known, P(right) is the mean over them,
+which depends on h / M alone.
 
 b and d take a step along the gradient of the log-likelihood for each draft that was judged, b a smaller one the more it
 has seen. Knows nothing of time. Next: `adaptive.py`, which weighs acceptance against it.
@@ -82,7 +84,7 @@ class Acceptance:
         of_row, above = self._rows.get(row, (0.0, 0.0))
         log_mean = self._level + above - _MEAN_LOG
         # (Not to the last digit: courses are the same then, and known.)
-        return _course(round(4 * (self._exits[exit_layer][0] + of_row + log_mean)), math.ceil(32 * least), length)
+        return _course(round(4 * (self._exits[exit_layer][0] + of_row + log_mean)), round(32 * least), length)
 
     def rate(self, row: int, exit_layer: int) -> float:
         """The probability that a draft is right of whose margin nothing is known."""
@@ -97,7 +99,7 @@ def _course(quarters: int, least: int, length: int) -> Course:
     rising = [margin / (margin + half) for margin in margins]
     kept, right, course = 1.0, 1.0, list[tuple[float, float]]()
     for _ in range(length):
-        sure = rising[bisect_left(rising, least / 32 / right) :]
+        sure = rising[bisect_left(rising, least / 32 / right) :] if least else rising
         kept *= len(sure) / _PARTS
         right *= sum(sure) / len(sure) if sure else 1.0
         course.append((kept, right))

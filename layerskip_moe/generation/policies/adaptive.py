@@ -67,7 +67,7 @@ class Adaptive:
     kept from text to text, and how long steps take beside what was reckoned, too: where it is in doubt which of the
     two is faster, the other one is tried.
 
-    length: the most drafts in a round, K
+    length: the most drafts of a row in a round, K; of several rows as many as make 64 places together, of 33 to 64 none
     cost_model: seconds of a round, which are taken as they are; None: fitted to the model when first needed, see
         `fit_cost_model`, and corrected by how long steps take
     """
@@ -82,7 +82,7 @@ class Adaptive:
         self.margin_rule: MarginRule | None = None
         self._given = cost_model is not None
         self._prepared_for: weakref.ref[MoEDecoder] | None = None
-        self._acceptances: dict[bool, Acceptance] = {}  # by whether the text is greedy
+        self._acceptances: dict[tuple[bool, bool], Acceptance] = {}  # by whether texts are greedy, and are filtered
         self._acceptance: Acceptance | None = None
         self._is_new_text = NewText()
         self._union = 1.0  # experts that places read, over those of independent choices
@@ -91,7 +91,8 @@ class Adaptive:
         self._last: tuple[int, int] | None = None  # what the last round was: exit layer and rows; None: none
         self._rounds = self._rest = self._looks = 0
         self._to_look, self._next_rest = _LOOK, 0
-        self._plan, self._rows, self._knows_margins = _PLAIN, list[int](), True
+        self._plan, self._rows = _PLAIN, list[int]()
+        self._tells_margins, self._filters = True, False  # whether rounds do; whether this text is filtered
 
     def prepare(self, model: MoEDecoder, rows: int) -> None:
         """Before a batch of so many rows is decoded: time the model, once. Not a part of decoding. Raises ValueError
@@ -113,6 +114,8 @@ class Adaptive:
         """Whether this step is one of plain decoding, of which nothing is to be told."""
         if self._is_new_text(session):
             self._begin(session)
+        if not self._most_drafts(len(session.row_numbers)):
+            return True
         fewer = len(session.row_numbers) < len(self._rows) and min(session.remaining) > _REST
         if not self._rest or fewer:  # of fewer rows another plan may be best
             return False
@@ -133,11 +136,13 @@ class Adaptive:
             self._is_new_text(session)
         self.exits = candidate_exits(session.model.config.n_layers)
         # Greedy text and sampled text are not equally easy.
-        self._acceptance = self._acceptances.setdefault(session.sampling.greedy, Acceptance(self.exits))
+        self._acceptance = self._acceptances.setdefault(
+            (session.sampling.greedy, session.sampling.filters), Acceptance(self.exits)
+        )
         self._acceptance.begin()
         self._rest, self._next_rest, self._plan, self._last = 0, 0, _PLAIN, None
         self._rows = list[int]()
-        self._knows_margins = not session.sampling.filters
+        self._filters = session.sampling.filters
         if not self._acceptance.seen:  # people's text is harder than the model's own, and no measure of it for long
             for row, by_exit in zip(session.row_numbers, session.prompt_agreement(self.exits), strict=False):
                 for exit_layer, judged in by_exit.items():
@@ -180,7 +185,7 @@ class Adaptive:
         # What is not done now is tried where it may well be better.
         tried = math.exp(max(self._drift.doubt - _SURE, 0.0) * (1 if self._plan.exit_layer else -1))
         plain = replace(_PLAIN, worth=len(rows) / self._seconds(0, 0, len(rows), len(rows)))
-        known = max(plain.worth, self._plan.worth if rows == self._rows else 0.0)
+        known = max(plain.worth, self._plan.worth if self._plan.exit_layer and rows == self._rows else 0.0)
         plans = [replace(plain, worth=plain.worth * tried * pays)]
         plans += [self._best(exit_layer, rows, known) for exit_layer in self.exits]
         best = max(plans, key=lambda plan: plan.worth)
@@ -195,8 +200,7 @@ class Adaptive:
         if self._knows_margins:  # what it costs that every row keeps one more is to run them through all layers
             more = self._seconds(exit_layer, 2, 3 * n_rows, n_rows) - self._seconds(exit_layer, 1, 2 * n_rows, n_rows)
             least = min(worth * max(more, 0.0) / n_rows, _SUREST)
-        # Verification of more places is another kind of work.
-        length = self.length if n_rows > few_rows.MOST_ROWS else min(self.length, few_rows.MOST_ROWS // n_rows - 1)
+        length = self._most_drafts(n_rows)
         courses = zip(*(self._acceptance.course(row, exit_layer, least, length) for row in rows), strict=True)
         best, tokens, places, longest, most = _Plan(0.0, exit_layer, 0, least), float(n_rows), float(n_rows), 0.0, 0.0
         draft_on = 1.0  # the share of rounds in which a row does
@@ -213,6 +217,16 @@ class Adaptive:
                 break
             best = _Plan(found, exit_layer, drafts, least)
         return best
+
+    def _most_drafts(self, n_rows: int) -> int:
+        """Of each of so many rows. Verification of more than 64 places is another kind of work than that of fewer."""
+        if n_rows > few_rows.MOST_ROWS:
+            return self.length
+        return min(self.length, few_rows.MOST_ROWS // n_rows - 1)
+
+    @property
+    def _knows_margins(self) -> bool:
+        return self._tells_margins and not self._filters
 
     def _seconds(self, exit_layer: int, longest: float, places: float, rows: int, most: float | None = None) -> float:
         """Seconds expected of a round of this text, by now; of numbers that are expected, between those of whole
@@ -250,8 +264,8 @@ class Adaptive:
         assert self._acceptance is not None
         if not {*round.exit_layers} <= {0, *self.exits}:  # of another model's text, which another thread decodes
             return
-        if max(round.exit_layers) and round.judged is None:
-            self._knows_margins = False
+        if max(round.exit_layers) and self._tells_margins != (round.judged is not None):
+            self._tells_margins, self._rows = not self._tells_margins, []  # and plan anew
         for index, row in enumerate(round.rows):  # (another thread may have had another plan made meanwhile)
             if round.exit_layers[index]:
                 self._acceptance.see(row, round.exit_layers[index], _judged(round, index))
@@ -270,7 +284,7 @@ class Adaptive:
         """How long a round took that was like the one before: the first of a kind is recorded."""
         kind = max(round.exit_layers), len(round.drafted)
         if kind[0] and kind == self._last:
-            longest, places, most = max(round.drafted), sum(round.drafted) + kind[1], max(_made(round))
+            longest, places, most = max(round.drafted), sum(round.drafted) + kind[1], max(round.made)
             self._drift.see(
                 round.seconds, self._reckoned_seconds(kind[0], longest, places, kind[1], most), drafting=True
             )
@@ -304,13 +318,6 @@ def _judged(round: RoundReport, index: int) -> list[Judged]:
         return round.judged[index]
     drafted, accepted = round.drafted[index], round.accepted[index]
     return [(math.nan, place < accepted) for place in range(min(accepted + 1, drafted))]
-
-
-def _made(round: RoundReport) -> list[int]:
-    """By row, how many drafts were made: one more than were verified, where one was let go behind right ones."""
-    if round.judged is None:
-        return round.drafted
-    return [max(drafted, len(judged)) for drafted, judged in zip(round.drafted, round.judged, strict=True)]
 
 
 def candidate_exits(n_layers: int) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ Knows nothing of how a round is made. Next: `fixed.py`, the smallest; `../self_s
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -21,7 +21,7 @@ class RoundReport:
 
     Attributes:
         rows: the number of the prompt that each of A rows continues, counted over all of `generate`'s prompts
-        exit_layers: the layers that drafted; 0 where nothing was drafted
+        exit_layers: the layers that drafted; 0 where nothing was to be drafted
         drafted: tokens drafted and verified, no more than planned: a row that may get r more has use for r - 1, and a
             margin rule may let the last one go
         accepted: how many of them the full model agreed with, before the first that it did not
@@ -37,6 +37,7 @@ class RoundReport:
         shadow: [A, L, T] int64, the token that the state after each layer says at each place, by the shared head and
             with the drafts' noise (the last layer's are `tokens`); -1 beyond a row's drafts and one more, and at layers
             that are not among the policy's `exits`. None where its `shadow` is False.
+        made: drafts of each row, one more than `drafted` where a margin rule let one go
         judged: for each row the margin (`nn/ragged.py`) of each draft, and whether the full model agreed, as far as
             that is known: up to the first wrong one, and of one that was let go behind right ones. Known of rounds
             that are one call: where all rows draft by the same layers, the policy has no `should_stop`, and sampling
@@ -54,6 +55,7 @@ class RoundReport:
     tokens: Tensor
     experts: list[int] | None = None
     shadow: Tensor | None = None
+    made: list[int] = field(default_factory=list)
     judged: list[list[Judged]] | None = None
     shadow_margins: Tensor | None = None
 

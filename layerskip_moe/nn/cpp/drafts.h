@@ -69,23 +69,29 @@ inline std::vector<Tensor> replay_drafts(
             static_cast<char*>(states.data_ptr()) + (active[i] * places + place) * bytes,
             static_cast<const char*>(states_program.outputs[o].data_ptr()) + i * bytes, bytes);
     }
-    if (place == longest) break;
-    const WithRows there(n_active, choice_program.room);
-    put(choice_program.inputs[0], states_program.outputs[0].data_ptr());
+    std::erase_if(active, [&](int64_t r) { return place >= limit[r]; });
+    if (active.empty()) break;
+    const int64_t n_choosing = static_cast<int64_t>(active.size());
+    const WithRows there(n_choosing, choice_program.room);
+    const Tensor& hidden = results[3];
+    const size_t bytes = hidden.size(2) * hidden.element_size();
+    for (int64_t i = 0; i < n_choosing; ++i)
+      std::memcpy(
+          static_cast<char*>(choice_program.inputs[0].data_ptr()) + i * bytes,
+          static_cast<const char*>(hidden.data_ptr()) + (active[i] * places + place) * bytes, bytes);
     if (noise) {
       const int64_t vocabulary = noise->size(2);
-      for (int64_t i = 0; i < n_active; ++i)
+      for (int64_t i = 0; i < n_choosing; ++i)
         std::memcpy(
             static_cast<double*>(choice_program.inputs[1].data_ptr()) + i * vocabulary,
             static_cast<const double*>(noise->data_ptr()) + (active[i] * noise->size(1) + place) * vocabulary, vocabulary * sizeof(double));
     }
     for (const auto& step : choice_program.steps) step();
     int64_t staying = 0;
-    for (int64_t i = 0; i < n_active; ++i) {
+    for (int64_t i = 0; i < n_choosing; ++i) {
       const int64_t r = active[i], chosen = static_cast<const int64_t*>(choice_program.outputs[0].data_ptr())[i];
       const double of_draft = static_cast<const double*>(choice_program.outputs[1].data_ptr())[i];
       draft[r * longest + place] = chosen, margin[r * longest + place] = of_draft;
-      if (place >= limit[r]) continue;
       if (half != nullptr) all_right[r] *= std::isinf(of_draft) ? 1.0 : of_draft / (of_draft + half[r]);
       if (half != nullptr && !(all_right[r] >= least)) continue;
       kept[r] = place + 1, active[staying] = r, token[staying++] = chosen;

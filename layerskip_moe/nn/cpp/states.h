@@ -1,5 +1,5 @@
-// What happens to states between the products: norms, rotation, sums, gates, what routers remember, and the choice of experts and of drafts. Small work, which
-// stays on one thread.
+// What happens to states between the products: norms, rotation, sums, gates, what routers remember, and the choice of
+// experts and of drafts. Small work, which stays on one thread.
 //
 // Knows nothing of the network. Next: attention.h.
 
