@@ -212,7 +212,7 @@ def _time_rounds(model: MoEDecoder, rows: int, kinds: list[_Kind], seconds: floa
     """Blocks of steps of so many rows, of all kinds in turn."""
     config = model.config
     blocks, started, draw = list[_Block](), time.perf_counter(), random.Random(rows)
-    least, before, sessions = 3 * len(kinds), -1, 0  # the first of a kind is recorded, and takes longer
+    least, before, sessions = 2 * len(kinds), -1, 0  # the first of a kind is recorded, and takes longer
 
     def is_over() -> bool:
         late = len(blocks) >= least and time.perf_counter() - started > seconds

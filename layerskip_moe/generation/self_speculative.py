@@ -33,6 +33,7 @@ from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.speculative import Speculative
 from layerskip_moe.generation.verification import Coupling, Round, check_drafting
 from layerskip_moe.nn import ModelConfig, MoEDecoder
+from layerskip_moe.nn.ragged import MarginRule
 from layerskip_moe.refusals import shown
 
 # What a policy plans and observes it does whole: threads that share a strategy may come in between, and a callback in
@@ -140,6 +141,8 @@ class SelfSpeculative:
             shadow, experts = policy.shadow, getattr(policy, "experts", False)
             rule = getattr(policy, "margin_rule", None)
         _check_plan(plan, session)
+        if rule is not None and not isinstance(rule, MarginRule):
+            raise ValueError(f"the policy's margin_rule={shown(rule)} is no rule; give a MarginRule, or None.")
         if rule is not None and len(rule.halves) != len(plan):
             raise ValueError(
                 f"the policy's margin rule is for {len(rule.halves)} rows, and {len(plan)} are active; "

@@ -34,6 +34,8 @@ class MarginRule:
     least: float
 
     def __post_init__(self) -> None:
+        if not isinstance(self.halves, Sequence):
+            raise ValueError(f"halves={self.halves!r} must be a list, with a number for each row.")
         if not all(half > 0 for half in self.halves) or not 0 <= self.least <= 1:
             raise ValueError(f"halves={list(self.halves)} must be above 0, and least={self.least} between 0 and 1.")
 

@@ -302,6 +302,15 @@ def test_margin_rules_that_cannot_be(trained_model):
     policy = Planned([(2, 4)] * 2, should_stop=None, margin_rule=MarginRule([0.1], 0.5))
     with pytest.raises(ValueError, match="margin rule is for 1 rows, and 2 are active"):
         generate(trained_model(n_layers=4), [[3], [4]], SelfSpeculative(policy=policy), max_new_tokens=5)
+    with pytest.raises(ValueError, match=r"margin_rule=0\.5 is no rule; give a MarginRule"):
+        generate(
+            trained_model(n_layers=4),
+            [[3]],
+            SelfSpeculative(policy=Planned([(2, 4)], should_stop=None, margin_rule=0.5)),
+            max_new_tokens=5,
+        )
+    with pytest.raises(ValueError, match=r"halves=1\.0 must be a list"):
+        MarginRule(1.0, 0.5)
     for halves, least in (([0.0], 0.5), ([float("nan")], 0.5), ([0.1], 1.5), ([0.1], float("nan"))):
         with pytest.raises(ValueError, match="must be above 0, and least"):
             MarginRule(halves, least)
