@@ -34,7 +34,7 @@ from layerskip_moe.analysis.report_text.markdown import number
 from layerskip_moe.bench import describe_machine
 from layerskip_moe.data import Corpus
 from layerskip_moe.nn import ModelConfig
-from layerskip_moe.refusals import shown
+from layerskip_moe.refusals import shortened, shown
 from layerskip_moe.training import TrainConfig
 from layerskip_moe.training.losses import step_exit_weights
 from layerskip_moe.training.run_facts import fingerprint
@@ -153,7 +153,7 @@ def _others(asked: Sequence[Run], network: ModelConfig, recipe: TrainConfig, out
             if run.folder != path.parent:
                 raise ValueError(f"its seed is {seed}")
         except (ValueError, TypeError) as error:
-            why = shown(str(error))[1:-1]
+            why = shortened(str(error))
             raise ValueError(f"{path} does not fit here ({why}); remove it, or give another out_dir.") from None
         runs.append(run)
     return runs

@@ -16,7 +16,7 @@ from layerskip_moe.ablation.measure import MeasureConfig
 from layerskip_moe.ablation.timing import DecodingConfig
 from layerskip_moe.files import plain
 from layerskip_moe.nn import ModelConfig
-from layerskip_moe.refusals import shown
+from layerskip_moe.refusals import shortened, shown
 from layerskip_moe.training import TrainConfig
 
 RESULT, DECODING = "result.json", "decoding.json"
@@ -161,7 +161,7 @@ def _is_number(value: float) -> bool:
 
 
 def _damaged(path: Path, why: str) -> ValueError:
-    return ValueError(f"{path} is damaged ({shown(why)[1:-1].rstrip('.')}); remove it, and the run is made again.")
+    return ValueError(f"{path} is damaged ({shortened(why).rstrip('.')}); remove it, and the run is made again.")
 
 
 def _complete(part: str, values: Any) -> Any:

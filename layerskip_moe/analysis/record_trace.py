@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from layerskip_moe.analysis.held_out import LIVE_LOGITS, run_layers
 from layerskip_moe.analysis.trace import TracedText
 from layerskip_moe.generation import Sampling, Session, check_prompts, generate
-from layerskip_moe.generation.sampling import choose, choose_with_confidence, gumbel_noise
+from layerskip_moe.generation.sampling import choose, choose_by_margin, choose_with_confidence, gumbel_noise
 from layerskip_moe.nn import ModelConfig, MoEDecoder, RunOutput
 from layerskip_moe.nn.modes import evaluating
 
@@ -118,12 +118,11 @@ class _Recording:
             said, confidence = choose_with_confidence(logits, sampling, here)
             others = logits.scatter(-1, said[..., None], -math.inf)
             second = choose(others, sampling, here)
-            scores = logits.double() if here is None else logits + here * sampling.temperature
-            of_both = scores.gather(-1, torch.stack([said, second], dim=-1))
+            _, margin = choose_by_margin(logits, sampling, here)
             self.said.append(said.T.cpu())
             self.second.append(second.T.cpu())
             self.confidence.append(confidence.T.cpu())
-            self.margin.append((of_both[..., 0] - of_both[..., 1]).float().T.cpu())
+            self.margin.append(margin.float().T.cpu())
         chosen = [output.chosen[layer].cpu() for layer in sorted(output.chosen)]
         self.experts.append(torch.stack(chosen) if chosen else torch.zeros(0, len(states), 0, dtype=torch.int64))
 

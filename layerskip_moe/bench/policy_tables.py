@@ -34,6 +34,7 @@ _HEAD = (
     "way",
     "95%",
 )
+_TOLD_HEAD = ("exit layer", "agrees", "told by margin", "by probability")
 _CHECK_HEAD = ("decoded for real", "same rounds", "same text", "measured / modelled", "speed-up modelled", "measured")
 
 
@@ -75,15 +76,7 @@ def _tables(comparison: Mapping[str, Any]) -> Iterator[tuple[Sequence[str], list
     if published:
         head = ("faster than (95%)", *published)
         yield head, [(row["name"], *(_faster(row["faster_than"].get(name)) for name in published)) for row in compared]
-    head = ("exit layer", "agrees", "told by margin", "by probability")
-    parts = ("agreement", "by_margin", "by_probability")
-    yield (
-        head,
-        [
-            (str(row["exit_layer"]), percent(row[parts[0]]), *(number(row[part], 2) for part in parts[1:]))
-            for row in comparison["told"]
-        ],
-    )
+    yield _TOLD_HEAD, [_told(row) for row in comparison["told"]]
     if "check" in comparison:
         yield _CHECK_HEAD, [_checked(row) for row in comparison["check"]]
 
@@ -109,6 +102,11 @@ def _faster(difference: Mapping[str, Any] | None) -> str:
     if difference is None:
         return "-"
     return f"{difference['value']:+.1%} ({difference['low']:+.1%} to {difference['high']:+.1%})"
+
+
+def _told(row: Mapping[str, Any]) -> Sequence[str]:
+    areas = (number(row[name], 2) for name in ("by_margin", "by_probability"))
+    return (str(row["exit_layer"]), percent(row["agreement"]), *areas)
 
 
 def _checked(row: Mapping[str, Any]) -> Sequence[str]:

@@ -111,6 +111,7 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
         experts, seconds = text.experts(place, exit_layer, drafted), text.seconds(place, exit_layer, drafted, made)
         places = slice(place, place + drafted + 1)
         judged = _judged(text, place, exit_layer, min(accepted + 1, made)) if limit and stop is None else None
+        shadow = _shadow(text, places, policy, config) if policy.shadow else None
         place += accepted + 1
         session.remaining, session.newest = [text.length - place], _tokens(text.tokens[place - 1 : place])
         report = RoundReport(
@@ -122,10 +123,10 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
             seconds=seconds,
             tokens=_tokens(text.tokens[places]),
             experts=experts if experts and getattr(policy, "experts", False) else None,
-            shadow=_shadow(text, places, policy, config) if policy.shadow else None,
+            shadow=shadow,
             judged=judged,
             made=[made],
-            shadow_margins=_shadow_margins(text, places, policy, config) if policy.shadow else None,
+            shadow_margins=None if shadow is None else _shadow_margins(text, places, shadow),
         )
         policy.observe(report)
         rounds.append(ReplayedRound(exit_layer, drafted, accepted, experts, seconds))
@@ -164,13 +165,11 @@ def _shadow(text: TextRounds, places: slice, policy: Policy, config: ModelConfig
     return said
 
 
-def _shadow_margins(text: TextRounds, places: slice, policy: Policy, config: ModelConfig) -> torch.Tensor:
-    """[1, L, T], likewise, but nan of the last layer."""
-    watched = watched_exits(policy, config)
-    others = [layer for layer in range(config.n_layers) if layer + 1 not in watched]
+def _shadow_margins(text: TextRounds, places: slice, shadow: torch.Tensor) -> torch.Tensor:
+    """[1, L, T], likewise: of shadow tokens, but the last layer's."""
     margins = torch.from_numpy(text.margin[None, :, places].astype("float64"))
-    margins[:, others] = math.nan
-    return margins
+    margins[:, -1] = math.nan
+    return margins.where(shadow >= 0, math.nan)
 
 
 def _never(session: Session) -> bool:

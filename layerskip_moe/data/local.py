@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from layerskip_moe.data.source import Document, Source
-from layerskip_moe.refusals import shortened, shown
+from layerskip_moe.refusals import shortened
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
@@ -243,12 +243,12 @@ def _read_parquet(path: Path) -> list[str]:
         if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             found = ", ".join(f"{name} ({of})" for name, of in zip(schema.names, schema.types, strict=True))
             raise ValueError(
-                f'{path} needs a column "text" of strings, but its columns are {shown(found)[1:-1]}: rename one.'
+                f'{path} needs a column "text" of strings, but its columns are {shortened(found)}: rename one.'
             )
         # As a dictionary: what is in many rows is unpacked only once, until it is known how much all of it is.
         return _unpacked(pq.ParquetFile(path, read_dictionary=["text"]), path)
     except (pa.ArrowException, OSError) as error:
-        reason = shown(str(error).split("\n")[0].rstrip("."))[1:-1]
+        reason = shortened(str(error).split("\n")[0].rstrip("."))
         raise ValueError(f"{path} cannot be read as parquet ({reason}): write the file again.") from None
     except UnicodeDecodeError as error:
         raise ValueError(

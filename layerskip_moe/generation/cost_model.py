@@ -128,7 +128,7 @@ _fitted: "WeakKeyDictionary[MoEDecoder, dict[object, CostModel]]" = WeakKeyDicti
 def fit_cost_model(model: MoEDecoder, batch_size: int = 1, *, exits: Sequence[int] = ()) -> CostModel:
     """Time rounds of this model, for about 1.5 seconds or as long as some 150 of them take, and fit the cost model; at
     once where it was done before in this process. The rounds are those of `generate` under `compiling`, which is left
-    as it is, on text sampled at temperature 1.
+    as it is, on texts sampled at temperature 1 and greedy ones in turn.
 
     exits: exit layers, rising, that rounds are to be drafted by; by default some between early and late
     """

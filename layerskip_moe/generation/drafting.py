@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from layerskip_moe.generation.sampling import penalize
+from layerskip_moe.generation.sampling import choose_by_margin, penalize
 from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.verification import Round
-from layerskip_moe.nn import ModelConfig, MoEDecoder, few_rows
+from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.nn.ragged import Judged, MarginRule, as_index, by_row, in_turn
 from layerskip_moe.nn.rounds import Speculated, speculate
 
@@ -263,11 +263,7 @@ def shadow_tokens(session: Session, round_: Round, watch: Watch, tokens: Tensor)
         if seen is not None:
             scores = penalize(scores, seen[rows, at], session.sampling.repetition_penalty)
         noise = None if round_.noise is None else round_.noise[rows, at]
-        if session.sampling.filters:
-            shadow[rows, layers, at] = session.choose(scores, noise)
-        else:
-            scaled = None if noise is None else noise * session.sampling.temperature
-            shadow[rows, layers, at], margins[rows, layers, at] = few_rows.choose_by_margin(scores, scaled)
+        shadow[rows, layers, at], margins[rows, layers, at] = choose_by_margin(scores, session.sampling, noise)
     return shadow, margins
 
 

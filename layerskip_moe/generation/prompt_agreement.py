@@ -3,14 +3,12 @@
 Knows nothing of drafting. Next: `session.py`, which keeps the states; `policies/adaptive.py`, which asks.
 """
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from layerskip_moe.generation.sampling import choose, gumbel_noise
-from layerskip_moe.nn.few_rows import choose_by_margin
+from layerskip_moe.generation.sampling import choose_by_margin, gumbel_noise
 from layerskip_moe.nn.ragged import Judged
 
 if TYPE_CHECKING:
@@ -44,12 +42,7 @@ def prompt_agreement(session: "Session", exits: Sequence[int]) -> list[dict[int,
     if not session.sampling.greedy:
         places_after = torch.tensor(at, device=states.device)[:, None] + first + 1
         noise = gumbel_noise(session.sampling.seed, session.rows[rows], places_after, scores.shape[-1])[:, 0]
-    if session.sampling.filters:
-        tokens = choose(scores, session.sampling, noise)
-        margins = torch.full(tokens.shape, math.nan)
-    else:
-        scaled = None if noise is None else (noise * session.sampling.temperature).repeat(len(scores), 1)
-        tokens, margins = (some.view(scores.shape[:2]) for some in choose_by_margin(scores.flatten(0, 1), scaled))
+    tokens, margins = choose_by_margin(scores, session.sampling, noise)
     right = (tokens[:-1] == tokens[-1]).tolist()
     found: list[dict[int, list[Judged]]] = [{exit_layer: [] for exit_layer in exits} for _ in range(n_rows)]
     for exit_layer, by_place, of_margin in zip(exits, right, margins[:-1].tolist(), strict=True):

@@ -38,8 +38,7 @@ def draft(
     if not session.sampling.filters:
         noise = None if round_.noise is None else round_.noise[:, :count]
         noise = noise if noise is None or rows is None else noise[rows]
-        drafts, _, states = session.draft(layers, positions, noise, rows=rows, top_k=top_k, collect=collect)
-        return drafts, states
+        return session.draft(layers, positions, noise, rows=rows, top_k=top_k, collect=collect)
     model, token = session.model, session.newest if rows is None else session.newest[rows]
     cache = session.cache if rows is None else session.cache.subset(rows)
     tokens, by_place = [token[:, :0]], []

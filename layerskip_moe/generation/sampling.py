@@ -121,6 +121,17 @@ def choose(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
     return (log_probabilities(logits, sampling) + noise).argmax(dim=-1)
 
 
+def choose_by_margin(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What `choose` chooses, and margins [..., T] float64: by how much logit and noise of each, in logits, exceed the
+    second largest; nan where sampling filters or penalises, for then more decides."""
+    if sampling.filters:
+        tokens = choose(logits, sampling, noise)
+        return tokens, torch.full_like(tokens, math.nan, dtype=torch.float64)
+    scaled = None if noise is None else (noise * sampling.temperature).expand_as(logits).flatten(0, -2)
+    tokens, margins = few_rows.choose_by_margin(logits.flatten(0, -2), scaled)
+    return tokens.view(logits.shape[:-1]), margins.view(logits.shape[:-1])
+
+
 def choose_with_confidence(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> tuple[Tensor, Tensor]:
     """What `choose` chooses, and how probable each of those tokens was, [A, T] float: under the distribution it was
     drawn from, or, when greedy, the softmax of the logits."""

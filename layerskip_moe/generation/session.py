@@ -174,10 +174,10 @@ class Session:
         rows: Tensor | None = None,
         top_k: int | None = None,
         collect: Sequence[int] = (),
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, list[Tensor]]:
         """Drafts by some layers and the head, one after another, after the newest token, which is at the first of
-        positions [A, n + 1], their margins, and states, as `MoEDecoder.draft` has them. Nothing is filtered out or
-        penalised. rows [R]: the rows that draft, where not all do, of which all else is given and returned."""
+        positions [A, n + 1], and states, as `MoEDecoder.draft` has them. Nothing is filtered out or penalised. rows
+        [R]: the rows that draft, where not all do, of which all else is given and returned."""
         return self.model.draft(
             self.newest if rows is None else self.newest[rows],
             layers,

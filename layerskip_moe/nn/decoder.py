@@ -214,14 +214,14 @@ class MoEDecoder(nn.Module):
         noise: Tensor | None = None,
         top_k: int | None = None,
         collect: Sequence[int] = (),
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, list[Tensor]]:
         """Draft tokens one after another by some layers and the head; of few rows, compiled, one call.
 
         newest: [A, 1] int64; positions: [A, n + 1] int64, where it stands and where n drafts will; layers, cache,
             top_k, collect: as in `run`
         noise: [A, n, V] float64, added to the logits; a draft is where they are largest
-        -> drafts [A, n]; their margins [A, n] float64, see `ragged.MarginRule`; states [A, n + 1, D] of newest and
-            drafts, after the last of the layers and after each of `collect`
+        -> drafts [A, n]; states [A, n + 1, D] of newest and drafts, after the last of the layers and after each of
+            `collect`
         """
         layers = list(layers)
         if self._repeats(self.dtype, positions[:, :1]):

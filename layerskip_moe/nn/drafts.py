@@ -46,7 +46,7 @@ def repeat_draft(
     *,
     length: int,
     key: tuple[Any, ...],
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor]]:
     """Tokens drafted one after another in one call; see `MoEDecoder.draft`.
 
     states_of: from token ids and their places to states, the first of which the head is for
@@ -62,13 +62,13 @@ def repeat_draft(
             at = positions[:, place : place + 1]
             return states_of(token, locate_within(at, rows, model.config, slots, cache.capacity))
 
-        tokens, margins, states = draft_places(model, states_at, newest, count, noise[0] if noise else None)
-        return [tokens, margins, *states]
+        tokens, states = draft_places(model, states_at, newest, count, noise[0] if noise else None)
+        return [tokens, *states]
 
     inputs = [newest, cache.rows, positions, *([] if noise is None else [noise])]
     key = "drafts", len(newest), count, slots, noise is None, *key
-    tokens, margins, *states = recorded(model, run, inputs, cache, key)
-    return tokens, margins, states
+    tokens, *states = recorded(model, run, inputs, cache, key)
+    return tokens, states
 
 
 def draft_places(
@@ -77,18 +77,15 @@ def draft_places(
     newest: Tensor,
     count: int,
     noise: Tensor | None,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The plain loop: drafts [A, n] and their margins, and each of the states [A, n + 1, D]."""
-    tokens, states, margins = [newest], [], [newest.new_zeros(len(newest), 0, dtype=torch.float64)]
+) -> tuple[Tensor, list[Tensor]]:
+    """The plain loop: drafts [A, n], and each of the states [A, n + 1, D]."""
+    tokens, states = [newest], []
     for place in range(count + 1):
         states.append(states_at(tokens[-1], place))
         if place < count:
             logits = model.unembed(states[-1][0])[:, 0]
-            token, margin = few_rows.choose_by_margin(logits, None if noise is None else noise[:, place])
-            tokens.append(token[:, None])
-            margins.append(margin[:, None])
-    by_place = [torch.cat(parts, dim=1) for parts in zip(*states, strict=True)]
-    return torch.cat(tokens, dim=1)[:, 1:], torch.cat(margins, dim=1), by_place
+            tokens.append(few_rows.choose(logits, None if noise is None else noise[:, place])[:, None])
+    return torch.cat(tokens, dim=1)[:, 1:], [torch.cat(parts, dim=1) for parts in zip(*states, strict=True)]
 
 
 def _draft_by_place(
@@ -99,16 +96,15 @@ def _draft_by_place(
     cache: KVCache,
     noise: Tensor | None,
     key: tuple[Any, ...],
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor]]:
     """On a CPU: two recordings, from a token to its states and from those to the next token, repeated in turn."""
     count, run = positions.shape[1] - 1, by_rows(states_of, model.config, cache)
     if not count:
         inputs = [newest[:, 0], cache.rows, positions[:, 0]]
-        states = [state[:, None] for state in recorded(model, run, inputs, cache, ("draft", *key))]
-        return newest[:, :0], newest[:, :0].double(), states
+        return newest[:, :0], [state[:, None] for state in recorded(model, run, inputs, cache, ("draft", *key))]
     if recordings := _complete(*_drafting(model, run, newest, positions, cache, noise, key)):
-        tokens, margins, *states = drafts_of(recordings, newest, cache.rows, positions, noise)
-        return tokens, margins, states
+        tokens, *states = drafts_of(recordings, newest, cache.rows, positions, noise)
+        return tokens, states
 
     def states_at(token: Tensor, place: int) -> list[Tensor]:
         states = run([token[:, 0], cache.rows, positions[:, place].contiguous()])

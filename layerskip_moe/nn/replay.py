@@ -62,13 +62,13 @@ class Recording:
 def drafts_of(
     recordings: Sequence[Recording], newest: Tensor, rows: Tensor, positions: Tensor, noise: Tensor | None
 ) -> list[Tensor]:
-    """Draft tokens one after another by two recordings, see `cpp/drafts.h`: drafts and their margins [A, n], and each
-    of the states [A, n + 1, .]."""
+    """Draft tokens one after another by two recordings, see `cpp/drafts.h`: drafts [A, n], and each of the states
+    [A, n + 1, .]."""
     limits = torch.full((len(newest),), positions.shape[1] - 1)
-    drafts, margins, _, *states = torch.ops.layerskip_moe_few_rows.replay_drafts.default(
+    drafts, _, _, *states = torch.ops.layerskip_moe_few_rows.replay_drafts.default(
         *(recording.number for recording in recordings), *_dense(newest, rows, positions, noise), limits, None, 0.0
     )
-    return [drafts, margins, *states]
+    return [drafts, *states]
 
 
 def round_of(

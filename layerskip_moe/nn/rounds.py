@@ -94,7 +94,7 @@ def _in_two_steps(
 ) -> Speculated:
     """`speculate` by `MoEDecoder.draft` and `MoEDecoder.decode`; wanted: layers of the two whose states are."""
     first = None if noise is None else noise[:, :-1]
-    drafts, _, (states, *early) = model.draft(
+    drafts, (states, *early) = model.draft(
         newest, range(exit_layer), positions=positions, cache=cache, noise=first, collect=wanted[0]
     )
     rows, places = as_index(*in_turn([range(limit + 1) for limit in limits]), newest.device)

@@ -11,7 +11,7 @@ LAYERS = range(2)
 
 
 def drafted(model, rows, count, temperature, *, compiled, one_by_one=False):
-    """Three drafts in a row of `rows` rows whose lengths differ: tokens, margins, states, and the cache."""
+    """Three drafts in a row of `rows` rows whose lengths differ: tokens, states, and what the cache then holds."""
     generator = torch.Generator().manual_seed(rows + count)
     cache = KVCache(model.config, rows, 40, dtype=model.dtype)
     cache.extend(torch.arange(rows) + 1)
@@ -24,13 +24,13 @@ def drafted(model, rows, count, temperature, *, compiled, one_by_one=False):
             how = dict(positions=positions, cache=cache, noise=noise)
             draft = by_hand if one_by_one else type(model).draft
             made = draft(model, newest, LAYERS, **how)
-            found += made if one_by_one else [*made[:2], *made[2]]
+            found += made if one_by_one else [made[0], *made[1]]
             cache.extend(torch.arange(rows) % 2 + 1)
     return [*found, cache.keys, cache.values], cache.recordings
 
 
 def by_hand(model, newest, layers, *, positions, cache, noise):
-    tokens, states, margins = [newest], [], [newest[:, :0].double()]
+    tokens, states = [newest], []
     for place in range(positions.shape[1]):
         hidden = model.embed(tokens[-1])
         hidden = model.run(hidden, layers, positions=positions[:, place : place + 1], cache=cache).hidden
@@ -38,10 +38,8 @@ def by_hand(model, newest, layers, *, positions, cache, noise):
         if noise is not None and place < noise.shape[1]:
             scores = scores + noise[:, place]
         tokens.append(scores.argmax(dim=-1, keepdim=True))
-        largest = scores.topk(2, dim=-1).values
-        margins.append(largest[:, :1] - largest[:, 1:])
         states.append(hidden)
-    return torch.cat([newest[:, :0], *tokens[1:-1]], dim=1), torch.cat(margins[:-1], dim=1), torch.cat(states, dim=1)
+    return torch.cat([newest[:, :0], *tokens[1:-1]], dim=1), torch.cat(states, dim=1)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -72,7 +70,7 @@ def test_some_layers_with_fewer_experts(tiny_model, compiled, layers, top_k, col
     with torch.no_grad(), compiling(model, compiled):
         for _ in range(2):  # recorded, then repeated
             how = dict(positions=positions, cache=cache, top_k=top_k, collect=collect)
-            drafts, _, states = model.draft(newest, layers, **how)
+            drafts, states = model.draft(newest, layers, **how)
     text = torch.cat([newest, drafts], dim=1)
     with torch.no_grad():
         whole = model.run(model.embed(text), layers, positions=positions, top_k=top_k, collect=layers)

@@ -27,10 +27,10 @@ def begun(model, rows):
 
 
 def by_hand(model, cache, newest, exit_layer, noise, limits, positions):
-    """Tokens of the full model and drafts, row by row, each by one call of `run` for each."""
-    drafts, tokens, states = [], [], []
+    """Tokens of the full model, drafts, states and drafts' margins, row by row, each by one call of `run` for each."""
+    drafts, tokens, states, margins = [], [], [], []
     for row, limit in enumerate(limits):
-        part, token, said = cache.subset(torch.tensor([row])), newest[row : row + 1], []
+        part, token, said, sure = cache.subset(torch.tensor([row])), newest[row : row + 1], [], []
         for place in range(limit):
             run = model.run(
                 model.embed(token), range(exit_layer), positions=positions[row : row + 1, place : place + 1], cache=part
@@ -38,15 +38,18 @@ def by_hand(model, cache, newest, exit_layer, noise, limits, positions):
             scores = model.unembed(run.hidden)[0, 0].double() + (0 if noise is None else noise[row, place])
             token = scores.argmax()[None, None]
             said.append(int(token))
+            largest = scores.topk(2).values
+            sure.append(float(largest[0] - largest[1]))
         text = torch.tensor([[int(newest[row]), *said]])
         run = model.run(
             model.embed(text), range(4), positions=positions[row : row + 1, : limit + 1], cache=part, collect=range(4)
         )
         scores = model.unembed(run.hidden)[0].double() + (0 if noise is None else noise[row, : limit + 1])
         drafts.append(said)
+        margins.append(sure)
         tokens.append(scores.argmax(dim=-1).tolist())
         states.append(torch.stack([run.collected[layer][0] for layer in range(4)]))
-    return tokens, drafts, torch.cat(states, dim=1)
+    return tokens, drafts, torch.cat(states, dim=1), margins
 
 
 @settings(deadline=None, max_examples=25)
@@ -69,13 +72,15 @@ def test_one_call_is_many(model, data, rows, exit_layer, longest, temperature, s
     with torch.no_grad():
         cache = begun(model, rows)
         positions = cache.lengths[:, None] + torch.arange(longest + 1)
-        tokens, drafts, states = by_hand(model, cache, newest, exit_layer, noise, limits, positions)
+        tokens, drafts, states, margins = by_hand(model, cache, newest, exit_layer, noise, limits, positions)
         for compiled in (False, True, True):  # (the second time from a recording)
             with compiling(model, compiled):
                 done = speculate(model, newest, exit_layer, positions=positions, cache=cache, **how)
             for row, limit in enumerate(limits):
                 assert done.tokens[row, : limit + 1].tolist() == tokens[row]
                 assert done.drafts[row, :limit].tolist() == drafts[row]
+                if done.margins is not None:
+                    assert done.margins[row, :limit].tolist() == pytest.approx(margins[row], abs=1e-5)
                 right = [one == other for one, other in zip(drafts[row], tokens[row], strict=False)]
                 assert done.accepted[row] == [*right, False].index(False)
             assert sorted(done.collected) == collect
@@ -178,7 +183,7 @@ def test_up_to_64_places_are_one_call(tiny_model, in_two_steps, rows, one_call):
     with compiling(model):
         done = speculate(model, newest, 2, positions=positions, cache=cache, noise=None, limits=[3] * rows)
     assert len(in_two_steps) == (not one_call)
-    tokens, drafts, _ = by_hand(model, begun(model, rows), newest, 2, None, [3] * rows, positions)
+    tokens, drafts, _, _ = by_hand(model, begun(model, rows), newest, 2, None, [3] * rows, positions)
     assert done.drafts.tolist() == drafts
     assert done.tokens.tolist() == tokens
 
@@ -192,6 +197,6 @@ def test_what_cannot_be_recorded_is_right_all_the_same(tiny_model, in_two_steps)
         for count in (1, 2):
             done = speculate(model, newest, 2, positions=positions, cache=cache, noise=None, limits=[3, 2])
             assert len(in_two_steps) == count
-    tokens, drafts, _ = by_hand(model, begun(model, 2), newest, 2, None, [3, 2], positions)
+    tokens, drafts, _, _ = by_hand(model, begun(model, 2), newest, 2, None, [3, 2], positions)
     assert [done.tokens[0].tolist(), done.tokens[1, :3].tolist()] == tokens
     assert [done.drafts[0].tolist(), done.drafts[1, :2].tolist()] == drafts

@@ -9,16 +9,12 @@
 
 namespace few_rows {
 
-// A draft of margin m is taken to be right with probability m / (m + half[row]). It is kept while all of a row's drafts so
-// far, it too, are right with probability `least` or more; then the row drafts no more.
-struct MarginRule {
-  const double* half;
-  double least;
-};
-
 // states_of: (token [A], row [A], position [A]) -> states [A, .], of which the first are what `choice_of` takes;
 // choice_of: (states [A, .], noise [A, V], if there is any) -> token [A], margin [A].
 // newest, rows: [A]; positions [A, n + 1]; noise [A, n or more, V]; limits [A], the drafts that a row wants, up to n.
+// halves [A], least: the margin rule of ragged.py, if there is one. A draft of margin m is taken to be right with
+// probability m / (m + half), and is kept while all of a row's drafts so far, it too, are right with probability `least` or
+// more; then the row drafts no more.
 //
 // -> drafts [A, n], margins [A, n], how many of each row's are kept [A], and each of the states [A, n + 1, .], of newest and
 // of every draft. Without a rule a row keeps what it wants; where the last row drafts no more, what would follow is zeros.
