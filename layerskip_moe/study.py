@@ -132,6 +132,7 @@ def study(
         "plain": Autoregressive(),
         "self-speculative": setting,
         "self-speculative, adaptive": SelfSpeculative(),
+        "self-speculative, adaptive, no int8": SelfSpeculative(int8_drafts=False),
     }
     settings: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "seed": config.seed, "progress": progress}
     greedy = compare_decoding(model, prompts, strategies, **settings)

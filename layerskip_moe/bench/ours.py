@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from layerskip_moe.generation import Autoregressive, Generation, Session, Strategy, generate
+from layerskip_moe.generation import Autoregressive, Generation, Sampling, Session, Strategy, generate
 from layerskip_moe.generation.generate import now
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.nn.modes import in_mode
@@ -54,9 +54,9 @@ class _Arrivals:
         """As the strategy."""
         self._strategy.check(config)
 
-    def prepare(self, model: MoEDecoder, rows: int) -> None:
+    def prepare(self, model: MoEDecoder, rows: int, sampling: Sampling) -> None:
         """As the strategy, where it has something to prepare."""
-        getattr(self._strategy, "prepare", lambda *_: None)(model, rows)
+        getattr(self._strategy, "prepare", lambda *_: None)(model, rows, sampling)
 
     def start(self, session: Session) -> None:
         """As the strategy."""

@@ -8,6 +8,7 @@ Knows nothing of files. Next: `decoding.py`, which times; `speculation_tables.py
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from statistics import median
 from typing import Any
 
@@ -21,6 +22,8 @@ from layerskip_moe.generation import Autoregressive, SelfSpeculative, Session, S
 from layerskip_moe.generation.policies.adaptive import candidate_exits
 from layerskip_moe.generation.verification import Round
 from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.nn.compiling import compiling
+from layerskip_moe.nn.int8_copies import why_no_int8
 from layerskip_moe.nn.ragged import Judged
 
 
@@ -34,6 +37,7 @@ class SpeculationSettings:
         max_new_tokens: decoded after each
         temperatures: at which that is done; 0 is greedy
         draft_lengths: of the fixed pairs, at the exit layers that `Adaptive` tries
+        int8_draft_lengths: of fixed pairs whose drafts are int8, at the last of these layers and at the last of all
         wrong_tokens: decoded where no draft is ever right
         batch_size: prompts of the batch, whose lengths differ
         batch_repeats: times that the batch is decoded
@@ -45,6 +49,7 @@ class SpeculationSettings:
     max_new_tokens: int = 128
     temperatures: tuple[float, ...] = (0.0, 0.8)
     draft_lengths: tuple[int, ...] = (1, 2, 3, 4, 6)
+    int8_draft_lengths: tuple[int, ...] = (7, 15)
     wrong_tokens: int = 512
     batch_size: int = 8
     batch_repeats: int = 5
@@ -91,9 +96,14 @@ def _text_row(
     progress: bool,
 ) -> dict[str, Any]:
     """Adaptive beside plain decoding and all fixed pairs; the best of these is chosen on the very same prompts."""
-    pairs = [(layer, length) for layer in candidate_exits(model.config.n_layers) for length in settings.draft_lengths]
+    exits, n_layers = candidate_exits(model.config.n_layers), model.config.n_layers
     strategies: dict[str, Strategy] = {"plain": Autoregressive(), "adaptive": SelfSpeculative()}
-    strategies |= {f"{layer}, {length}": SelfSpeculative(layer, length) for layer, length in pairs}
+    for layer, length in product(exits, settings.draft_lengths):
+        strategies[f"{layer}, {length}"] = SelfSpeculative(layer, length)
+    with compiling(model):
+        can_be_int8 = why_no_int8(model) is None
+    for layer, length in product((*exits[-1:], n_layers), settings.int8_draft_lengths if can_be_int8 else ()):
+        strategies[f"{layer}, {length}, int8"] = SelfSpeculative(layer, length, int8_drafts=True)
     compared = compare_decoding(
         model,
         prompts,
@@ -111,7 +121,12 @@ def _text_row(
         "best_fixed": _row(compared, best.name),
         "over_best_fixed": ratios,
         "grid": [
-            {"exit_layer": result.exit_layer, "draft_length": result.draft_length, "speed_up": result.speed_up}
+            {
+                "exit_layer": result.exit_layer,
+                "draft_length": result.draft_length,
+                "int8": result.name.endswith("int8"),
+                "speed_up": result.speed_up,
+            }
             for result in compared.strategies[2:]
         ],
         "identical_in_grid": sum(result.identical for result in compared.strategies[1:]),

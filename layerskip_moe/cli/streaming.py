@@ -5,7 +5,7 @@ Knows nothing of text or terminals. Next: `generate.py`, which prints.
 
 from collections.abc import Callable
 
-from layerskip_moe.generation import Session, Strategy
+from layerskip_moe.generation import Sampling, Session, Strategy
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 
 
@@ -30,9 +30,9 @@ class RoundByRound:
         """As the strategy."""
         self._strategy.check(config)
 
-    def prepare(self, model: MoEDecoder, rows: int) -> None:
+    def prepare(self, model: MoEDecoder, rows: int, sampling: Sampling) -> None:
         """As the strategy, where it has something to prepare."""
-        getattr(self._strategy, "prepare", lambda *_: None)(model, rows)
+        getattr(self._strategy, "prepare", lambda *_: None)(model, rows, sampling)
 
     def start(self, session: Session) -> None:
         """As the strategy."""

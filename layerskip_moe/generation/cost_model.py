@@ -41,6 +41,7 @@ class CostModel:
         moe_layers: those with experts, by index
         num_experts, top_k: E and K; 0 and 0 in a dense model
         seconds: of each of `features`
+        int8_drafts: whether drafts are made from int8 copies of the weights: then every layer verifies
     """
 
     n_layers: int
@@ -48,6 +49,7 @@ class CostModel:
     num_experts: int
     top_k: int
     seconds: tuple[float, ...]
+    int8_drafts: bool = False
 
     def is_of(self, config: ModelConfig) -> bool:
         """Whether it is of such a network."""
@@ -86,18 +88,16 @@ class CostModel:
         of the head."""
         rows, places, most = len(drafted), sum(drafted) + len(drafted), max(made or drafted)
         exit_layer = max(exit_layers) if most else 0
-        if experts is None:
-            later = self.more_experts(exit_layer, places)
-        else:
-            pairs = zip(self.moe_layers, experts, strict=True)
-            later = sum(read - self.top_k for layer, read in pairs if layer >= exit_layer)
+        later = self.more_experts(exit_layer, places) if experts is None else self.later_experts(exit_layer, experts)
         return self.amounts(exit_layer, max(drafted), most, rows, places, later)
 
     def amounts(self, exit_layer: int, longest: int, most: int, rows: int, places: int, later: float) -> list[float]:
         """`features` of a round of so many rows and places, where the longest draft that is verified has so many
         tokens, and the longest that is made has `most`, whose verification reads `later` more experts than one row
         would."""
-        early, late = exit_layer * (longest + 1), self.n_layers - exit_layer
+        first = self.first_to_verify(exit_layer)
+        # (The last draft's own early layers are run where verification goes on from them.)
+        early, late = exit_layer * (most if self.int8_drafts else longest + 1), self.n_layers - first
         further = float(places - 1)
         return [
             1.0,
@@ -111,10 +111,19 @@ class CostModel:
             further,
         ]
 
+    def first_to_verify(self, exit_layer: int) -> int:
+        """The first of the layers that run over all places at verification."""
+        return 0 if self.int8_drafts else exit_layer
+
+    def later_experts(self, exit_layer: int, experts: Sequence[float]) -> float:
+        """Of the different experts that each MoE layer read, those that verification did beyond those of one place."""
+        pairs, first = zip(self.moe_layers, experts, strict=True), self.first_to_verify(exit_layer)
+        return sum(read - self.top_k for layer, read in pairs if layer >= first)
+
     def more_experts(self, exit_layer: int, places: int) -> float:
-        """Experts that so many places read in the layers from the exit on beyond those of one place, were all to
-        choose independently and evenly."""
-        layers = len(self.moe_layers) - bisect_left(self.moe_layers, exit_layer)
+        """Experts that so many places read in the layers that verify beyond those of one place, were all to choose
+        independently and evenly."""
+        layers = len(self.moe_layers) - bisect_left(self.moe_layers, self.first_to_verify(exit_layer))
         return layers * (self.expected_experts(places) - self.top_k)
 
     def expected_experts(self, rows: int) -> float:
@@ -125,18 +134,21 @@ class CostModel:
 _fitted: "WeakKeyDictionary[MoEDecoder, dict[object, CostModel]]" = WeakKeyDictionary()
 
 
-def fit_cost_model(model: MoEDecoder, batch_size: int = 1, *, exits: Sequence[int] = ()) -> CostModel:
+def fit_cost_model(
+    model: MoEDecoder, batch_size: int = 1, *, exits: Sequence[int] = (), int8_drafts: bool = False
+) -> CostModel:
     """Time rounds of this model, for about 1.5 seconds or as long as some 150 of them take, and fit the cost model; at
     once where it was done before in this process. The rounds are those of `generate` under `compiling`, which is left
     as it is, on texts sampled at temperature 1 and greedy ones in turn.
 
     exits: exit layers, rising, that rounds are to be drafted by; by default some between early and late
+    int8_drafts: whether drafts are made from int8 copies of the weights
     """
-    key = batch_size, model.device, model.dtype, model.compiled, tuple(exits)
+    key = batch_size, model.device, model.dtype, model.compiled, tuple(exits), int8_drafts
     fitted = _fitted.setdefault(model, {})
     if key not in fitted:
         with evaluating(model):
-            fitted[key] = _fit(model, batch_size, exits)
+            fitted[key] = _fit(model, batch_size, exits, int8_drafts)
     return fitted[key]
 
 
@@ -172,8 +184,8 @@ class _OneAfterAnother:
 
     shadow, should_stop = False, None
 
-    def __init__(self) -> None:
-        self.kind, self.experts = _Kind(0, 0), False
+    def __init__(self, int8_drafts: bool) -> None:
+        self.kind, self.experts, self.int8_drafts = _Kind(0, 0), False, int8_drafts
         self.margin_rule: MarginRule | None = None
         self.report: RoundReport | None = None
 
@@ -188,16 +200,16 @@ class _OneAfterAnother:
         self.report = round
 
 
-def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int]) -> CostModel:
+def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int], int8_drafts: bool) -> CostModel:
     config = model.config
-    kinds = _kinds(config, batch_size, exits)
+    kinds = _kinds(config, batch_size, exits, 11 if int8_drafts else 5)
     # Rows of a batch end one by one, and what fewer take cannot be told from what all do. (All come last: their
     # recordings serve the batch.)
     sizes = [batch_size] if batch_size == 1 else [-(-batch_size // 4), batch_size]
-    blocks = [block for rows in sizes for block in _time_rounds(model, rows, kinds, _SECONDS / len(sizes))]
-    empty = CostModel(
-        config.n_layers, _moe_layers(config), config.num_experts, config.top_k * bool(config.num_experts), ()
-    )
+    policy = _OneAfterAnother(int8_drafts)
+    blocks = [block for rows in sizes for block in _time_rounds(model, rows, policy, kinds, _SECONDS / len(sizes))]
+    top_k = config.top_k * bool(config.num_experts)
+    empty = CostModel(config.n_layers, _moe_layers(config), config.num_experts, top_k, (), int8_drafts)
     return _fitted_to(empty, blocks, head=_head_over_layer(model))
 
 
@@ -208,7 +220,9 @@ def _head_over_layer(model: MoEDecoder) -> float:
     return model.config.vocab_size * model.config.d_model * model.config.n_layers / max(active - outside, 1)
 
 
-def _time_rounds(model: MoEDecoder, rows: int, kinds: list[_Kind], seconds: float) -> list[_Block]:
+def _time_rounds(
+    model: MoEDecoder, rows: int, policy: _OneAfterAnother, kinds: list[_Kind], seconds: float
+) -> list[_Block]:
     """Blocks of steps of so many rows, of all kinds in turn."""
     config = model.config
     blocks, started, draw = list[_Block](), time.perf_counter(), random.Random(rows)
@@ -225,16 +239,22 @@ def _time_rounds(model: MoEDecoder, rows: int, kinds: list[_Kind], seconds: floa
         # Greedy text runs in circles, and reads fewer experts: that tells what they cost from what rows cost.
         sampling = Sampling(temperature=float(sessions % 2 == 0))
         session, sessions = Session(model, prompts, sampling, max_new_tokens=tokens), sessions + 1
-        _run(session, kinds, blocks, is_over)
+        _run(session, policy, kinds, blocks, is_over)
         session.close()
     return blocks[len(kinds) :] or blocks
 
 
-def _run(session: Session, kinds: list[_Kind], blocks: list[_Block], is_over: Callable[[], bool]) -> None:
+def _run(
+    session: Session,
+    policy: _OneAfterAnother,
+    kinds: list[_Kind],
+    blocks: list[_Block],
+    is_over: Callable[[], bool],
+) -> None:
     """Time steps of all kinds, some of each in turn, until a row has no use for the longest drafts, or time is up."""
     from layerskip_moe.generation.self_speculative import SelfSpeculative  # which imports `Adaptive`, and that this
 
-    policy, rows = _OneAfterAnother(), len(session.rows)
+    rows = len(session.rows)
     plain, drafting = Autoregressive(), SelfSpeculative(policy=policy)
     longest = max(kind.drafts for kind in kinds)
     session.prefill()
@@ -257,14 +277,14 @@ def _run(session: Session, kinds: list[_Kind], blocks: list[_Block], is_over: Ca
         blocks.append(_Block(exit_layer, drafted, made, experts, session.sampling.greedy, timed))
 
 
-def _kinds(config: ModelConfig, batch_size: int, exits: Sequence[int]) -> list[_Kind]:
-    """The rounds to time: plain ones, early to late exits, no drafts, short and long drafts."""
+def _kinds(config: ModelConfig, batch_size: int, exits: Sequence[int], most: int) -> list[_Kind]:
+    """The rounds to time: plain ones, early to late exits, no drafts, short and long drafts, of at most so many."""
     exits = exits or list(dict.fromkeys(max(config.n_layers // part, 1) for part in (6, 4, 2)))
     exits = exits if batch_size == 1 else list(dict.fromkeys([exits[0], exits[-1]]))  # their rounds take longer
-    longest = max(min(5, few_rows.MOST_ROWS // batch_size - 1, config.max_seq_len - 4), 1)
+    longest = max(min(most, few_rows.MOST_ROWS // batch_size - 1, config.max_seq_len - 4), 1)
     pairs = [_Kind(exit_layer, length) for exit_layer in exits for length in sorted({1, longest})]
     let_go = [_Kind(exit_layer, 1, True) for exit_layer in sorted({exits[0], exits[-1]})]
-    return [_Kind(0, 0), *pairs, *(_Kind(exits[-1], length) for length in range(3, longest, 2)), *let_go]
+    return [_Kind(0, 0), *pairs, *(_Kind(exits[-1], length) for length in range(3, longest, most // 2)), *let_go]
 
 
 def _moe_layers(config: ModelConfig) -> tuple[int, ...]:

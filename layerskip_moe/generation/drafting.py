@@ -20,6 +20,7 @@ from layerskip_moe.generation.sampling import choose_by_margin, penalize
 from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.verification import Round
 from layerskip_moe.nn import ModelConfig, MoEDecoder
+from layerskip_moe.nn.int8_copies import Int8Copies
 from layerskip_moe.nn.ragged import Judged, MarginRule, as_index, by_row, in_turn
 from layerskip_moe.nn.rounds import Speculated, speculate
 
@@ -77,10 +78,11 @@ def go_together(session: Session, round_: Round, exit_layers: list[int], drafter
 
 
 def draft_and_verify(
-    session: Session, round_: Round, exit_layer: int, watch: Watch, rule: MarginRule | None
+    session: Session, round_: Round, exit_layer: int, watch: Watch, rule: MarginRule | None, copies: Int8Copies | None
 ) -> tuple[Tensor, list[int], list[list[Judged]] | None]:
-    """Draft, verify and choose in one call: tokens and how many drafts were accepted, as `Round.settle` has them, and
-    what is known of drafts, see `RoundReport.judged`. Where a rule keeps fewer drafts, `round_` gets lower limits."""
+    """Draft, from copies of the weights where there are some, verify and choose in one call: tokens and how many drafts
+    were accepted, as `Round.settle` has them, and what is known of drafts, see `RoundReport.judged`. Where a rule keeps
+    fewer drafts, `round_` gets lower limits."""
     done = speculate(
         session.model,
         session.newest,
@@ -92,6 +94,7 @@ def draft_and_verify(
         rule=rule,
         collect=watch.collect(range(session.model.config.n_layers)),
         choices=watch.choices,
+        copies=copies,
     )
     watch.chosen |= done.chosen
     judged = None if done.margins is None else _judged(done, done.margins, round_.limits)

@@ -134,7 +134,7 @@ def generate(
         for first in range(0, len(encoded), size):
             if prepare is not None:
                 with compiling(model, compiles):
-                    prepare(model, len(encoded[first : first + size]))
+                    prepare(model, len(encoded[first : first + size]), sampling)
             start = now(model.device)
             session = Session(
                 model,

@@ -5,8 +5,9 @@ The draft's keys, values and exit states are kept, so verification runs only the
 and the early ones for the newest draft, which the draft had no need to run. What is rejected is forgotten
 by not counting it. How many layers draft how many tokens is a policy's to say, before each round and for each row.
 
-The early layers of another model may draft instead, such as a quantised copy. Its keys, values and states are not the
-model's, so then every layer verifies: that is `speculative.py`'s way, and is left to it.
+Drafts may be made from int8 copies of the weights (`nn/int8_copies.py`), which are read in less time: on the same
+cache, whose drafted places verification then writes anew, by every layer. And by the early layers of another model,
+whose cache is another: that is `speculative.py`'s way, and is left to it.
 
 Knows nothing of how a session stores its rows. Next: `drafting.py`, `verification.py`; `policies/policy.py`.
 """
@@ -29,10 +30,12 @@ from layerskip_moe.generation.drafting import (
 from layerskip_moe.generation.policies.adaptive import Adaptive
 from layerskip_moe.generation.policies.fixed import Fixed
 from layerskip_moe.generation.policies.policy import Policy, RoundReport
+from layerskip_moe.generation.sampling import Sampling
 from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.speculative import Speculative
 from layerskip_moe.generation.verification import Coupling, Round, check_drafting
 from layerskip_moe.nn import ModelConfig, MoEDecoder
+from layerskip_moe.nn.int8_copies import int8_copies, why_no_int8
 from layerskip_moe.nn.ragged import MarginRule
 from layerskip_moe.refusals import shown
 
@@ -60,9 +63,14 @@ class SelfSpeculative:
             accepts somewhat more. Greedy decoding is the same under both. (Noise of a discarded draft is met again at
             its position: "rejection" is exact where plans do not depend on drafts behind the first refused one.)
         draft_model: another decoder whose first `exit_layer` layers and head draft, such as
-            `quantize(model, "int8")`, as in `Speculative`; None: the model itself. It is as lossless: what the draft
+            `quantize(model, "int4")`, as in `Speculative`; None: the model itself. It is as lossless: what the draft
             computed is used at verification only where its embedding and those layers are the model's own. It drafts
             by exit_layer and draft_length, not by a policy.
+        int8_drafts: whether drafts are made from int8 copies of the model's weights, which take a quarter of float32's
+            memory beside them, and every layer verifies. As lossless, and faster where reading weights is what takes
+            time: the whole model may draft then, exit_layer=L. On a CPU, compiled, in rounds of one call: without
+            `should_stop`, `top_k`, `top_p` and penalties, with shared noise. None: where `SelfSpeculative()` is left to
+            find its own settings, that is so, and the copies take 1 GiB or less; True refuses what cannot be.
     """
 
     exit_layer: int | None = None
@@ -71,6 +79,7 @@ class SelfSpeculative:
     policy: Policy | None = None
     coupling: Coupling = "shared"
     draft_model: MoEDecoder | None = None
+    int8_drafts: bool | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("exit_layer", self.exit_layer), ("draft_length", self.draft_length)):
@@ -85,12 +94,20 @@ class SelfSpeculative:
                 raise ValueError(
                     "a policy says which layers draft how much; leave out exit_layer, draft_length and draft_model."
                 )
+            if self.int8_drafts is not None:
+                raise ValueError("a policy says whether drafts are int8, by its own int8_drafts; leave it out here.")
         elif self.exit_layer is None:
             if self.draft_length is not None or self.draft_model is not None:
                 raise ValueError("draft_length and draft_model go with an exit_layer; give it, or leave both out.")
-            object.__setattr__(self, "policy", Adaptive())
+            object.__setattr__(self, "policy", Adaptive(int8_drafts=self.int8_drafts))
         elif self.draft_length is None:
             object.__setattr__(self, "draft_length", 4)
+        if self.int8_drafts is not None and not isinstance(self.int8_drafts, bool):
+            raise ValueError(f"int8_drafts={shown(self.int8_drafts)} must be True, False or None.")
+        if self.int8_drafts and (self.draft_model is not None or self.coupling != "shared"):
+            raise ValueError(
+                "int8_drafts are the model's own, chosen with shared noise; leave out draft_model and coupling."
+            )
         check_drafting(1 if self.draft_length is None else self.draft_length, self.coupling)
 
     def check(self, config: ModelConfig) -> None:
@@ -101,12 +118,21 @@ class SelfSpeculative:
         elif hasattr(self._policy, "exit_layer"):
             check_exit_layer(self._policy.exit_layer, config)
 
-    def prepare(self, model: MoEDecoder, rows: int) -> None:
-        """Before a batch of so many rows, and before anything is timed: a policy may time the model, once."""
+    def prepare(self, model: MoEDecoder, rows: int, sampling: Sampling) -> None:
+        """Before a batch of so many rows, and before anything is timed: a policy may time the model, once. Raises
+        ValueError where drafts shall be int8, and cannot."""
+        one_call = self.coupling == "shared" and not sampling.filters
+        against = (
+            None if not self.int8_drafts else why_no_int8(model) if one_call else "top_k, top_p or a penalty is set"
+        )
+        if against is not None:
+            raise ValueError(f"int8_drafts=True cannot be: {against}; leave it out.")
         prepare = getattr(self._policy, "prepare", None)
         if prepare is not None:
             with _asking:
-                prepare(model, rows)
+                prepare(model, rows, one_call)
+        if getattr(self._policy, "int8_drafts", False):
+            int8_copies(model)  # which takes a moment, once
 
     def start(self, session: Session) -> None:
         """Run the prompts, through both models where they differ; then raises ValueError as `Speculative.start`."""
@@ -139,7 +165,7 @@ class SelfSpeculative:
         with _asking:
             plan = policy.plan(session)
             shadow, experts = policy.shadow, getattr(policy, "experts", False)
-            rule = getattr(policy, "margin_rule", None)
+            rule, int8 = getattr(policy, "margin_rule", None), getattr(policy, "int8_drafts", False)
         _check_plan(plan, session)
         if rule is not None and not isinstance(rule, MarginRule):
             raise ValueError(f"the policy's margin_rule={shown(rule)} is no rule; give a MarginRule, or None.")
@@ -156,7 +182,8 @@ class SelfSpeculative:
         confidences: list[list[float]] = [[] for _ in plan]
         judged, wanted = None, round_.limits
         if go_together(session, round_, exit_layers, drafter):
-            tokens, accepted, judged = draft_and_verify(session, round_, max(exit_layers), watch, rule)
+            copies = int8_copies(session.model) if int8 else None
+            tokens, accepted, judged = draft_and_verify(session, round_, max(exit_layers), watch, rule, copies)
         else:
             drafted, confidences = draft(session, round_, exit_layers, stop, drafter, watch)
             tokens, accepted = round_.settle(verify(session, round_, drafted, watch))
@@ -191,7 +218,7 @@ class SelfSpeculative:
         if self.policy is not None:
             return self.policy
         assert self.exit_layer is not None and self.draft_length is not None, "settled at construction"
-        return Fixed(self.exit_layer, self.draft_length)
+        return Fixed(self.exit_layer, self.draft_length, bool(self.int8_drafts))
 
     def _speculative(self, draft: MoEDecoder) -> Speculative:
         assert self.draft_length is not None, "settled at construction"

@@ -34,6 +34,7 @@ from layerskip_moe.nn.steps import (
 
 if TYPE_CHECKING:
     from layerskip_moe.nn.decoder import MoEDecoder
+    from layerskip_moe.nn.int8_copies import Int8Copies
 
 
 def repeat_draft(
@@ -101,7 +102,7 @@ def _draft_by_place(
     count, run = positions.shape[1] - 1, by_rows(states_of, model.config, cache)
     if not count:
         inputs = [newest[:, 0], cache.rows, positions[:, 0]]
-        return newest[:, :0], [state[:, None] for state in recorded(model, run, inputs, cache, ("draft", *key))]
+        return newest[:, :0], [state[:, None] for state in recorded(model, run, inputs, cache, ("draft", None, *key))]
     if recordings := _complete(*_drafting(model, run, newest, positions, cache, noise, key)):
         tokens, *states = drafts_of(recordings, newest, cache.rows, positions, noise)
         return tokens, states
@@ -121,17 +122,22 @@ def _drafting(
     cache: KVCache,
     noise: Tensor | None,
     key: tuple[Any, ...],
+    copies: "Int8Copies | None" = None,
 ) -> tuple[Recording | Graph, Recording | Graph]:
-    """What is recorded of drafting: from a token to its states, and from those to the next token."""
+    """What is recorded of drafting: from a token to its states, and from those to the next token; by copies of the
+    weights, where there are some."""
 
     def choice_of(inputs: list[Tensor]) -> list[Tensor]:
         hidden, *noise = inputs
         return list(few_rows.choose_by_margin(model.unembed(hidden), noise[0] if noise else None))
 
-    first, _ = recording_of(model, run, [newest[:, 0], cache.rows, positions[:, 0]], cache, ("draft", *key))
-    hidden = torch.zeros(len(newest), model.config.d_model, dtype=model.dtype, device=newest.device)
-    drawn = [] if noise is None else [noise[:, 0]]
-    second, _ = recording_of(model, choice_of, [hidden, *drawn], cache, ("choice", noise is None))
+    of = None if copies is None else id(copies)  # (which the round that is made of this holds)
+    with few_rows.reading({} if copies is None else copies.parts):
+        start = [newest[:, 0], cache.rows, positions[:, 0]]
+        first, _ = recording_of(model, run, start, cache, ("draft", of, *key))
+        hidden = torch.zeros(len(newest), model.config.d_model, dtype=model.dtype, device=newest.device)
+        drawn = [] if noise is None else [noise[:, 0]]
+        second, _ = recording_of(model, choice_of, [hidden, *drawn], cache, ("choice", of, noise is None))
     return first, second
 
 
@@ -143,9 +149,11 @@ def _complete(*recordings: Recording | Graph) -> list[Recording]:
 
 @dataclass
 class RecordedRound:
-    """What is recorded of a round: of drafting, of a draft's choice, of verification; nothing, where not all can be."""
+    """What is recorded of a round: of drafting, of a draft's choice, of verification; nothing, where not all can be.
+    And what the drafts are read from, where that is not the weights."""
 
     recordings: list[Recording]
+    copies: "Int8Copies | None"
 
     @property
     def complete(self) -> bool:
@@ -164,31 +172,38 @@ def repeat_round(
     noise: Tensor | None,
     limits: Sequence[int],
     rule: MarginRule | None,
+    copies: "Int8Copies | None",
 ) -> list[Tensor] | None:
     """Drafts, their verification and the full model's choices in one call, see `replay.round_of`; None where that
     cannot be recorded: on a GPU, and where an operator is not of the few rows'.
 
     wanted: layers of drafting and of verification whose states are
+    copies: of weights, that drafts are made from; verification then begins with the tokens, and writes over what drafts
+        left in the cache
     """
     if not few_rows.serves(newest.device):
         return None
     check_positions(positions, model.config, cache)
     most = sum(limits) + len(limits)
     rooms = room_for(len(newest)), room_for(most)
-    key = *weights_of(model), "round", exit_layer, tuple(wanted[0]), tuple(wanted[1]), choices, noise is None, *rooms
+    first = exit_layer if copies is None else 0  # of the layers that verify
+    of = None if copies is None else id(copies)
+    key = *weights_of(model), "round", of, exit_layer, *map(tuple, wanted), choices, noise is None, *rooms
     found = cache.recordings.get(key)
     if found is None:
-        layers = list(range(exit_layer)), list(range(exit_layer, model.config.n_layers))
+        layers = list(range(exit_layer)), list(range(first, model.config.n_layers))
         for some, states in zip(layers, wanted, strict=True):
             check_run(some, model.config, len(positions), cache, collect=states)
         step, step_key = recordable(model, layers[0], cache, None, wanted[0])
-        drafting = _drafting(model, by_rows(step, model.config, cache), newest, positions, cache, noise, step_key)
+        run = by_rows(step, model.config, cache)
+        drafting = _drafting(model, run, newest, positions, cache, noise, step_key, copies)
         step, step_key = recordable(model, layers[1], cache, None, wanted[1], choices=choices, heads=True)
-        rows, at = (numbers[:1].expand(most) for numbers in (cache.rows, positions[:, 0]))
-        inputs = [torch.zeros(most, model.config.d_model, dtype=model.dtype), rows, at]
+        start = torch.zeros(most, model.config.d_model, dtype=model.dtype)
+        start = start if copies is None else torch.zeros(most, dtype=torch.int64)
+        inputs = [start, *(numbers[:1].expand(most) for numbers in (cache.rows, positions[:, 0]))]
         # (What is written here is written again, at the first repetition.)
         verification, _ = recording_of(model, by_rows(step, model.config, cache), inputs, cache, step_key)
-        found = RecordedRound(_complete(*drafting, verification))
+        found = RecordedRound(_complete(*drafting, verification), copies)
         keep_recording(cache, key, found)
     assert isinstance(found, RecordedRound)
     if not found.complete:

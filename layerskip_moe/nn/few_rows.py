@@ -11,7 +11,9 @@ this.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,20 @@ from layerskip_moe.nn.kernels import has_kernels
 MOST_ROWS = 64  # beyond, matrix products that read weights more than once are faster
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# By the id of a weight what is read instead of it: whole numbers and scales.
+_instead: ContextVar[Mapping[int, tuple[Tensor, Tensor]] | None] = ContextVar("read_instead", default=None)
+
+
+@contextmanager
+def reading(instead: Mapping[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """For a while, in this thread, let products of few rows read int8 copies instead of weights, by the weights' ids:
+    whole numbers [..., O, K] and the scale of each output row [..., O, 1]."""
+    token = _instead.set(instead)
+    try:
+        yield
+    finally:
+        _instead.reset(token)
 
 
 def are_few(x: Tensor) -> bool:
@@ -40,7 +56,12 @@ def are_computed(dtype: torch.dtype, device_type: str) -> bool:
     """Whether few rows of this type are decoding's as things stand: without gradients or autocast."""
     if torch.compiler.is_compiling():  # training's graphs; the kernels are not for tracing
         return False
-    return dtype in _TYPES and not torch.is_grad_enabled() and not torch.is_autocast_enabled(device_type)
+    return can_compute(dtype) and not torch.is_grad_enabled() and not torch.is_autocast_enabled(device_type)
+
+
+def can_compute(dtype: torch.dtype) -> bool:
+    """Whether few rows of this type ever are."""
+    return dtype in _TYPES
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wide: bool = False) -> Tensor:
@@ -201,4 +222,7 @@ def _is_read(weight: Tensor) -> bool:
 
 def _parts(weight: Tensor) -> tuple[Tensor, Tensor | None]:
     """A weight as numbers and, of int8 ones, the scales of its output rows."""
+    instead = _instead.get()
+    if instead is not None and id(weight) in instead:
+        return instead[id(weight)]
     return products.int8_parts(weight) or (products.as_floats(weight, weight.dtype), None)

@@ -66,7 +66,12 @@ def drafts_of(
     [A, n + 1, .]."""
     limits = torch.full((len(newest),), positions.shape[1] - 1)
     drafts, _, _, *states = torch.ops.layerskip_moe_few_rows.replay_drafts.default(
-        *(recording.number for recording in recordings), *_dense(newest, rows, positions, noise), limits, None, 0.0
+        *(recording.number for recording in recordings),
+        *_dense(newest, rows, positions, noise),
+        limits,
+        None,
+        0.0,
+        True,
     )
     return [drafts, *states]
 
@@ -80,9 +85,10 @@ def round_of(
     limits: Tensor,
     rule: MarginRule | None,
 ) -> list[Tensor]:
-    """Draft by two recordings and verify by a third, see `cpp/rounds.h`: the full model's tokens [A, n + 1], drafts
-    [A, n], their margins [A, n], how many of each row's first limits [A] were kept and how many of these were right
-    [A], then states of drafting [A, n + 1, .] and of verification [N, .]."""
+    """Draft by two recordings and verify by a third, which goes on from the draft's states or takes tokens, see
+    `cpp/rounds.h`: the full model's tokens [A, n + 1], drafts [A, n], their margins [A, n], how many of each row's
+    first limits [A] were kept and how many of these were right [A], then states of drafting [A, n + 1, .] and of
+    verification [N, .]."""
     halves, least = (None, 0.0) if rule is None else (torch.tensor(rule.halves, dtype=torch.float64), rule.least)
     return torch.ops.layerskip_moe_few_rows.replay_round.default(
         *(recording.number for recording in recordings), *_dense(newest, rows, positions, noise), limits, halves, least

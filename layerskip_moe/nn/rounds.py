@@ -16,6 +16,7 @@ from layerskip_moe.nn import few_rows
 from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.decoder import MoEDecoder
 from layerskip_moe.nn.drafts import repeat_round
+from layerskip_moe.nn.int8_copies import Int8Copies
 from layerskip_moe.nn.ragged import MarginRule, as_index, before_the_first_wrong, by_row, in_turn
 from layerskip_moe.nn.steps import can_repeat
 
@@ -31,7 +32,7 @@ class Speculated:
     drafted:   how many drafts of each row were kept, and verified; one more was made where a rule let it go
     accepted:  how many of them the full model agreed with before the first that it did not
     collected: layer index -> its states [N, D], of newest token and drafts, row by row
-    chosen:    layer index -> experts [N, K] of them, in the layers that verified
+    chosen:    layer index -> experts [N, K] of them, in the layers that verified them
     """
 
     tokens: Tensor
@@ -55,6 +56,7 @@ def speculate(
     rule: MarginRule | None = None,
     collect: Sequence[int] = (),
     choices: bool = False,
+    copies: Int8Copies | None = None,
 ) -> Speculated:
     """Draft by the first layers, verify by the rest, and choose.
 
@@ -64,19 +66,21 @@ def speculate(
     rule: by which fewer are kept, where the round is one call: elsewhere, as on a GPU, all are drafted and verified at
         once, and keeping fewer would save nothing
     collect: layers whose states are wanted; choices: whether `Speculated.chosen` is
+    copies: of the model's weights, which drafts are made from where the round is one call. All layers verify then, for
+        what the draft computed is not what they would
     """
-    split = range(exit_layer)
-    wanted = [layer for layer in collect if layer in split], [layer for layer in collect if layer not in split]
-    most, made = sum(limits) + len(limits), None
+    first = exit_layer if copies is None else 0  # of the layers that verify
+    wanted, most, made = _parted(collect, first), sum(limits) + len(limits), None
     if model.compiled and can_repeat(most, model.dtype, newest.device):
-        made = repeat_round(model, exit_layer, wanted, choices, newest, positions, cache, noise, limits, rule)
+        made = repeat_round(model, exit_layer, wanted, choices, newest, positions, cache, noise, limits, rule, copies)
     if made is None:
+        wanted = _parted(collect, exit_layer)
         return _in_two_steps(model, exit_layer, wanted, choices, newest, positions, cache, noise, limits)
     tokens, drafts, margins, kept, accepted, *states = made
     early, late = states[: len(wanted[0])], states[len(wanted[0]) + 1 :]  # (between them, the last layer's)
     drafted = kept.tolist()
     collected = _present(wanted[0], early, drafted) | dict(zip(wanted[1], late, strict=False))
-    routed = [layer for layer in range(exit_layer, model.config.n_layers) if choices and model.config.is_moe(layer)]
+    routed = [layer for layer in range(first, model.config.n_layers) if choices and model.config.is_moe(layer)]
     chosen = dict(zip(routed, late[len(wanted[1]) :], strict=True))
     return Speculated(tokens, drafts, margins, drafted, accepted.tolist(), collected, chosen)
 
@@ -117,6 +121,11 @@ def _in_two_steps(
         by_place = {layer: experts.view(*positions.shape, -1) for layer, experts in output.chosen.items()}
         chosen = {layer: experts[rows, places] for layer, experts in by_place.items()}
     return Speculated(tokens, drafts, None, list(limits), accepted, collected, chosen)
+
+
+def _parted(layers: Sequence[int], first: int) -> tuple[list[int], list[int]]:
+    """Those of some layers that come before the first that verifies, and the others."""
+    return [layer for layer in layers if layer < first], [layer for layer in layers if layer >= first]
 
 
 def _present(layers: Sequence[int], states: Sequence[Tensor], limits: Sequence[int]) -> dict[int, Tensor]:

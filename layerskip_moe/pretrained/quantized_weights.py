@@ -1,8 +1,7 @@
 """Quantised weights as tensors: `F.linear` takes them, and rows or experts are picked from them, unpacked only then.
 
 int8 is torchao's own tensor. torchao's packed int4 tensors need kernels of CUDA or XPU, and the one that runs anywhere
-keeps every value in a whole byte, so int4's are packed here. Values and scales are chosen as torchao does for
-float32 weights, whatever the weights' type: in the others it rounds on the way, and no scale goes below their eps.
+keeps every value in a whole byte, so int4's are packed here. Values and scales are those of `nn/rounding.py`.
 
 K inputs, S scales per row, each of K / S inputs.
 Imports torchao, and is therefore imported late itself. Knows nothing of models. Next: `quantize.py`.
@@ -18,6 +17,8 @@ from torch import Tensor
 from torchao.quantization import Int8Tensor
 from torchao.utils import TorchAOBaseTensor
 
+from layerskip_moe.nn.rounding import nearest
+
 # What is picked is made by hand in `__getitem__`: a view of such a tensor, as torchao's Int8Tensor would give, is
 # refused in inference mode (torch: "Cannot set version_counter for inference tensor").
 
@@ -31,7 +32,7 @@ class Int8Weight(Int8Tensor):
     @classmethod
     def from_floats(cls, weight: Tensor) -> "Int8Weight":
         """The nearest to weight [..., K]."""
-        return cls.from_parts(*_nearest(weight, weight.shape[-1], bits=8))
+        return cls.from_parts(*nearest(weight, weight.shape[-1], bits=8))
 
     @classmethod
     def from_parts(cls, qdata: Tensor, scale: Tensor) -> "Int8Weight":
@@ -70,7 +71,7 @@ class PackedInt4Weight(TorchAOBaseTensor):
     @classmethod
     def from_floats(cls, weight: Tensor) -> "PackedInt4Weight":
         """The nearest to weight [..., K], in groups of 32 inputs, or 16 or 8 where 32 do not divide K."""
-        values, scale = _nearest(weight, math.gcd(weight.shape[-1], 32), bits=4)
+        values, scale = nearest(weight, math.gcd(weight.shape[-1], 32), bits=4)
         low, high = (values + 8).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
         return cls(low | high << 4, scale)
 
@@ -88,16 +89,6 @@ class PackedInt4Weight(TorchAOBaseTensor):
         scale = self.scale if output_dtype is None else self.scale.to(output_dtype)
         values = torch.stack([self.qdata & 15, self.qdata >> 4], dim=-1).flatten(-2).to(scale.dtype).sub_(8)
         return values.unflatten(-1, (scale.shape[-1], -1)).mul_(scale[..., None]).flatten(-2)
-
-
-def _nearest(weight: Tensor, group: int, bits: int) -> tuple[Tensor, Tensor]:
-    """Whole numbers [..., K] of so many bits, as int8, and scales [..., S] of the weights' type, S = K / group."""
-    groups, end = weight.float().unflatten(-1, (-1, group)), 2 ** (bits - 1)
-    largest = groups.abs().amax(-1, keepdim=True)
-    scale = (largest / (end - 0.5)).clamp(min=torch.finfo(torch.float32).eps).to(weight.dtype)
-    # By the scale as it is stored, lest every weight be off by what was rounded. (Times 1 / scale, as torchao.)
-    values = (groups * (1 / scale.float())).round_().clamp_(-end, end - 1)
-    return values.to(torch.int8).flatten(-2), scale.squeeze(-1)
 
 
 @Int8Weight.implements_torch_function(F.linear)

@@ -296,7 +296,7 @@ def test_results_tell_the_draft_model_and_how_each_model_is_quantised(pairs):
             "score_exit_layer": None,
             "generation_strategy": {
                 "name": "SelfSpeculative", "exit_layer": 2, "draft_length": 4, "policy": None, "coupling": "shared",
-                "draft_model": {**facts, "quantization": "int8"},
+                "draft_model": {**facts, "quantization": "int8"}, "int8_drafts": None,
             },
         }  # fmt: skip
 

@@ -102,13 +102,15 @@ def test_rows_and_tables(network):
         ("other", 0.7),
     ]
     for row in result["rows"]:
-        assert [(pair["exit_layer"], pair["draft_length"]) for pair in row["grid"]] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+        pairs = [(pair["exit_layer"], pair["draft_length"], pair["int8"]) for pair in row["grid"]]
+        own = [(layer, length, False) for layer in (1, 2) for length in (1, 2)]
+        assert pairs == [*own, *((layer, length, True) for layer in (2, 4) for length in (7, 15))]
         assert row["best_fixed"]["speed_up"] == max(pair["speed_up"] for pair in row["grid"])
-        assert row["identical_in_grid"] == row["outputs_in_grid"] == 4 * 5
+        assert row["identical_in_grid"] == row["outputs_in_grid"] == 4 * 9
         assert row["over_best_fixed"]["low"] <= row["over_best_fixed"]["median"] <= row["over_best_fixed"]["high"]
     assert [row["prompts"] for row in result["wrong"]] == [1, 1] and result["wrong"][0]["tokens"] == 8
     for row in result["batch"]:
         assert (row["batch_size"], row["identical"], row["outputs"]) == (3, 6, 6)
     tables = speculation_text(result).split("\n\n")
     assert [len(table.splitlines()) for table in tables] == [6, 4, 4]
-    assert "| one | greedy |" in tables[0] and "| other | T 0.7 |" in tables[0] and "20 of 20" in tables[0]
+    assert "| one | greedy |" in tables[0] and "| other | T 0.7 |" in tables[0] and "36 of 36" in tables[0]

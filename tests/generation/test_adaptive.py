@@ -190,6 +190,7 @@ def test_prompts_of_one_token_tell_nothing(trained_model):
 def test_candidate_exits():
     assert candidate_exits(1) == () and candidate_exits(2) == (1,) and candidate_exits(4) == (1, 2)
     assert candidate_exits(12) == (1, 2, 3, 4, 6) and candidate_exits(32) == (1, 2, 3, 4, 6, 8, 12, 16)
+    assert candidate_exits(12, deep=True) == (1, 2, 3, 4, 6, 8) and candidate_exits(1, deep=True) == ()
 
 
 def test_another_depth_is_learnt_anew(trained_model):
@@ -198,7 +199,7 @@ def test_another_depth_is_learnt_anew(trained_model):
         model = trained_model(n_layers=layers)
         expected = generate(model, prompts, max_new_tokens=12).tokens
         assert generate(model, prompts, strategy, max_new_tokens=12).tokens == expected
-        assert strategy.policy.exits == candidate_exits(layers)
+        assert strategy.policy.exits == candidate_exits(layers, deep=True)
 
 
 def test_a_cost_model_of_another_network_is_refused(trained_model):

@@ -140,7 +140,7 @@ def test_fitting_leaves_the_model_as_it_was(tiny_model, monkeypatch, sizes, rows
 def test_rounds_are_timed_once_for_each_way_to_decode(tiny_model, monkeypatch):
     timed = []
     monkeypatch.setattr(
-        cost_model, "_fit", lambda model, rows, exits: timed.append((rows, model.compiled)) or len(timed)
+        cost_model, "_fit", lambda model, rows, exits, int8: timed.append((rows, model.compiled, int8)) or len(timed)
     )
     model, other = tiny_model(), tiny_model()
     assert [fit_cost_model(model), fit_cost_model(model), fit_cost_model(model, 2), fit_cost_model(other)] == [
@@ -151,4 +151,5 @@ def test_rounds_are_timed_once_for_each_way_to_decode(tiny_model, monkeypatch):
     ]
     with compiling(model):
         assert fit_cost_model(model) == fit_cost_model(model) == 4
-    assert timed == [(1, False), (2, False), (1, False), (1, True)]
+        assert fit_cost_model(model, int8_drafts=True) == 5
+    assert timed == [(1, False, False), (2, False, False), (1, False, False), (1, True, False), (1, True, True)]

@@ -86,8 +86,8 @@ def test_self_speculation_equals_plain_decoding(trained_model, assert_same_text,
 class Eager(Adaptive):
     """Takes verification to be free at first, so that it drafts."""
 
-    def prepare(self, model, rows):
-        super().prepare(model, rows)
+    def prepare(self, model, rows, one_call):
+        super().prepare(model, rows, one_call)
         self.cost_model = dataclasses.replace(self.cost_model, seconds=(1e-3, 0, 0, 1e-4, 0, 1e-3, 0, 0, 0))
         self._drift = Drift(0.0)
 
@@ -100,13 +100,14 @@ def policies(random_policy):
         "draft & verify": lambda layer, length: DraftVerify(layer, length=length, threshold=0.3),
         "DEL": lambda layer, length: DEL(length=length),
         "cascade": lambda layer, length: Cascade(layer, start=length, trial=1, trials=3, rounds=2),
-        "adaptive": lambda layer, length: Eager(length=length),
+        "adaptive": lambda layer, length: Eager(length=length, int8_drafts=False),
+        "adaptive, int8": lambda layer, length: Eager(length=length),
         "at random": lambda layer, length: random_policy(seed=10 * layer + length, longest=length),
     }
     return {name: lambda *pair, make=make: SelfSpeculative(policy=make(*pair)) for name, make in made.items()}
 
 
-POLICIES = ["heuristic", "draft & verify", "DEL", "cascade", "adaptive", "at random"]
+POLICIES = ["heuristic", "draft & verify", "DEL", "cascade", "adaptive", "adaptive, int8", "at random"]
 
 
 @pytest.mark.parametrize("start", range(len(POLICIES)), ids=POLICIES)

@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 
 from layerskip_moe.nn import KVCache, rounds
 from layerskip_moe.nn.compiling import compiling
+from layerskip_moe.nn.int8_copies import int8_copies
 from layerskip_moe.nn.kernels import has_kernels
 from layerskip_moe.nn.ragged import MarginRule
 from layerskip_moe.nn.rounds import speculate
+from layerskip_moe.pretrained import quantize
 
 
 @pytest.fixture(scope="module", params=[{}, {"num_experts": 0}, {"router_average": 0.5}], ids=str)
@@ -26,16 +28,17 @@ def begun(model, rows):
     return cache
 
 
-def by_hand(model, cache, newest, exit_layer, noise, limits, positions):
-    """Tokens of the full model, drafts, states and drafts' margins, row by row, each by one call of `run` for each."""
+def by_hand(model, cache, newest, exit_layer, noise, limits, positions, drafter=None):
+    """Tokens of the full model, drafts, states and drafts' margins, row by row, each by one call of `run` for each. Of
+    another drafter all that is left are its drafts."""
+    drafter = drafter or model
     drafts, tokens, states, margins = [], [], [], []
     for row, limit in enumerate(limits):
         part, token, said, sure = cache.subset(torch.tensor([row])), newest[row : row + 1], [], []
         for place in range(limit):
-            run = model.run(
-                model.embed(token), range(exit_layer), positions=positions[row : row + 1, place : place + 1], cache=part
-            )
-            scores = model.unembed(run.hidden)[0, 0].double() + (0 if noise is None else noise[row, place])
+            at = positions[row : row + 1, place : place + 1]
+            run = drafter.run(drafter.embed(token), range(exit_layer), positions=at, cache=part)
+            scores = drafter.unembed(run.hidden)[0, 0].double() + (0 if noise is None else noise[row, place])
             token = scores.argmax()[None, None]
             said.append(int(token))
             largest = scores.topk(2).values
@@ -59,9 +62,10 @@ def by_hand(model, cache, newest, exit_layer, noise, limits, positions):
     exit_layer=st.integers(1, 4),
     longest=st.integers(1, 5),
     temperature=st.sampled_from([0.0, 0.7]),
+    int8=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_one_call_is_many(model, data, rows, exit_layer, longest, temperature, seed):
+def test_one_call_is_many(model, data, rows, exit_layer, longest, temperature, int8, seed):
     limits = data.draw(st.lists(st.integers(0, longest), min_size=rows, max_size=rows), "limits")
     limits[seed % rows] = longest
     collect = data.draw(st.lists(st.sampled_from(range(4)), unique=True).map(sorted), "collect")
@@ -72,10 +76,12 @@ def test_one_call_is_many(model, data, rows, exit_layer, longest, temperature, s
     with torch.no_grad():
         cache = begun(model, rows)
         positions = cache.lengths[:, None] + torch.arange(longest + 1)
-        tokens, drafts, states, margins = by_hand(model, cache, newest, exit_layer, noise, limits, positions)
-        for compiled in (False, True, True):  # (the second time from a recording)
+        drafter = quantize(model, "int8") if int8 else model
+        tokens, drafts, states, margins = by_hand(model, cache, newest, exit_layer, noise, limits, positions, drafter)
+        for compiled in (True, True) if int8 else (False, True, True):  # (the second time from a recording)
             with compiling(model, compiled):
-                done = speculate(model, newest, exit_layer, positions=positions, cache=cache, **how)
+                copies = int8_copies(model) if int8 else None
+                done = speculate(model, newest, exit_layer, positions=positions, cache=cache, copies=copies, **how)
             for row, limit in enumerate(limits):
                 assert done.tokens[row, : limit + 1].tolist() == tokens[row]
                 assert done.drafts[row, :limit].tolist() == drafts[row]
@@ -86,7 +92,7 @@ def test_one_call_is_many(model, data, rows, exit_layer, longest, temperature, s
             assert sorted(done.collected) == collect
             for layer in collect:
                 torch.testing.assert_close(done.collected[layer], states[layer])
-            routed = range(exit_layer, 4) if how["choices"] else range(0)
+            routed = range(0 if int8 else exit_layer, 4) if how["choices"] else range(0)
             assert {layer: experts.shape[0] for layer, experts in done.chosen.items()} == dict.fromkeys(
                 routed, sum(limits) + rows
             )

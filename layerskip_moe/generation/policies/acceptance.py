@@ -27,6 +27,7 @@ from layerskip_moe.nn.ragged import Judged
 Course = tuple[tuple[float, float], ...]
 
 _FIRST_GUESS = 2.0  # b of an exit of which nothing is known: right half of the time where the margin is 0.14
+_SURE_GUESS = 5.5  # the same of one that is sure
 # b moves by _STEP / (1 + _SLOWER * seen), and at least by _STEP / _SLOWEST.
 _STEP, _SLOWER, _SLOWEST = 1.0, 0.15, 160.0
 _ROW_STEP = 0.12
@@ -40,18 +41,21 @@ class Acceptance:
     """Of drafts by some exits.
 
     Attributes:
-        seen: drafts judged so far, of the exit that has fewest
+        seen: drafts judged so far, of the exit that has fewest, but for sure ones
     """
 
-    def __init__(self, exits: Sequence[int]) -> None:
+    def __init__(self, exits: Sequence[int], *, sure: Sequence[int] = ()) -> None:
+        """sure: further exits, whose drafts are nearly what the model itself says: all of its layers, in fewer bits"""
         self._exits = {exit_layer: [_FIRST_GUESS, 1.0] for exit_layer in exits}  # b, and 1 + _SLOWER * seen
+        self._told = list(self._exits.values())  # of which looks tell
+        self._exits |= {exit_layer: [_SURE_GUESS, 1.0] for exit_layer in sure}
         self._level = _MEAN_LOG  # mean log margin
         self._rows: dict[int, list[float]] = {}  # d, and by how much the row's mean log margin lies above
 
     @property
     def seen(self) -> int:
-        """How many drafts of the exit that was judged least were judged, up to a thousand."""
-        return round((min((weight for _, weight in self._exits.values()), default=1.0) - 1) / _SLOWER)
+        """How many drafts of the exit that was judged least, sure ones left aside, were judged, up to a thousand."""
+        return round((min((weight for _, weight in self._told), default=1.0) - 1) / _SLOWER)
 
     def begin(self) -> None:
         """Forget the rows: another text begins."""

@@ -21,12 +21,14 @@ from layerskip_moe.generation.policies.new_text import NewText
 from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import MoEDecoder, few_rows
+from layerskip_moe.nn.int8_copies import MOST_BYTES, bytes_of_copies, why_no_int8
 from layerskip_moe.nn.ragged import Judged, MarginRule
 
 _BETTER = 1.02  # by how much another plan must be better before it takes the present one's place
 # By how much drafting must promise to be faster than plain decoding, of one row and of several: the cost model is no
 # more exact than that.
 _PAYS, _PAYS_IN_BATCHES = 1.03, 1.2
+_MOST, _MOST_INT8 = 7, 15  # drafts of a row in a round, of the weights themselves and of int8 copies
 _RETHINK = 8  # rounds from one choice of a plan to the next
 # Rounds from one look at what other exits would have said to the next, times the rows: at first, and later.
 _LOOK, _LOOK_LATER = 10, 96
@@ -35,6 +37,7 @@ _UNION_MEMORY = 0.8  # of the unions of earlier looks
 _KNOWN = 30  # drafts judged of each exit, after which a text may begin without a look
 _DOUBT = 0.15  # of a fitted cost model: how far drafting may be from what it says, beside plain steps
 _SURE = 0.08  # doubt beyond this is worth a try of what else may be best
+_SHARES = (0.25, 0.5, 1.0)  # of how likely one draft must be right to be worth its time
 _SUREST = 0.98  # of how likely a draft must be right
 _TIMED = 8  # plain steps that are timed, at the end of a rest
 
@@ -67,22 +70,33 @@ class Adaptive:
     kept from text to text, and how long steps take beside what was reckoned, too: where it is in doubt which of the
     two is faster, the other one is tried.
 
-    length: the most drafts of a row in a round, K; of several rows as many as make 64 places together, of 33 to 64 none
+    length: the most drafts of a row in a round, K; None: 7, or 15 int8 ones. Of several rows as many as make 64 places
+        together, of 33 to 64 none
     cost_model: seconds of a round, which are taken as they are; None: fitted to the model when first needed, see
         `fit_cost_model`, and corrected by how long steps take
+    int8_drafts: whether drafts are made from int8 copies of the weights; None: where they can be, and take 1 GiB or
+        less; with a cost model, as that has it. Then exits are up to the last layer. (What is told of other exits is of
+        the weights themselves, which is nearly the same.)
     """
 
     should_stop = None
 
-    def __init__(self, *, length: int = 7, cost_model: CostModel | None = None) -> None:
-        check_length("length", length)
+    def __init__(
+        self, *, length: int | None = None, cost_model: CostModel | None = None, int8_drafts: bool | None = None
+    ) -> None:
+        if length is not None:
+            check_length("length", length)
         self.length, self.cost_model = length, cost_model
-        self.exits: tuple[int, ...] = ()
+        self.int8_drafts = cost_model is not None and cost_model.int8_drafts
+        self._wants_int8 = int8_drafts if cost_model is None else self.int8_drafts
+        self.exits: tuple[int, ...] = ()  # of which is told what they would have said
+        self._drafting_exits: tuple[int, ...] = ()  # these, and of int8 drafts all layers
         self.shadow = self.experts = False
         self.margin_rule: MarginRule | None = None
         self._given = cost_model is not None
         self._prepared_for: weakref.ref[MoEDecoder] | None = None
-        self._acceptances: dict[tuple[bool, bool], Acceptance] = {}  # by whether texts are greedy, and are filtered
+        # By whether texts are greedy, and filtered, and drafts are int8.
+        self._acceptances: dict[tuple[bool, bool, bool], Acceptance] = {}
         self._acceptance: Acceptance | None = None
         self._is_new_text = NewText()
         self._union = 1.0  # experts that places read, over those of independent choices
@@ -94,11 +108,17 @@ class Adaptive:
         self._plan, self._rows = _PLAIN, list[int]()
         self._tells_margins, self._filters = True, False  # whether rounds do; whether this text is filtered
 
-    def prepare(self, model: MoEDecoder, rows: int) -> None:
+    def prepare(self, model: MoEDecoder, rows: int, one_call: bool = True) -> None:
         """Before a batch of so many rows is decoded: time the model, once. Not a part of decoding. Raises ValueError
         for a model that a given cost model is not of."""
-        exits = candidate_exits(model.config.n_layers)
-        cost = self.cost_model if self._given else fit_cost_model(model, rows, exits=exits)
+        if not self._given:
+            wants = bytes_of_copies(model) <= MOST_BYTES if self._wants_int8 is None else self._wants_int8
+            self.int8_drafts = wants and one_call and why_no_int8(model) is None
+        exits = candidate_exits(model.config.n_layers, deep=self.int8_drafts)
+        drafting = (*exits, model.config.n_layers) if self.int8_drafts else exits
+        cost = self.cost_model
+        if not self._given:
+            cost = fit_cost_model(model, rows, exits=drafting, int8_drafts=self.int8_drafts)
         assert cost is not None
         if not cost.is_of(model.config):
             raise ValueError("the cost model is of another network; fit one to this model, or leave it out.")
@@ -109,6 +129,7 @@ class Adaptive:
             self._drift, self._union = Drift(0.0 if self._given else _DOUBT), 1.0
             self._reckoned.clear()
         self.exits, self.cost_model, self._prepared_for = exits, cost, weakref.ref(model)
+        self._drafting_exits = drafting
 
     def rests(self, session: Session) -> bool:
         """Whether this step is one of plain decoding, of which nothing is to be told."""
@@ -132,13 +153,14 @@ class Adaptive:
         """Another text: of this one nothing is known yet. Where nothing is known at all, its prompt is looked at."""
         is_another = self._prepared_for is not None and self._prepared_for() is not session.model
         if self.cost_model is None or is_another:  # (or texts of two models take turns)
-            self.prepare(session.model, len(session.stats))
+            self.prepare(session.model, len(session.stats), not session.sampling.filters)
             self._is_new_text(session)
-        self.exits = candidate_exits(session.model.config.n_layers)
         # Greedy text and sampled text are not equally easy.
-        self._acceptance = self._acceptances.setdefault(
-            (session.sampling.greedy, session.sampling.filters), Acceptance(self.exits)
-        )
+        kind = session.sampling.greedy, session.sampling.filters, self.int8_drafts
+        if kind not in self._acceptances:
+            whole = [layer for layer in self._drafting_exits if layer not in self.exits]
+            self._acceptances[kind] = Acceptance(self.exits, sure=whole)
+        self._acceptance = self._acceptances[kind]
         self._acceptance.begin()
         self._rest, self._next_rest, self._plan, self._last = 0, 0, _PLAIN, None
         self._rows = list[int]()
@@ -187,7 +209,7 @@ class Adaptive:
         plain = replace(_PLAIN, worth=len(rows) / self._seconds(0, 0, len(rows), len(rows)))
         known = max(plain.worth, self._plan.worth if self._plan.exit_layer and rows == self._rows else 0.0)
         plans = [replace(plain, worth=plain.worth * tried * pays)]
-        plans += [self._best(exit_layer, rows, known) for exit_layer in self.exits]
+        plans += [self._best(exit_layer, rows, known) for exit_layer in self._drafting_exits]
         best = max(plans, key=lambda plan: plan.worth)
         present = next(plan for plan in plans if plan.exit_layer == self._plan.exit_layer)
         self._plan = best if best.worth > _BETTER * present.worth or rows != self._rows else present
@@ -195,11 +217,20 @@ class Adaptive:
 
     def _best(self, exit_layer: int, rows: list[int], worth: float) -> "_Plan":
         """The best plan for that exit, where so many tokens per second are known to be possible."""
+        n_rows = len(rows)
+        if not self._knows_margins:
+            return self._of_least(exit_layer, rows, 0.0)
+        # What it costs that every row keeps one more is to run them through all layers. (Of int8 drafts, also to make
+        # the next one, which is worth something, too.)
+        more = self._seconds(exit_layer, 2, 3 * n_rows, n_rows) - self._seconds(exit_layer, 1, 2 * n_rows, n_rows)
+        least = min(worth * max(more, 0.0) / n_rows, _SUREST)
+        shares = _SHARES if self.int8_drafts else (1.0,)
+        return max((self._of_least(exit_layer, rows, share * least) for share in shares), key=lambda plan: plan.worth)
+
+    def _of_least(self, exit_layer: int, rows: list[int], least: float) -> "_Plan":
+        """The best plan for that exit, and drafts kept while they are so likely to be right."""
         assert self._acceptance is not None
-        n_rows, least = len(rows), 0.0
-        if self._knows_margins:  # what it costs that every row keeps one more is to run them through all layers
-            more = self._seconds(exit_layer, 2, 3 * n_rows, n_rows) - self._seconds(exit_layer, 1, 2 * n_rows, n_rows)
-            least = min(worth * max(more, 0.0) / n_rows, _SUREST)
+        n_rows = len(rows)
         length = self._most_drafts(n_rows)
         courses = zip(*(self._acceptance.course(row, exit_layer, least, length) for row in rows), strict=True)
         best, tokens, places, longest, most = _Plan(0.0, exit_layer, 0, least), float(n_rows), float(n_rows), 0.0, 0.0
@@ -220,9 +251,10 @@ class Adaptive:
 
     def _most_drafts(self, n_rows: int) -> int:
         """Of each of so many rows. Verification of more than 64 places is another kind of work than that of fewer."""
+        length = self.length or (_MOST_INT8 if self.int8_drafts else _MOST)
         if n_rows > few_rows.MOST_ROWS:
-            return self.length
-        return min(self.length, few_rows.MOST_ROWS // n_rows - 1)
+            return length
+        return min(length, few_rows.MOST_ROWS // n_rows - 1)
 
     @property
     def _knows_margins(self) -> bool:
@@ -262,7 +294,10 @@ class Adaptive:
         """Learn what was accepted, and where it was asked what other exits would have said and how many experts were
         read; then perhaps rest."""
         assert self._acceptance is not None
-        if not {*round.exit_layers} <= {0, *self.exits}:  # of another model's text, which another thread decodes
+        if not {*round.exit_layers} <= {
+            0,
+            *self._drafting_exits,
+        }:  # of another model's text, which another thread decodes
             return
         if max(round.exit_layers) and self._tells_margins != (round.judged is not None):
             self._tells_margins, self._rows = not self._tells_margins, []  # and plan anew
@@ -306,8 +341,7 @@ class Adaptive:
         cost, places, exit_layer = self.cost_model, sum(round.drafted) + len(round.drafted), max(round.exit_layers)
         if round.experts is None or places < 2 or cost is None or not cost.more_experts(exit_layer, places):
             return
-        pairs = zip(cost.moe_layers, round.experts, strict=True)
-        read = sum(count - cost.top_k for layer, count in pairs if layer >= exit_layer)
+        read = cost.later_experts(exit_layer, round.experts)
         self._union += (1 - _UNION_MEMORY) * (read / cost.more_experts(exit_layer, places) - self._union)
         self._reckoned.clear()
 
@@ -320,7 +354,9 @@ def _judged(round: RoundReport, index: int) -> list[Judged]:
     return [(math.nan, place < accepted) for place in range(min(accepted + 1, drafted))]
 
 
-def candidate_exits(n_layers: int) -> tuple[int, ...]:
-    """Exit layers that are worth trying: up to half of the layers, 1, 2, 3, 4, 6, 8, 12, 16, ..."""
+def candidate_exits(n_layers: int, *, deep: bool = False) -> tuple[int, ...]:
+    """Exit layers that are worth trying: 1, 2, 3, 4, 6, 8, 12, 16, ..., up to half of the layers, or (deep) all but the
+    last."""
     steps = sorted({2**power for power in range(12)} | {3 * 2**power for power in range(11)})
-    return tuple(layer for layer in steps if layer <= max(n_layers // 2, 1) and layer < n_layers)
+    most = n_layers - 1 if deep else max(n_layers // 2, 1)
+    return tuple(layer for layer in steps if layer <= most and layer < n_layers)

@@ -21,10 +21,12 @@ class Fixed:
     Attributes:
         exit_layer: the layers that draft, n in 1..L
         draft_length: tokens drafted per round; 0 is plain decoding
+        int8_drafts: whether drafts are made from int8 copies of the weights, see `SelfSpeculative`
     """
 
     exit_layer: int
     draft_length: int
+    int8_drafts: bool = False
 
     shadow = False
     should_stop = None

@@ -72,11 +72,14 @@ class Policy(Protocol):
         too, in `Session.prompt`
     margin_rule: asked after each `plan`: a `MarginRule` by which rows draft no more where they are unsure, or None. It
         is left aside in rounds of which nothing would be `judged`
+    int8_drafts: asked after each `plan`: whether drafts are made from int8 copies of the weights, as `SelfSpeculative`
+        says, where the round is one call; elsewhere it is left aside
     rests: a method of the session, asked first: where it returns True, this step is one of plain decoding, without
         `plan` and `observe`
     rested: a method of (rows, seconds), called after such a step: of how many rows it was, and how long it took, as in
         `RoundReport.seconds`
-    prepare: a method of (model, rows), called before a batch of so many rows and before anything is timed
+    prepare: a method of (model, rows, one_call), called before a batch of so many rows and before anything is timed;
+        one_call: whether rounds may be one call, for sampling has no filters, and coupling is "shared"
     """
 
     @property

@@ -18,6 +18,7 @@ struct Reader {
   float* weight_of(int64_t slot) { return weights.data() + slot - first; }
 };
 
+constexpr size_t AT_ONCE = 8;  // queries of a row that one thread answers, reading what is cached once
 constexpr int SLOTS = 4;  // with two heads these have sums enough that none waits for another
 
 // The scores of SLOTS keys for HEADS heads. The order of summation depends on neither.
@@ -25,11 +26,14 @@ template <int HEADS, class Cached>
 void score(const Cached* const* keys, Reader* readers, int64_t slot, int64_t head_dim, float scale) {
   Floats sums[HEADS][SLOTS] = {};
   const int64_t whole = head_dim - head_dim % WIDTH;
-  for (int64_t d = 0; d < whole; d += WIDTH)
+  for (int64_t d = 0; d < whole; d += WIDTH) {
+    Floats queries[HEADS];
+    for (int h = 0; h < HEADS; ++h) queries[h] = load(readers[h].query + d);
     for (int s = 0; s < SLOTS; ++s) {
       const Floats key = load(keys[s] + d);
-      for (int h = 0; h < HEADS; ++h) sums[h][s] = multiply_add(key, load(readers[h].query + d), sums[h][s]);
+      for (int h = 0; h < HEADS; ++h) sums[h][s] = multiply_add(key, queries[h], sums[h][s]);
     }
+  }
   for (int s = 0; whole < head_dim && s < SLOTS; ++s) {
     const Floats key = load_first(keys[s] + whole, head_dim - whole);
     for (int h = 0; h < HEADS; ++h) sums[h][s] = multiply_add(key, load_first(readers[h].query + whole, head_dim - whole), sums[h][s]);
@@ -37,8 +41,10 @@ void score(const Cached* const* keys, Reader* readers, int64_t slot, int64_t hea
   for (int h = 0; h < HEADS; ++h) {
     float totals[SLOTS];
     sum_four(sums[h], totals);
-    for (int s = 0; s < SLOTS; ++s)
-      if (readers[h].first <= slot + s && slot + s < readers[h].last) *readers[h].weight_of(slot + s) = totals[s] * scale;
+    for (float& total : totals) total *= scale;
+    const int64_t first = std::max(slot, readers[h].first), last = std::min(slot + SLOTS, readers[h].last);
+    if (last - first == SLOTS) std::memcpy(readers[h].weight_of(slot), totals, sizeof totals);
+    else for (int64_t s = first; s < last; ++s) *readers[h].weight_of(s) = totals[s - slot];
   }
 }
 
@@ -117,7 +123,7 @@ inline void attend_into(
   const int64_t groups = keys.size(1), capacity = keys.size(2), per_group = heads / groups;
   const int64_t* row = static_cast<const int64_t*>(rows.data_ptr());
   const int64_t* position = static_cast<const int64_t*>(positions.data_ptr());
-  std::vector<std::vector<int64_t>> queries_of(keys.size(0));
+  std::vector<std::vector<int64_t>> queries_of(keys.size(0)), together;
   int64_t longest = 0;
   for (int64_t n = 0; n < n_queries; ++n) {
     STD_TORCH_CHECK(0 <= position[n] && position[n] < capacity, "a position lies outside the cache");
@@ -125,25 +131,27 @@ inline void attend_into(
     queries_of[row[n]].push_back(n);
     longest = std::max(longest, position[n] + 1);
   }
-  const auto nobody = [](const std::vector<int64_t>& of_row) { return of_row.empty(); };
-  queries_of.erase(std::remove_if(queries_of.begin(), queries_of.end(), nobody), queries_of.end());
-  const Numbers query = as_floats(queries);
-  Numbers y(n_queries * heads * head_dim, 0.0f);
+  for (const auto& of_row : queries_of)
+    for (size_t first = 0; first < of_row.size(); first += AT_ONCE)
+      together.emplace_back(of_row.begin() + first, of_row.begin() + std::min(first + AT_ONCE, of_row.size()));
+  const Reading query(queries), added_keys(new_keys), added_values(new_values);
+  Writing y(mixed_heads, n_queries * heads * head_dim);
+  std::fill_n(y.data(), n_queries * heads * head_dim, 0.0f);
 
   with_float_type(keys.scalar_type(), [&](auto type) {
     auto* all_keys = static_cast<decltype(type)>(keys.data_ptr());
     auto* all_values = static_cast<decltype(type)>(values.data_ptr());
-    for (const auto& [cached, added] : {std::pair{all_keys, as_floats(new_keys)}, std::pair{all_values, as_floats(new_values)}})
+    for (const auto& [cached, added] : {std::pair{all_keys, &added_keys}, std::pair{all_values, &added_values}})
       for (int64_t n = 0; n < n_queries; ++n)
         for (int64_t g = 0; g < groups; ++g)
           for (int64_t d = 0; d < head_dim; ++d)
-            store(added[(n * groups + g) * head_dim + d], cached + ((row[n] * groups + g) * capacity + position[n]) * head_dim + d);
+            store((*added)[(n * groups + g) * head_dim + d], cached + ((row[n] * groups + g) * capacity + position[n]) * head_dim + d);
 
     const int64_t bytes = 2 * longest * head_dim * static_cast<int64_t>(sizeof *all_keys);
-    const int64_t units = static_cast<int64_t>(queries_of.size()) * groups;
+    const int64_t units = static_cast<int64_t>(together.size()) * groups;
     torch::stable::parallel_for(0, units, grain(bytes), [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
-        const std::vector<int64_t>& of_row = queries_of[unit / groups];
+        const std::vector<int64_t>& of_row = together[unit / groups];
         std::vector<Reader> readers;
         for (int64_t n : of_row)
           for (int64_t h = 0; h < per_group; ++h) {
@@ -156,7 +164,6 @@ inline void attend_into(
       }
     });
   });
-  give(y, mixed_heads);
 }
 
 inline Tensor attend(

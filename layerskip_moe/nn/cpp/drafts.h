@@ -16,11 +16,13 @@ namespace few_rows {
 // probability m / (m + half), and is kept while all of a row's drafts so far, it too, are right with probability `least` or
 // more; then the row drafts no more.
 //
+// last_too: whether the states of a row's last draft are wanted, after which it chooses no other.
+//
 // -> drafts [A, n], margins [A, n], how many of each row's are kept [A], and each of the states [A, n + 1, .], of newest and
 // of every draft. Without a rule a row keeps what it wants; where the last row drafts no more, what would follow is zeros.
 inline std::vector<Tensor> replay_drafts(
     int64_t states_of, int64_t choice_of, const Tensor& newest, const Tensor& rows, const Tensor& positions,
-    const std::optional<Tensor>& noise, const Tensor& limits, const std::optional<Tensor>& halves, double least) {
+    const std::optional<Tensor>& noise, const Tensor& limits, const std::optional<Tensor>& halves, double least, bool last_too) {
   Program &states_program = find_program(states_of), &choice_program = find_program(choice_of);
   const int64_t n_rows = newest.numel(), places = positions.size(1), longest = places - 1;
   for (const Tensor* numbers : {&newest, &rows, &positions, &limits}) check_dense(*numbers, ScalarType::Long);
@@ -49,6 +51,11 @@ inline std::vector<Tensor> replay_drafts(
   std::vector<double> all_right(n_rows, 1.0);
   for (int64_t r = 0; r < n_rows; ++r) active[r] = r, token[r] = static_cast<const int64_t*>(newest.data_ptr())[r];
   for (int64_t place = 0; !active.empty(); ++place) {
+    int64_t wanting = 0;
+    for (size_t i = 0; i < active.size(); ++i)
+      if (last_too || place < limit[active[i]]) active[wanting] = active[i], token[wanting++] = token[i];
+    active.resize(wanting);
+    if (active.empty()) break;
     const int64_t n_active = static_cast<int64_t>(active.size());
     for (int64_t i = 0; i < n_active; ++i)
       row[i] = static_cast<const int64_t*>(rows.data_ptr())[active[i]], at[i] = position[active[i] * places + place];

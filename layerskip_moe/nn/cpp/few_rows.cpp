@@ -37,7 +37,7 @@ STABLE_TORCH_LIBRARY(layerskip_moe_few_rows, library) {
   library.def("replay(int program, Tensor[] inputs, int rows) -> Tensor[]");
   library.def(
       "replay_drafts(int states_of, int choice_of, Tensor newest, Tensor rows, Tensor positions, Tensor? noise, "
-      "Tensor limits, Tensor? halves, float least) -> Tensor[]");
+      "Tensor limits, Tensor? halves, float least, bool last_too) -> Tensor[]");
   library.def(
       "replay_round(int states_of, int choice_of, int verify, Tensor newest, Tensor rows, Tensor positions, Tensor? noise, "
       "Tensor limits, Tensor? halves, float least) -> Tensor[]");

@@ -46,14 +46,6 @@ Value copy_from(const Number* from) {
   return value;
 }
 
-// Written as loops, which compilers turn into the one instruction that widens; __builtin_convertvector is taken apart.
-template <class Vector, class Number>
-Vector widen(const Number* from) {
-  Vector wide;
-  for (int64_t i = 0; i < WIDTH; ++i) wide[i] = from[i];
-  return wide;
-}
-
 inline Floats load(const float* from) { return copy_from<Floats>(from); }
 inline Floats load(const Half* from) {
 #if defined(__AVX512F__)
@@ -66,10 +58,28 @@ inline Floats load(const Half* from) {
   return floats;
 #endif
 }
-inline Floats load(const int8_t* from) { return __builtin_convertvector(widen<Integers>(from), Floats); }
+// (Said, as compilers make one instruction of a loop in some places and sixteen in others.)
+inline Floats load(const int8_t* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(copy_from<__m128i>(from)));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  Floats floats;
+  for (int64_t i = 0; i < WIDTH; ++i) floats[i] = from[i];
+  return floats;
+#endif
+}
 inline Floats load(const BFloat16* from) {
-  const Words words = widen<Words>(reinterpret_cast<const uint16_t*>(from)) << 16;
+#if defined(__AVX512F__)
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(copy_from<__m256i>(from)), 16));
+#elif defined(__AVX2__)
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(copy_from<__m128i>(from)), 16));
+#else
+  Words words;
+  for (int64_t i = 0; i < WIDTH; ++i) words[i] = static_cast<uint32_t>(from[i].bits) << 16;
   return copy_from<Floats>(&words);
+#endif
 }
 
 // The first `count` numbers, and zeros for the rest of the register.

@@ -14,23 +14,37 @@ inline void activate(const float* gates_and_ups, int64_t hidden, float* out) {
   for_each(out, gates_and_ups + hidden, hidden, [](Floats gate, Floats up) { return gate / (1.0f + exp(-gate)) * up; });
 }
 
+// The same for rows of gates and ups.
+inline void activate_rows(const float* gates_and_ups, int64_t rows, int64_t hidden, float* out) {
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, NUMBERS_PER_THREAD / hidden), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) activate(gates_and_ups + 2 * n * hidden, hidden, out + n * hidden);
+  });
+}
+
+// Products of outputs from `first` on, by their scales where there are any.
+template <class Count>
+inline void give_some(Count count, const float* products, const Column& scales, int64_t first, float* out) {
+  if (!scales.there()) std::memcpy(out, products, count.value * sizeof *out);
+  for (int i = 0; scales.there() && i < count.value; ++i) out[i] = products[i] * scales[first + i];
+}
+
 inline void linear_into(
     const Tensor& y, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale, const std::optional<Tensor>& bias) {
   const int64_t rows = present_rows(x), inputs = x.size(1), outputs = weight.size(0);
-  const Column scales(scale, 1.0f), biases(bias, 0.0f);
-  const Numbers floats = as_floats(x);
+  const Column scales(scale), biases(bias);
+  const Reading floats(x);
+  Writing products(y, rows * outputs);
   std::vector<const float*> x_rows(rows);
   for (int64_t n = 0; n < rows; ++n) x_rows[n] = floats.data() + n * inputs;
-  Numbers products(rows * outputs);
   with_weight_type(weight.scalar_type(), [&](auto type) {
     const auto* w = static_cast<decltype(type)>(weight.data_ptr());
     torch::stable::parallel_for(0, outputs, grain(inputs * sizeof *w), [&](int64_t begin, int64_t end) {
       multiply(w, begin, end, x_rows, inputs, [&](auto count, int64_t o, int64_t n, const float* some) {
-        for (int i = 0; i < count.value; ++i) products[n * outputs + o + i] = some[i] * scales[o + i] + biases[o + i];
+        give_some(count, some, scales, o, products.data() + n * outputs + o);
+        for (int i = 0; biases.there() && i < count.value; ++i) products[n * outputs + o + i] += biases[o + i];
       });
     });
   });
-  give(products, y);
 }
 
 inline Tensor linear(
@@ -61,7 +75,7 @@ void multiply_needed(
       const Needed& one = needed[unit / outputs];
       const int64_t first = unit % outputs, last = std::min(outputs, first + end - unit), row = one.expert * outputs;
       multiply(w + row * inputs, first, last, one.inputs, inputs, [&](auto count, int64_t o, int64_t n, const float* some) {
-        for (int i = 0; i < count.value; ++i) out[one.pairs[n] * outputs + o + i] = some[i] * scales[row + o + i];
+        give_some(count, some, scales, row + o, out.data() + one.pairs[n] * outputs + o);
       });
       unit += last - first;
     }
@@ -73,11 +87,11 @@ inline void experts_into(
     const std::optional<Tensor>& gate_up_scale, const std::optional<Tensor>& down_scale) {
   const int64_t rows = present_rows(x), width = x.size(1), top_k = chosen.size(1), n_experts = gate_up.size(0);
   const int64_t hidden = down.size(2), pairs = rows * top_k;
-  const Column gate_up_scales(gate_up_scale, 1.0f), down_scales(down_scale, 1.0f);
+  const Column gate_up_scales(gate_up_scale), down_scales(down_scale);
   const int64_t* choice = static_cast<const int64_t*>(chosen.data_ptr());
   const float* share = static_cast<const float*>(weights.data_ptr());
-  const Numbers floats = as_floats(x);
-  Numbers gates_and_ups(pairs * 2 * hidden), activation(pairs * hidden), result(pairs * width), total(rows * width, 0.0f);
+  const Reading floats(x);
+  Numbers gates_and_ups(pairs * 2 * hidden), activation(pairs * hidden), result(pairs * width);
 
   for (int64_t pair = 0; pair < pairs; ++pair)
     STD_TORCH_CHECK(0 <= choice[pair] && choice[pair] < n_experts, "a chosen expert does not exist");
@@ -97,17 +111,17 @@ inline void experts_into(
     // Threads share out the outputs of all needed experts, first of gate_up and then of down, and read them as they lie:
     // going through gate and up side by side is slower, a fifth on the machine this was measured on.
     multiply_needed(into, needed, 2 * hidden, width, gate_up_scales, gates_and_ups);
-    for (int64_t pair = 0; pair < pairs; ++pair)
-      activate(gates_and_ups.data() + pair * 2 * hidden, hidden, activation.data() + pair * hidden);
+    activate_rows(gates_and_ups.data(), pairs, hidden, activation.data());
     for (Needed& one : needed) {
       one.inputs.clear();
       for (int64_t pair : one.pairs) one.inputs.push_back(activation.data() + pair * hidden);
     }
     multiply_needed(back, needed, width, hidden, down_scales, result);
   });
+  Writing total(y, rows * width);
+  std::fill_n(total.data(), rows * width, 0.0f);
   for (int64_t pair = 0; pair < pairs; ++pair)  // a row's experts are added in the order of its choice
     for (int64_t d = 0; d < width; ++d) total[pair / top_k * width + d] += share[pair] * result[pair * width + d];
-  give(total, y);
 }
 
 inline Tensor experts(

@@ -66,9 +66,6 @@ struct WithRows {
   ~WithRows() { rows_there = {1, 1}; }
 };
 
-// The numbers of a tensor's rows that are there.
-inline int64_t present_numbers(const Tensor& tensor) { return tensor.numel() / rows_there.room * rows_there.rows; }
-
 inline void put(const Tensor& into, const void* from) { std::memcpy(into.data_ptr(), from, present_numbers(into) * into.element_size()); }
 
 inline void put(const Tensor& into, const Tensor& from) {

@@ -11,7 +11,8 @@ namespace few_rows {
 
 // states_of, choice_of, newest, rows, positions, limits, halves, least: as `replay_drafts` has them; noise [A, n + 1, V];
 // verify: (states [N, .], row [N], position [N]) -> (logits [N, V], ...), which is given the newest token's place and those
-// of the drafts that are kept, N in all, row by row.
+// of the drafts that are kept, N in all, row by row; states as they were drafted, or, where it takes tokens [N] and runs
+// every layer again, these.
 //
 // -> the full model's tokens [A, n + 1], drafts [A, n], their margins [A, n], how many were kept [A], how many of these it
 // agreed with before the first that it did not [A], then what `states_of` gives but the first [A, n + 1, .] and what `verify`
@@ -19,34 +20,38 @@ namespace few_rows {
 inline std::vector<Tensor> replay_round(
     int64_t states_of, int64_t choice_of, int64_t verify, const Tensor& newest, const Tensor& rows, const Tensor& positions,
     const std::optional<Tensor>& noise, const Tensor& limits, const std::optional<Tensor>& halves, double least) {
-  std::vector<Tensor> drafted = replay_drafts(states_of, choice_of, newest, rows, positions, noise, limits, halves, least);
   Program& program = find_program(verify);
   check_sizes(program.inputs.size() == 3 && !program.outputs.empty() && (!noise || noise->size(1) == positions.size(1)));
+  const bool anew = program.inputs[0].scalar_type() == ScalarType::Long;
+  std::vector<Tensor> drafted = replay_drafts(states_of, choice_of, newest, rows, positions, noise, limits, halves, least, !anew);
   const Tensor &drafts = drafted[0], &kept = drafted[2], &states = drafted[3];
   const int64_t n_rows = newest.numel(), places = positions.size(1), longest = places - 1;
   const int64_t* count = static_cast<const int64_t*>(kept.data_ptr());
   const int64_t* draft = static_cast<const int64_t*>(drafts.data_ptr());
 
-  std::vector<int64_t> row, position;
+  std::vector<int64_t> row, position, text;
   std::vector<char> start;
   const size_t bytes = states.size(2) * states.element_size();
   for (int64_t r = 0; r < n_rows; ++r) {
     const char* first = static_cast<const char*>(states.data_ptr()) + r * places * bytes;
-    start.insert(start.end(), first, first + (count[r] + 1) * bytes);
+    if (!anew) start.insert(start.end(), first, first + (count[r] + 1) * bytes);
+    text.push_back(static_cast<const int64_t*>(newest.data_ptr())[r]);
+    text.insert(text.end(), draft + r * longest, draft + r * longest + count[r]);
     for (int64_t place = 0; place <= count[r]; ++place) {
       row.push_back(static_cast<const int64_t*>(rows.data_ptr())[r]);
       position.push_back(static_cast<const int64_t*>(positions.data_ptr())[r * places + place]);
     }
   }
   const int64_t total = static_cast<int64_t>(row.size()), vocabulary = program.outputs[0].numel() / program.room;
-  check_sizes(total <= program.room && states.scalar_type() == program.inputs[0].scalar_type());
-  check_sizes(states.size(2) == program.inputs[0].numel() / program.room && (!noise || noise->size(2) == vocabulary));
+  const int64_t width = anew ? 1 : states.size(2);
+  check_sizes(total <= program.room && (anew || states.scalar_type() == program.inputs[0].scalar_type()));
+  check_sizes(width == program.inputs[0].numel() / program.room && (!noise || noise->size(2) == vocabulary));
   const WithRows there(total, program.room);
-  put(program.inputs[0], start.data()), put(program.inputs[1], row.data()), put(program.inputs[2], position.data());
+  put(program.inputs[0], anew ? static_cast<const void*>(text.data()) : start.data()), put(program.inputs[1], row.data()), put(program.inputs[2], position.data());
   for (const auto& step : program.steps) step();
 
   Tensor tokens = torch::stable::new_zeros(newest, {n_rows, places}), accepted = torch::stable::new_zeros(newest, {n_rows});
-  const Numbers logits = as_floats(program.outputs[0]);
+  const Reading logits(program.outputs[0]);
   const float* logit = logits.data();
   for (int64_t r = 0; r < n_rows; ++r) {
     const double* drawn = noise ? static_cast<const double*>(noise->data_ptr()) + r * places * vocabulary : nullptr;

@@ -30,16 +30,15 @@ inline Tensor norm(const Tensor& x, const Tensor& weight, double epsilon) {
   Tensor y = torch::stable::new_empty(x, x.sizes());
   perform([=] {
     const int64_t width = weight.numel();
-    const Numbers weights = as_floats(weight, true);
-    Numbers floats = as_floats(x);
-    for (float* part = floats.data(); part < floats.data() + floats.size(); part += width) {
-      const float* values = part;
+    const Reading weights(weight, true), floats(x);
+    Writing normed(y, floats.size());
+    float* part = normed.data();
+    for (const float* values = floats.data(); values < floats.data() + floats.size(); values += width, part += width) {
       float squares[1][4];
       dot<1, 1, false>(values, &values, width, squares);
       const float scale = 1.0f / std::sqrt(squares[0][0] / static_cast<float>(width) + static_cast<float>(epsilon));
-      for (int64_t d = 0; d < width; ++d) part[d] *= scale * weights[d];
+      for (int64_t d = 0; d < width; ++d) part[d] = values[d] * (scale * weights[d]);
     }
-    give(floats, y);
   });
   return y;
 }
@@ -51,19 +50,22 @@ inline Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, cons
   perform([=] {
     const int64_t rows = present_rows(x), heads = x.size(1), head_dim = x.size(2), half = head_dim / 2;
     const int64_t* position = static_cast<const int64_t*>(positions.data_ptr());
-    Numbers floats = as_floats(x);
+    const Reading floats(x);
+    Writing turned(y, floats.size());
+    const int64_t angles = cos.size(0);
     for (int64_t n = 0; n < rows; ++n) {
-      STD_TORCH_CHECK(0 <= position[n] && position[n] < cos.size(0), "a position has no angle");
+      STD_TORCH_CHECK(0 <= position[n] && position[n] < angles, "a position has no angle");
       const float* c = static_cast<const float*>(cos.data_ptr()) + position[n] * head_dim;
       const float* s = static_cast<const float*>(sin.data_ptr()) + position[n] * head_dim;
-      for (float* head = floats.data() + n * heads * head_dim; head < floats.data() + (n + 1) * heads * head_dim; head += head_dim)
+      for (int64_t at = n * heads * head_dim; at < (n + 1) * heads * head_dim; at += head_dim) {
+        const float* head = floats.data() + at;
+        float* out = turned.data() + at;
         for (int64_t d = 0; d < half; ++d) {
-          const float first = head[d], second = head[d + half];
-          head[d] = first * c[d] - second * s[d];
-          head[d + half] = second * c[d + half] + first * s[d + half];
+          out[d] = head[d] * c[d] - head[d + half] * s[d];
+          out[d + half] = head[d + half] * c[d + half] + head[d] * s[d + half];
         }
+      }
     }
-    give(floats, y);
   });
   return y;
 }
@@ -72,10 +74,11 @@ inline Tensor add(const Tensor& x, const Tensor& y) {
   check_sizes(x.numel() == y.numel());
   Tensor total = torch::stable::new_empty(x, x.sizes());
   perform([=] {
-    Numbers floats = as_floats(x);
-    const Numbers others = as_floats(y);
-    for (size_t i = 0; i < floats.size(); ++i) floats[i] += others[i];
-    give(floats, total);
+    const Reading floats(x), others(y);
+    Writing sums(total, floats.size());
+    const float *one = floats.data(), *other = others.data();
+    float* sum = sums.data();
+    for (int64_t i = 0; i < floats.size(); ++i) sum[i] = one[i] + other[i];
   });
   return total;
 }
@@ -84,10 +87,9 @@ inline Tensor swiglu(const Tensor& gate_up) {
   Tensor y = torch::stable::new_empty(gate_up, {gate_up.size(0), gate_up.size(1) / 2});
   perform([=] {
     const int64_t rows = present_rows(gate_up), hidden = gate_up.size(1) / 2;
-    const Numbers floats = as_floats(gate_up);
-    Numbers activation(rows * hidden);
-    for (int64_t n = 0; n < rows; ++n) activate(floats.data() + 2 * n * hidden, hidden, activation.data() + n * hidden);
-    give(activation, y);
+    const Reading floats(gate_up);
+    Writing activation(y, rows * hidden);
+    activate_rows(floats.data(), rows, hidden, activation.data());
   });
   return y;
 }
@@ -112,7 +114,7 @@ inline std::tuple<Tensor, Tensor> route(const Tensor& logits, const std::optiona
   Tensor weights = torch::stable::new_empty(logits, {logits.size(0), top_k});
   perform([=] {
     const int64_t rows = present_rows(logits), n_experts = logits.size(1);
-    const Column biases(bias, 0.0f);
+    const Column biases(bias);
     Numbers probabilities(n_experts), scores(n_experts);
     for (int64_t n = 0; n < rows; ++n) {
       const float* logit = static_cast<const float*>(logits.data_ptr()) + n * n_experts;
@@ -124,7 +126,7 @@ inline std::tuple<Tensor, Tensor> route(const Tensor& logits, const std::optiona
       for (int64_t e = 0; e < n_experts; ++e) {
         probabilities[e] /= total;
         // An inactive expert's probability is 0, and a bias must not bring it back.
-        scores[e] = std::isinf(logit[e]) ? -1e30f : probabilities[e] + biases[e];
+        scores[e] = std::isinf(logit[e]) ? -1e30f : probabilities[e] + (biases.there() ? biases[e] : 0.0f);
       }
       total = 0;
       for (int64_t k = 0; k < top_k; ++k) {
@@ -201,7 +203,7 @@ inline std::tuple<Tensor, Tensor> choose(const Tensor& logits, const std::option
   Tensor margins = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Double);
   perform([=] {
     const int64_t rows = present_rows(logits), vocabulary = logits.size(1);
-    const Numbers floats = as_floats(logits);
+    const Reading floats(logits);
     const double* drawn = noise ? static_cast<const double*>(noise->data_ptr()) : nullptr;
     for (int64_t n = 0; n < rows; ++n) {
       const Choice choice = choose_of(floats.data() + n * vocabulary, drawn == nullptr ? drawn : drawn + n * vocabulary, vocabulary);

@@ -50,6 +50,9 @@ inline thread_local Rows rows_there = {1, 1};
 // Of a tensor's first dimension, rows or so many parts of each, what is there.
 inline int64_t present_rows(const Tensor& tensor) { return tensor.size(0) / rows_there.room * rows_there.rows; }
 
+// The numbers of a tensor's rows that are there.
+inline int64_t present_numbers(const Tensor& tensor) { return tensor.numel() / rows_there.room * rows_there.rows; }
+
 // x [rows, ...] in float32. Rows may lie apart, as those of a part of a projection do; what is within a row lies together.
 // They are those that are there, or all.
 inline Numbers as_floats(const Tensor& x, bool all = false) {
@@ -76,28 +79,65 @@ inline void give(const Numbers& floats, const Tensor& y) {
   });
 }
 
-// Scales or biases of output rows, one by one: there may be none.
-struct Column {
-  const void* data = nullptr;
-  ScalarType type = ScalarType::Float;
-  float missing = 0;
+// x [rows, ...] in float32, to read only: where it lies, if it is of that type and its rows lie together; else copied.
+class Reading {
+ public:
+  explicit Reading(const Tensor& x, bool all = false) : count(all ? x.numel() : present_numbers(x)) {
+    if (x.scalar_type() == ScalarType::Float && x.is_contiguous()) {
+      numbers = static_cast<const float*>(x.data_ptr());
+    } else {
+      own = as_floats(x, all);
+      numbers = own.data();
+    }
+  }
+  Reading(const Reading&) = delete;
+  const float* data() const { return numbers; }
+  int64_t size() const { return count; }
+  float operator[](int64_t i) const { return numbers[i]; }
 
-  Column(const std::optional<Tensor>& tensor, float missing) : missing(missing) {
-    if (!tensor) return;
-    check_dense(*tensor);
-    data = tensor->data_ptr(), type = tensor->scalar_type();
-    with_float_type(type, [](auto) {});  // others are refused
-  }
-  float operator[](int64_t i) const {
-    if (data == nullptr) return missing;
-    if (type == ScalarType::Float) return static_cast<const float*>(data)[i];
-    if (type == ScalarType::Half) return number(static_cast<const Half*>(data)[i]);
-    return number(static_cast<const BFloat16*>(data)[i]);
-  }
+ private:
+  int64_t count;
+  const float* numbers;
+  Numbers own;
 };
 
-// Work is split among threads when each gets at least so many bytes: less is done sooner than another one wakes.
-constexpr int64_t BYTES_PER_THREAD = 1 << 16;
+// Numbers of float32 that y is to have, so many: written where it lies, if it is of that type, else when this ends.
+class Writing {
+ public:
+  Writing(const Tensor& y, int64_t count) : y(y) {
+    if (y.scalar_type() == ScalarType::Float) {
+      numbers = static_cast<float*>(y.data_ptr());
+    } else {
+      own = Numbers(count);
+      numbers = own.data();
+    }
+  }
+  Writing(const Writing&) = delete;
+  ~Writing() { give(own, y); }
+  float* data() { return numbers; }
+  float& operator[](int64_t i) { return numbers[i]; }
+
+ private:
+  const Tensor& y;
+  float* numbers;
+  Numbers own;
+};
+
+// Scales or biases of output rows, one by one: there may be none.
+class Column {
+ public:
+  explicit Column(const std::optional<Tensor>& tensor) {
+    if (tensor) check_dense(*tensor), numbers.emplace(*tensor, true);
+  }
+  bool there() const { return numbers.has_value(); }
+  float operator[](int64_t i) const { return (*numbers)[i]; }
+
+ private:
+  std::optional<Reading> numbers;
+};
+
+// Work is split among threads when each gets at least so much: less is done sooner than another one wakes.
+constexpr int64_t BYTES_PER_THREAD = 1 << 16, NUMBERS_PER_THREAD = 1 << 12;  // read; computed one by one
 
 inline int64_t grain(int64_t bytes_per_unit) { return std::max<int64_t>(1, BYTES_PER_THREAD / std::max<int64_t>(1, bytes_per_unit)); }
 

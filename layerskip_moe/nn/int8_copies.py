@@ -1,0 +1,119 @@
+"""Int8 copies of a model's weights, which drafts may be made from: they read a quarter of float32's bytes.
+
+A draft is only a proposal, which the model itself verifies, so it may be computed with less care than the answer. The
+model stays as it is: the copies stand in for its weights while a draft's steps are recorded (`few_rows.reading`).
+
+K inputs, S scales per row, each of K / S inputs. Knows nothing of drafting. Next: `rounds.py`, which drafts by them;
+`pretrained/quantize.py`, which makes whole models of such weights.
+"""
+
+from collections.abc import Iterator
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from layerskip_moe.nn import few_rows
+from layerskip_moe.nn.decoder import MoEDecoder
+from layerskip_moe.nn.experts import Experts
+from layerskip_moe.nn.kernels import has_kernels
+from layerskip_moe.nn.linear import Linear
+from layerskip_moe.nn.products import is_quantized
+from layerskip_moe.nn.rounding import nearest
+
+MOST_BYTES = 2**30  # of copies that nobody asked for
+
+_MOST_WRITTEN = 2**24  # numbers rounded at a time
+
+
+class Int8Copies:
+    """Of every projection of attention, dense MLPs, experts and shared experts, and of the head; not of routers, whose
+    rounded logit is another expert, nor of what is looked up or added.
+
+    Attributes:
+        parts: by the id of a weight [..., K] its whole numbers [..., K] int8, and the scale of each output row [..., 1]
+    """
+
+    @torch.inference_mode(False)  # what is made within cannot be written to outside
+    @torch.no_grad()
+    def __init__(self, model: MoEDecoder) -> None:
+        self._from = [(module, name, getattr(module, name)) for module, name in _weights(model)]
+        self._stamps = [_stamp(weight) for _, _, weight in self._from]
+        self.parts: dict[int, tuple[Tensor, Tensor]] = {}
+        for _, _, weight in self._from:
+            values, scale = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(*weight.shape[:-1], 1)
+            self.parts[id(weight)] = values, scale
+            _round_into(values, scale, weight)
+
+    def follow(self) -> bool:
+        """Round again what was changed in place since; False where a weight was put in another's place."""
+        for index, (module, name, weight) in enumerate(self._from):
+            if getattr(module, name) is not weight:
+                return False
+            stamp = _stamp(weight)
+            if stamp != self._stamps[index]:
+                _round_into(*self.parts[id(weight)], weight)
+                self._stamps[index] = stamp
+        return True
+
+
+_made: "WeakKeyDictionary[MoEDecoder, Int8Copies]" = WeakKeyDictionary()
+
+
+def int8_copies(model: MoEDecoder) -> Int8Copies | None:
+    """Those of a model, as its weights are now; they are kept with it. None where `why_no_int8` has something against
+    them."""
+    copies = _made.get(model)
+    if copies is not None and copies.follow():
+        return copies
+    if why_no_int8(model) is not None:
+        return None
+    copies = _made[model] = Int8Copies(model)
+    return copies
+
+
+def why_no_int8(model: MoEDecoder) -> str | None:
+    """What stands against drafting by int8 copies: they are read by a CPU's kernels, in recorded rounds. None where
+    nothing does."""
+    if not few_rows.serves(model.device):
+        return f"the model is on {model.device.type}, and they are read by a CPU's kernels"
+    if any(is_quantized(parameter) for parameter in model.parameters()):
+        return "the model's own weights are quantised"
+    if not few_rows.can_compute(model.dtype):
+        return f"the model's weights are {str(model.dtype).removeprefix('torch.')}"
+    if model.config.clip_qkv is not None:
+        return "a model with clip_qkv is not recorded"
+    if not model.compiled:
+        return "decoding is not compiled here"
+    return None if has_kernels() else "there are no kernels here"
+
+
+def bytes_of_copies(model: MoEDecoder) -> int:
+    """About how many bytes the copies take."""
+    return sum(getattr(module, name).numel() for module, name in _weights(model))
+
+
+def _weights(model: MoEDecoder) -> Iterator[tuple[nn.Module, str]]:
+    """Module and attribute of every weight that is copied."""
+    for module in model.modules():
+        if isinstance(module, Experts):
+            yield module, "gate_up"
+            yield module, "down"
+        elif isinstance(module, Linear) and module.out_features > 1:  # (a shared expert's gate has one)
+            yield module, "weight"
+    if model.head is None:
+        yield model.embedding, "weight"  # as the head; what is looked up is not a product
+
+
+def _stamp(weight: Tensor) -> tuple[int, int]:
+    """What changes as a weight is written to, or moved."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
+@torch.no_grad()
+def _round_into(values: Tensor, scale: Tensor, weight: Tensor) -> None:
+    rows = max(_MOST_WRITTEN // weight.shape[-1], 1)
+    parts = (tensor.flatten(0, -2).split(rows) for tensor in (values, scale, weight.detach()))
+    for into, by, some in zip(*parts, strict=True):
+        rounded, by_row = nearest(some, some.shape[-1], bits=8)
+        into.copy_(rounded), by.copy_(by_row)

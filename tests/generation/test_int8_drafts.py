@@ -1,0 +1,112 @@
+"""Drafts from int8 copies of the weights: the text is the model's all the same."""
+
+import copy
+
+import pytest
+import torch
+
+from layerskip_moe import Autoregressive, SelfSpeculative, generate
+from layerskip_moe.generation import self_speculative
+from layerskip_moe.generation.policies import Adaptive, Fixed
+from layerskip_moe.generation.policies import adaptive as adaptive_file
+from layerskip_moe.nn.kernels import has_kernels
+from layerskip_moe.pretrained import quantize
+
+PROMPTS = [[3, 9, 21, 4], [5], [7, 7, 2]]
+pytestmark = pytest.mark.skipif(not has_kernels(), reason="they are read by kernels")
+
+
+@pytest.fixture
+def drafted_by(monkeypatch):
+    """What drafted in each round: (exit layer, whether from copies)."""
+    seen, own = [], self_speculative.draft_and_verify
+
+    def noted(session, round_, exit_layer, watch, rule, copies):
+        seen.append((exit_layer, copies is not None))
+        return own(session, round_, exit_layer, watch, rule, copies)
+
+    monkeypatch.setattr(self_speculative, "draft_and_verify", noted)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("exit_layer", [1, 2, 3])
+def test_the_text_is_the_model_s(trained_model, drafted_by, exit_layer, temperature, dtype):
+    model = copy.deepcopy(trained_model(n_layers=3, max_seq_len=64)).to(dtype)
+    how = dict(max_new_tokens=30, temperature=temperature, seed=4)
+    plain = generate(model, PROMPTS, Autoregressive(), **how)
+    fast = generate(model, PROMPTS, SelfSpeculative(exit_layer, 5, int8_drafts=True), **how)
+    assert fast.tokens == plain.tokens
+    assert drafted_by and all(by == (exit_layer, True) for by in drafted_by)
+    if exit_layer == 3 and dtype == torch.float32:  # the whole model, in fewer bits, is nearly always right
+        assert fast.stats.acceptance_rate > 0.8
+
+
+def test_weights_that_change_are_followed(trained_model):
+    model, strategy = copy.deepcopy(trained_model(n_layers=3, max_seq_len=64)), SelfSpeculative(3, 5, int8_drafts=True)
+    generate(model, PROMPTS, strategy, max_new_tokens=20)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(
+                0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
+    plain = generate(model, PROMPTS, max_new_tokens=20)
+    fast = generate(model, PROMPTS, strategy, max_new_tokens=20)
+    assert fast.tokens == plain.tokens and fast.stats.acceptance_rate > 0.8
+
+
+def test_adaptive_drafts_by_them_where_it_can(trained_model, drafted_by, monkeypatch):
+    model = trained_model(n_layers=3, max_seq_len=64)
+    cases = [
+        (SelfSpeculative(), {}, True),
+        (SelfSpeculative(int8_drafts=False), {}, False),
+        (SelfSpeculative(policy=Adaptive(int8_drafts=True)), {}, True),
+        (SelfSpeculative(), {"top_k": 5}, False),
+        (SelfSpeculative(), {"compile": False}, False),
+        (SelfSpeculative(coupling="rejection"), {}, False),
+    ]
+    for strategy, how, int8 in cases:
+        drafted_by.clear()
+        how = dict(max_new_tokens=30, temperature=0.8, **how)
+        expected = generate(model, PROMPTS[:1], **how).tokens
+        found = generate(model, PROMPTS[:1], strategy, **how).tokens
+        assert found == expected or strategy.coupling == "rejection"
+        assert strategy.policy.int8_drafts == int8
+        assert {by for _, by in drafted_by} <= {int8}
+        assert strategy.policy.exits == ((1, 2) if int8 else (1,))
+    monkeypatch.setattr(adaptive_file, "MOST_BYTES", 10)
+    too_large = SelfSpeculative()
+    generate(model, PROMPTS[:1], too_large, max_new_tokens=5)
+    assert not too_large.policy.int8_drafts
+    asked_for = SelfSpeculative(int8_drafts=True)
+    generate(model, PROMPTS[:1], asked_for, max_new_tokens=5)
+    assert asked_for.policy.int8_drafts
+
+
+def test_a_strategy_takes_texts_of_both_kinds_in_turn(trained_model):
+    model, strategy = trained_model(n_layers=3, max_seq_len=64), SelfSpeculative()
+    for how in ({}, {"top_p": 0.9}, {}, {"compile": False}, {"top_k": 3}, {}):
+        how = dict(max_new_tokens=25, temperature=0.7, seed=2, **how)
+        assert generate(model, PROMPTS, strategy, **how).tokens == generate(model, PROMPTS, **how).tokens
+
+
+def test_what_cannot_be_is_refused(trained_model):
+    model = trained_model(n_layers=3, max_seq_len=64)
+    strategy = SelfSpeculative(2, 4, int8_drafts=True)
+    for of, how, reason in [
+        (model, {"top_k": 3, "temperature": 1.0}, "top_k, top_p or a penalty"),
+        (model, {"compile": False}, "not compiled"),
+        (quantize(model, "int8"), {}, "quantised"),
+        (copy.deepcopy(model).double(), {}, "float64"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            generate(of, PROMPTS, strategy, max_new_tokens=3, **how)
+    for arguments in (
+        {"policy": Fixed(1, 2), "int8_drafts": True},
+        {"exit_layer": 1, "draft_model": model, "int8_drafts": True},
+        {"exit_layer": 1, "coupling": "rejection", "int8_drafts": True},
+        {"int8_drafts": "yes"},
+    ):
+        with pytest.raises(ValueError, match="int8"):
+            SelfSpeculative(**arguments)

@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from layerskip_moe.nn.compiling import compiling
+from layerskip_moe.nn.int8_copies import bytes_of_copies, int8_copies, why_no_int8
+from layerskip_moe.pretrained import quantize
+
+NETWORKS = {
+    "experts in every other layer": {"moe_layers": "every other"},
+    "a gated shared expert, tied head": {
+        "shared_expert_d_ff": 24,
+        "shared_expert_gate": True,
+        "tie_embeddings": True,
+    },
+    "dense, biases": {"num_experts": 0, "mlp_bias": True, "qkv_bias": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_numbers_are_those_of_a_quantised_model(tiny_model, name, dtype):
+    model = tiny_model(dtype, **NETWORKS[name])
+    with compiling(model):
+        parts = int8_copies(model).parts
+    weights, expected = dict(model.named_parameters()), dict(quantize(model, "int8").named_parameters())
+    copied = [key for key, weight in expected.items() if hasattr(weight, "qdata")]
+    for key in copied:
+        values, scale = parts[id(weights[key])]
+        assert values.dtype == torch.int8 and torch.equal(values, expected[key].qdata)
+        assert scale.dtype == dtype and torch.equal(scale, expected[key].scale)
+    # A tied head is read as int8, too, which a quantised model's is not.
+    assert len(parts) == len(copied) + model.config.tie_embeddings
+    assert bytes_of_copies(model) == sum(values.numel() for values, _ in parts.values())
+
+
+def test_weights_are_followed(tiny_model):
+    model = tiny_model(torch.float32)
+    with compiling(model):
+        copies = int8_copies(model)
+        weight, other = model.blocks[0].attention.qkv.weight, model.blocks[1].attention.qkv.weight
+        (values, scale), untouched = copies.parts[id(weight)], copies.parts[id(other)][0].clone()
+        with torch.no_grad():
+            weight.mul_(2.0)
+            weight[0] = 1.0
+        before = scale.clone()
+        assert int8_copies(model) is copies
+        torch.testing.assert_close(scale[1:], 2 * before[1:])
+        assert values[0].tolist() == [127] * values.shape[1] and scale[0].item() == pytest.approx(1 / 127.5)
+        assert torch.equal(copies.parts[id(other)][0], untouched)
+
+        model.blocks[0].attention.qkv.weight = torch.nn.Parameter(weight.detach().clone())
+        others = int8_copies(model)
+        assert others is not copies and id(model.blocks[0].attention.qkv.weight) in others.parts
+
+
+def test_what_is_made_in_inference_mode_is_followed_outside(tiny_model):
+    model = tiny_model(torch.float32)
+    with compiling(model), torch.inference_mode():
+        copies = int8_copies(model)
+    weight = model.head.weight
+    before = copies.parts[id(weight)][1].clone()
+    with torch.no_grad():
+        weight.mul_(3.0)
+    assert copies.follow()
+    torch.testing.assert_close(copies.parts[id(weight)][1], 3 * before)
+
+
+def test_what_stands_against_them(tiny_model):
+    model = tiny_model(torch.float32)
+    assert "not compiled" in why_no_int8(model) and int8_copies(model) is None
+    for other, reason in [
+        (tiny_model(torch.float64), "float64"),
+        (quantize(model, "int8"), "quantised"),
+        (tiny_model(torch.float32, clip_qkv=2.0), "clip_qkv"),
+        (tiny_model(torch.float32).to("meta"), "meta"),
+    ]:
+        with compiling(other):
+            assert reason in why_no_int8(other) and int8_copies(other) is None
+    with compiling(model):
+        assert why_no_int8(model) is None
