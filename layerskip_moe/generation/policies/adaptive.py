@@ -25,9 +25,10 @@ from layerskip_moe.nn.int8_copies import MOST_BYTES, bytes_of_copies, why_no_int
 from layerskip_moe.nn.ragged import Judged, MarginRule
 
 _BETTER = 1.02  # by how much another plan must be better before it takes the present one's place
-# By how much drafting must promise to be faster than plain decoding, of one row and of several: the cost model is no
-# more exact than that.
-_PAYS, _PAYS_IN_BATCHES = 1.03, 1.2
+# By how much drafting must promise to be faster than plain decoding, of one row, of few, and of more: the cost model is
+# no more exact than that.
+_PAYS, _PAYS_FOR_FEW, _PAYS_IN_BATCHES = 1.03, 1.06, 1.2
+_FEW = 4  # rows whose weights are waited for longer than their sums: for more int8 drafts take as long as others
 _MOST, _MOST_INT8 = 7, 15  # drafts of a row in a round, of the weights themselves and of int8 copies
 _RETHINK = 8  # rounds from one choice of a plan to the next
 # Rounds from one look at what other exits would have said to the next, times the rows: at first, and later.
@@ -38,19 +39,22 @@ _KNOWN = 30  # drafts judged of each exit, after which a text may begin without 
 _DOUBT = 0.15  # of a fitted cost model: how far drafting may be from what it says, beside plain steps
 _SURE = 0.08  # doubt beyond this is worth a try of what else may be best
 _SHARES = (0.25, 0.5, 1.0)  # of how likely one draft must be right to be worth its time
+_PROMISED = 40.0  # tokens promised, of which an exit that was never tried is taken to have kept all
+_PROMISE_MEMORY = 0.95  # of an exit's promises, from round to round
 _SUREST = 0.98  # of how likely a draft must be right
 _TIMED = 8  # plain steps that are timed, at the end of a rest
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Tokens per second that are expected, layers that draft (0: none), the most drafts of a row, and how likely they
-    must all be right for the last one to be kept."""
+    """Tokens per second that are promised, layers that draft (0: none), the most drafts of a row, how likely they must
+    all be right for the last one to be kept, and the share of its promises that the exit has kept so far."""
 
     worth: float
     exit_layer: int
     length: int
     least: float
+    kept: float = 1.0
 
 
 _PLAIN = _Plan(0.0, 0, 0, 0.0)
@@ -64,19 +68,20 @@ class Adaptive:
     as are those before it, adds p tokens, and the time of a place more; so it is kept where p is at least that time
     times the tokens per second of the best plan. How likely a draft is right is told by its margin (`MarginRule`);
     where margins are not known, all rows draft a fixed number. The plan is chosen anew every eighth round, and changed
-    for one that is 2% better; drafting must promise 3% more than plain decoding, 20% in batches, and less while costs
-    are in doubt. Every now and then a round asks what other exits would have said. Where drafting does not pay,
-    decoding is plain for 16 steps, then 32, and so on up to 256, from look to look. What was learnt of acceptance is
-    kept from text to text, and how long steps take beside what was reckoned, too: where it is in doubt which of the
-    two is faster, the other one is tried.
+    for one that is 2% better, by what exits promise and by how much of their promises they have kept; drafting must
+    promise 3% more than plain decoding, 6% of two to four rows, 20% of more, and less while costs are in doubt. Every
+    now and then a round asks what other exits would have said. Where drafting does not pay, decoding is plain for 16
+    steps, then 32, and so on up to 256, from look to look. What was learnt of acceptance is kept from text to text, and
+    how long steps take beside what was reckoned, too: where it is in doubt which of the two is faster, the other one is
+    tried.
 
     length: the most drafts of a row in a round, K; None: 7, or 15 int8 ones. Of several rows as many as make 64 places
         together, of 33 to 64 none
     cost_model: seconds of a round, which are taken as they are; None: fitted to the model when first needed, see
         `fit_cost_model`, and corrected by how long steps take
-    int8_drafts: whether drafts are made from int8 copies of the weights; None: where they can be, and take 1 GiB or
-        less; with a cost model, as that has it. Then exits are up to the last layer. (What is told of other exits is of
-        the weights themselves, which is nearly the same.)
+    int8_drafts: whether drafts of up to four rows are made from int8 copies of the weights; None: where they can be,
+        and take 1 GiB or less; with a cost model, as that has it. Then exits are up to the last layer. (What is told of
+        other exits is of the weights themselves, which is nearly the same.)
     """
 
     should_stop = None
@@ -102,6 +107,7 @@ class Adaptive:
         self._union = 1.0  # experts that places read, over those of independent choices
         self._reckoned: dict[tuple[int, ...], float] = {}  # by what `_reckoned_seconds` is asked of
         self._drift = Drift(0.0)  # a given cost model is taken as it is
+        self._promises: dict[int, list[float]] = {}  # by exit, tokens that came, and that were promised for the time
         self._last: tuple[int, int] | None = None  # what the last round was: exit layer and rows; None: none
         self._rounds = self._rest = self._looks = 0
         self._to_look, self._next_rest = _LOOK, 0
@@ -113,7 +119,7 @@ class Adaptive:
         for a model that a given cost model is not of."""
         if not self._given:
             wants = bytes_of_copies(model) <= MOST_BYTES if self._wants_int8 is None else self._wants_int8
-            self.int8_drafts = wants and one_call and why_no_int8(model) is None
+            self.int8_drafts = wants and rows <= _FEW and one_call and why_no_int8(model) is None
         exits = candidate_exits(model.config.n_layers, deep=self.int8_drafts)
         drafting = (*exits, model.config.n_layers) if self.int8_drafts else exits
         cost = self.cost_model
@@ -128,6 +134,7 @@ class Adaptive:
         if cost is not self.cost_model:
             self._drift, self._union = Drift(0.0 if self._given else _DOUBT), 1.0
             self._reckoned.clear()
+            self._promises.clear()
         self.exits, self.cost_model, self._prepared_for = exits, cost, weakref.ref(model)
         self._drafting_exits = drafting
 
@@ -203,16 +210,20 @@ class Adaptive:
 
     def _choose(self, rows: list[int]) -> None:
         """The best plan, unless the present one is nearly as good."""
-        pays = _PAYS if len(rows) == 1 else _PAYS_IN_BATCHES
+        pays = _PAYS if len(rows) == 1 else _PAYS_FOR_FEW if len(rows) <= _FEW else _PAYS_IN_BATCHES
         # What is not done now is tried where it may well be better.
         tried = math.exp(max(self._drift.doubt - _SURE, 0.0) * (1 if self._plan.exit_layer else -1))
         plain = replace(_PLAIN, worth=len(rows) / self._seconds(0, 0, len(rows), len(rows)))
         known = max(plain.worth, self._plan.worth if self._plan.exit_layer and rows == self._rows else 0.0)
         plans = [replace(plain, worth=plain.worth * tried * pays)]
-        plans += [self._best(exit_layer, rows, known) for exit_layer in self._drafting_exits]
-        best = max(plans, key=lambda plan: plan.worth)
+        for plan in (self._best(exit_layer, rows, known) for exit_layer in self._drafting_exits):
+            came, promised = self._promises.get(plan.exit_layer, (0.0, 0.0))
+            plans.append(replace(plan, kept=(came + _PROMISED) / (promised + _PROMISED)))
+        best = max(plans, key=lambda plan: plan.worth * plan.kept)
         present = next(plan for plan in plans if plan.exit_layer == self._plan.exit_layer)
-        self._plan = best if best.worth > _BETTER * present.worth or rows != self._rows else present
+        self._plan = (
+            best if best.worth * best.kept > _BETTER * present.worth * present.kept or rows != self._rows else present
+        )
         self._rows = rows
 
     def _best(self, exit_layer: int, rows: list[int], worth: float) -> "_Plan":
@@ -320,10 +331,18 @@ class Adaptive:
         kind = max(round.exit_layers), len(round.drafted)
         if kind[0] and kind == self._last:
             longest, places, most = max(round.drafted), sum(round.drafted) + kind[1], max(round.made)
+            self._see_promise(kind[0], sum(round.accepted) + kind[1], round.seconds)
             self._drift.see(
                 round.seconds, self._reckoned_seconds(kind[0], longest, places, kind[1], most), drafting=True
             )
         self._last = kind
+
+    def _see_promise(self, exit_layer: int, tokens: int, seconds: float) -> None:
+        """How many tokens a round gave in so much time, which is counted as if plain steps took as long as reckoned."""
+        if exit_layer == self._plan.exit_layer:
+            of_exit = self._promises.setdefault(exit_layer, [0.0, 0.0])
+            of_exit[0] = _PROMISE_MEMORY * of_exit[0] + tokens
+            of_exit[1] = _PROMISE_MEMORY * of_exit[1] + self._plan.worth * seconds / math.exp(self._drift.level)
 
     def _see_shadow(self, round: RoundReport, shadow: Tensor) -> None:
         """What the other exits would have said, of the tokens that became text."""

@@ -30,6 +30,11 @@ class Drift:
         self._of_level, self._of_offset, self._common = _LEVEL**2, self._most, 0.0
 
     @property
+    def level(self) -> float:
+        """The best guess of how much longer than reckoned all steps take, plain ones too, as a logarithm."""
+        return self._level
+
+    @property
     def doubt(self) -> float:
         """The standard deviation of the offset."""
         return math.sqrt(self._of_offset)
