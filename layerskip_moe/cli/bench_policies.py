@@ -25,7 +25,8 @@ from layerskip_moe.bench.policy_tables import policies_markdown, policies_text
 from layerskip_moe.cli.flags import parse
 from layerskip_moe.cli.options import Precision, load_network
 from layerskip_moe.files import plain, replacing
-from layerskip_moe.generation.cost_model import CostModel, fit_cost_model
+from layerskip_moe.generation.cost_model import CostModel
+from layerskip_moe.generation.fit_cost_model import fit_cost_model
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.compiling import can_compile, compiling
 from layerskip_moe.nn.fingerprint import model_fingerprint

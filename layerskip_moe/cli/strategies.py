@@ -57,12 +57,15 @@ class _SelfSpeculativeFlags:
         coupling: "shared": the text is plain decoding's; "rejection": only its distribution is
         draft_quantization: int8 or int4: a copy of the model drafts whose weights are quantised so; None: the model
             itself, whose drafting layers need not run again at verification
+        int8_drafts: True: drafts are made from int8 copies of the weights, on the model's own cache, by up to all L
+            layers; None: where exit_layer is None, a CPU decodes, and the copies take 1 GiB or less
     """
 
     exit_layer: int | None = None
     draft_length: int | None = None
     coupling: Literal["shared", "rejection"] = "shared"
     draft_quantization: Quantization | None = None
+    int8_drafts: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from layerskip_moe.analysis.trace import Trace, save_trace
 from layerskip_moe.bench.machine import describe_machine
 from layerskip_moe.cli.flags import parse
 from layerskip_moe.cli.options import Precision, Text, cut_prompts, load_network, load_text
-from layerskip_moe.generation.cost_model import fit_cost_model
+from layerskip_moe.generation.fit_cost_model import fit_cost_model
 from layerskip_moe.nn.compiling import can_compile, compiling
 from layerskip_moe.nn.fingerprint import model_fingerprint
 from layerskip_moe.pretrained import load_tokenizer

@@ -12,7 +12,8 @@ from layerskip_moe.bench.policies_check import WatchedPolicy, check_policies
 from layerskip_moe.bench.replay import replay
 from layerskip_moe.bench.rounds import TextRounds
 from layerskip_moe.generation import SelfSpeculative, generate
-from layerskip_moe.generation.policies import DEL, DraftVerify, Fixed, Heuristic
+from layerskip_moe.generation.cost_model import CostModel
+from layerskip_moe.generation.policies import DEL, Adaptive, DraftVerify, Fixed, Heuristic
 from layerskip_moe.nn.ragged import MarginRule
 
 PROMPTS = [[3, 9, 21], [5], [7, 7, 2, 1]]
@@ -227,3 +228,14 @@ def test_check_decodes_for_real(small_model, texts, cost_of):
         assert row.same_rounds == row.same_text == row.prompts == 3
         assert row.measured_seconds > 0 and row.measured_over_modelled > 0
     assert rows[0].modelled_speed_up == rows[0].measured_speed_up == 1
+
+
+def test_adaptive_drafts_where_the_given_costs_say_that_it_pays(small_model, texts):
+    """Nothing but its cost model prepares it for a replay."""
+    config = small_model().config
+    moe = tuple(layer for layer in range(config.n_layers) if config.is_moe(layer))
+    top_k = config.top_k if config.num_experts else 0
+    for seconds, drafts in [((1e-3, 0, 0, 1e-5, 0, 1e-3, 0, 0, 0), True), ((1e-3, 1, 1, 1, 1, 1e-3, 1, 1, 1), False)]:
+        cost = CostModel(config.n_layers, moe, config.num_experts, top_k, seconds)
+        rounds = replay([TextRounds(text, config, cost) for text in texts], Adaptive(cost_model=cost), config)
+        assert any(round.drafted for of_text in rounds for round in of_text) == drafts

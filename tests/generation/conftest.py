@@ -143,6 +143,7 @@ class _RandomPolicy:
     costs: lossless all the same."""
 
     def __init__(self, seed=0, longest=4, by_margin=True):
+        self._draw_int8 = random.Random(-1 - seed)
         self._draw, self._longest, self._by_margin, self.rounds = random.Random(seed), longest, by_margin, []
 
     def plan(self, session):
@@ -152,7 +153,7 @@ class _RandomPolicy:
         halves = [self._draw.uniform(0.01, 2.0) for _ in session.row_numbers]
         ruled = self._by_margin and self._draw.random() < 0.6
         self.margin_rule = MarginRule(halves, self._draw.random()) if ruled else None
-        self.int8_drafts = self._draw.random() < 0.4
+        self.int8_drafts = self._draw_int8.random() < 0.4
         pairs = [(self._draw.randint(1, layers), self._draw.randint(0, self._longest)) for _ in session.row_numbers]
         pairs = pairs if self._draw.random() < 0.5 else [(pairs[0][0], length) for _, length in pairs]
         return pairs if self._draw.random() < 0.7 else pairs[:1] * len(pairs)

@@ -277,6 +277,7 @@ class OneText:
     model: MoEDecoder
     sampling: Sampling = field(default_factory=Sampling)
     row_numbers: list[int] = field(default_factory=lambda: [0])
+    remaining: tuple[int, ...] = (1000,)
 
     def prompt_agreement(self, exits):
         return []
@@ -323,7 +324,7 @@ def fitted(monkeypatch):
 def test_a_machine_that_is_slower_than_when_it_was_timed_changes_no_plan(fitted, both):
     policy, session = fitted(row=0.2)
     assert told(policy, session, plain=both, drafting=both) > 0.9
-    assert abs(policy._drift.offset) < 0.1
+    assert abs(policy._reckoning.offset) < 0.1
 
 
 def test_drafts_that_cost_more_than_reckoned_are_left(fitted):
@@ -331,7 +332,7 @@ def test_drafts_that_cost_more_than_reckoned_are_left(fitted):
     assert told(policy, session, plain=1.0, drafting=1.0) > 0.9
     policy, session = fitted(row=0.7)
     assert told(policy, session, plain=1.0, drafting=2.5, steps=1500) < 0.5
-    assert policy._drift.offset > 0.1
+    assert policy._reckoning.offset > 0.1
 
 
 def test_what_was_given_is_taken_as_it_is(fitted):
@@ -339,7 +340,7 @@ def test_what_was_given_is_taken_as_it_is(fitted):
     policy = Adaptive(cost_model=cost_model(row=0.2))
     policy.prepare(session.model, 1)
     told(policy, session, plain=1.0, drafting=2.0)
-    assert policy._drift.offset == 0.0
+    assert policy._reckoning.offset == 0.0
 
 
 @pytest.mark.parametrize("policy", [Adaptive, DEL])

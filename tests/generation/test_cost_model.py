@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip_moe.generation import cost_model
-from layerskip_moe.generation.cost_model import CostModel, fit_cost_model
+from layerskip_moe.generation import fit_cost_model as fitting
+from layerskip_moe.generation.cost_model import CostModel
+from layerskip_moe.generation.fit_cost_model import fit_cost_model
 from layerskip_moe.nn.compiling import compiling
 
 SPARSE = CostModel(n_layers=6, moe_layers=(1, 3, 5), num_experts=4, top_k=2, seconds=(0.0,) * 9)
@@ -71,7 +72,7 @@ def test_more_drafts_take_longer(plan, row, costs, empty):
 )
 def test_nonnegative_costs_are_found_again(costs, seed):
     drawn = torch.rand(30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    found = cost_model._nonnegative_least_squares(drawn, drawn @ torch.tensor(costs, dtype=torch.float64))
+    found = fitting._nonnegative_least_squares(drawn, drawn @ torch.tensor(costs, dtype=torch.float64))
     assert found.tolist() == pytest.approx(costs, abs=1e-6)
 
 
@@ -82,7 +83,7 @@ def test_no_other_nonnegative_costs_are_nearer(seed, columns):
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.rand(30, columns, dtype=torch.float64, generator=generator)
     target = torch.randn(30, dtype=torch.float64, generator=generator)
-    found = cost_model._nonnegative_least_squares(matrix, target)
+    found = fitting._nonnegative_least_squares(matrix, target)
     slopes = matrix.T @ (matrix @ found - target)
     assert bool((found >= 0).all())
     assert bool((slopes >= -1e-6).all()) and bool((slopes[found > 0].abs() < 1e-6).all())
@@ -97,11 +98,11 @@ def test_costs_of_rounds_that_lasted_what_they_should():
     for index, (exit_layer, drafted, made, rows) in enumerate(kinds):
         experts = [2 + index % 3, 4 - index % 2, 2 + index % 2]
         seconds = true.round_seconds([exit_layer] * rows, [drafted] * rows, experts, [made] * rows)
-        block = cost_model._Block(
+        block = fitting._Block(
             exit_layer, (drafted,) * rows, (made,) * rows, experts, False, [seconds, seconds, 10 * seconds]
         )
         blocks += [block, block]
-    found = cost_model._fitted_to(SPARSE, blocks, head=3.0)  # which the head's costs are of a layer's
+    found = fitting._fitted_to(SPARSE, blocks, head=3.0)  # which the head's costs are of a layer's
     for exit_layer, drafted, made, rows in (*kinds, (2, 3, 3, 2), (2, 2, 3, 1)):
         round_ = [exit_layer] * rows, [drafted] * rows, [3, 3, 3], [made] * rows
         assert found.round_seconds(*round_) == pytest.approx(true.round_seconds(*round_), rel=0.01)
@@ -121,7 +122,7 @@ def test_a_draft_that_is_let_go_costs_its_choice():
     ids=str,
 )
 def test_fitting_leaves_the_model_as_it_was(tiny_model, monkeypatch, sizes, rows, compiled):
-    monkeypatch.setattr(cost_model, "_SECONDS", 0.0)
+    monkeypatch.setattr(fitting, "_SECONDS", 0.0)
     model = tiny_model(**sizes).train()
     model.blocks[1].eval()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -140,7 +141,7 @@ def test_fitting_leaves_the_model_as_it_was(tiny_model, monkeypatch, sizes, rows
 def test_rounds_are_timed_once_for_each_way_to_decode(tiny_model, monkeypatch):
     timed = []
     monkeypatch.setattr(
-        cost_model, "_fit", lambda model, rows, exits, int8: timed.append((rows, model.compiled, int8)) or len(timed)
+        fitting, "_fit", lambda model, rows, exits, int8: timed.append((rows, model.compiled, int8)) or len(timed)
     )
     model, other = tiny_model(), tiny_model()
     assert [fit_cost_model(model), fit_cost_model(model), fit_cost_model(model, 2), fit_cost_model(other)] == [

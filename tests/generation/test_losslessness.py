@@ -24,7 +24,7 @@ from layerskip_moe.generation import (
     generate,
 )
 from layerskip_moe.generation.policies import DEL, Adaptive, Cascade, DraftVerify, Heuristic
-from layerskip_moe.generation.policies.drift import Drift
+from layerskip_moe.generation.policies.reckoning import Reckoning
 
 MODELS = {
     "every layer": {},
@@ -89,7 +89,7 @@ class Eager(Adaptive):
     def prepare(self, model, rows, one_call):
         super().prepare(model, rows, one_call)
         self.cost_model = dataclasses.replace(self.cost_model, seconds=(1e-3, 0, 0, 1e-4, 0, 1e-3, 0, 0, 0))
-        self._drift = Drift(0.0)
+        self._reckoning = Reckoning(self.cost_model, doubt=0.0)
 
 
 @pytest.fixture(scope="module")

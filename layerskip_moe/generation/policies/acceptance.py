@@ -41,13 +41,15 @@ class Acceptance:
     """Of drafts by some exits.
 
     Attributes:
+        exits: all that it knows
+        told: those of them that looks tell of
         seen: drafts judged so far, of the exit that has fewest, but for sure ones
     """
 
     def __init__(self, exits: Sequence[int], *, sure: Sequence[int] = ()) -> None:
         """sure: further exits, whose drafts are nearly what the model itself says: all of its layers, in fewer bits"""
+        self.exits, self.told = (*exits, *sure), tuple(exits)
         self._exits = {exit_layer: [_FIRST_GUESS, 1.0] for exit_layer in exits}  # b, and 1 + _SLOWER * seen
-        self._told = list(self._exits.values())  # of which looks tell
         self._exits |= {exit_layer: [_SURE_GUESS, 1.0] for exit_layer in sure}
         self._level = _MEAN_LOG  # mean log margin
         self._rows: dict[int, list[float]] = {}  # d, and by how much the row's mean log margin lies above
@@ -55,7 +57,7 @@ class Acceptance:
     @property
     def seen(self) -> int:
         """How many drafts of the exit that was judged least, sure ones left aside, were judged, up to a thousand."""
-        return round((min((weight for _, weight in self._told), default=1.0) - 1) / _SLOWER)
+        return round((min((self._exits[exit_layer][1] for exit_layer in self.told), default=1.0) - 1) / _SLOWER)
 
     def begin(self) -> None:
         """Forget the rows: another text begins."""

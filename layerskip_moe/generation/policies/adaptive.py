@@ -1,8 +1,6 @@
 """Adaptive: drafts as much as promises most tokens per second, by what is seen of this text and timed on this machine.
 
-Expected tokens come from `acceptance.py`, seconds from `../cost_model.py`. A round that verifies several tokens reads
-the union of their experts: how much smaller it is than that of independent choices is learnt from the text, too.
-Steps' own times tell how drafting compares with plain decoding by now (`drift.py`).
+Expected tokens come from `acceptance.py`, seconds from `reckoning.py`.
 
 A rows, K drafts at most, L layers. Knows nothing of how a round is made. Next: `../self_speculative.py`.
 """
@@ -13,12 +11,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from layerskip_moe.generation.cost_model import CostModel, fit_cost_model
+from layerskip_moe.generation.cost_model import CostModel
+from layerskip_moe.generation.fit_cost_model import fit_cost_model
 from layerskip_moe.generation.policies.acceptance import Acceptance
-from layerskip_moe.generation.policies.drift import Drift
 from layerskip_moe.generation.policies.fixed import check_length
 from layerskip_moe.generation.policies.new_text import NewText
 from layerskip_moe.generation.policies.policy import RoundReport
+from layerskip_moe.generation.policies.reckoning import Reckoning
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import MoEDecoder, few_rows
 from layerskip_moe.nn.int8_copies import MOST_BYTES, bytes_of_copies, why_no_int8
@@ -29,18 +28,15 @@ _BETTER = 1.02  # by how much another plan must be better before it takes the pr
 # no more exact than that.
 _PAYS, _PAYS_FOR_FEW, _PAYS_IN_BATCHES = 1.03, 1.06, 1.2
 _FEW = 4  # rows whose weights are waited for longer than their sums: for more int8 drafts take as long as others
-_MOST, _MOST_INT8 = 7, 15  # drafts of a row in a round, of the weights themselves and of int8 copies
+_MOST, _MOST_INT8 = 7, 31  # drafts of a row in a round, of the weights themselves and of int8 copies
 _RETHINK = 8  # rounds from one choice of a plan to the next
 # Rounds from one look at what other exits would have said to the next, times the rows: at first, and later.
 _LOOK, _LOOK_LATER = 10, 96
 _REST, _LONGEST_REST = 16, 256  # steps of plain decoding from one look to the next, where drafting does not pay
-_UNION_MEMORY = 0.8  # of the unions of earlier looks
 _KNOWN = 30  # drafts judged of each exit, after which a text may begin without a look
 _DOUBT = 0.15  # of a fitted cost model: how far drafting may be from what it says, beside plain steps
 _SURE = 0.08  # doubt beyond this is worth a try of what else may be best
 _SHARES = (0.25, 0.5, 1.0)  # of how likely one draft must be right to be worth its time
-_PROMISED = 40.0  # tokens promised, of which an exit that was never tried is taken to have kept all
-_PROMISE_MEMORY = 0.95  # of an exit's promises, from round to round
 _SUREST = 0.98  # of how likely a draft must be right
 _TIMED = 8  # plain steps that are timed, at the end of a rest
 
@@ -75,7 +71,7 @@ class Adaptive:
     how long steps take beside what was reckoned, too: where it is in doubt which of the two is faster, the other one is
     tried.
 
-    length: the most drafts of a row in a round, K; None: 7, or 15 int8 ones. Of several rows as many as make 64 places
+    length: the most drafts of a row in a round, K; None: 7, or 31 int8 ones. Of several rows as many as make 64 places
         together, of 33 to 64 none
     cost_model: seconds of a round, which are taken as they are; None: fitted to the model when first needed, see
         `fit_cost_model`, and corrected by how long steps take
@@ -94,8 +90,7 @@ class Adaptive:
         self.length, self.cost_model = length, cost_model
         self.int8_drafts = cost_model is not None and cost_model.int8_drafts
         self._wants_int8 = int8_drafts if cost_model is None else self.int8_drafts
-        self.exits: tuple[int, ...] = ()  # of which is told what they would have said
-        self._drafting_exits: tuple[int, ...] = ()  # these, and of int8 drafts all layers
+        self.exits: tuple[int, ...] = ()
         self.shadow = self.experts = False
         self.margin_rule: MarginRule | None = None
         self._given = cost_model is not None
@@ -104,39 +99,35 @@ class Adaptive:
         self._acceptances: dict[tuple[bool, bool, bool], Acceptance] = {}
         self._acceptance: Acceptance | None = None
         self._is_new_text = NewText()
-        self._union = 1.0  # experts that places read, over those of independent choices
-        self._reckoned: dict[tuple[int, ...], float] = {}  # by what `_reckoned_seconds` is asked of
-        self._drift = Drift(0.0)  # a given cost model is taken as it is
-        self._promises: dict[int, list[float]] = {}  # by exit, tokens that came, and that were promised for the time
+        # (A given cost model is taken as it is.)
+        self._reckoning = None if cost_model is None else Reckoning(cost_model, doubt=0.0)
         self._last: tuple[int, int] | None = None  # what the last round was: exit layer and rows; None: none
         self._rounds = self._rest = self._looks = 0
         self._to_look, self._next_rest = _LOOK, 0
         self._plan, self._rows = _PLAIN, list[int]()
+        self._has_room = False  # whether texts end after the longest drafts of this round
         self._tells_margins, self._filters = True, False  # whether rounds do; whether this text is filtered
 
     def prepare(self, model: MoEDecoder, rows: int, one_call: bool = True) -> None:
         """Before a batch of so many rows is decoded: time the model, once. Not a part of decoding. Raises ValueError
         for a model that a given cost model is not of."""
+        cost, config = self.cost_model, model.config
         if not self._given:
             wants = bytes_of_copies(model) <= MOST_BYTES if self._wants_int8 is None else self._wants_int8
             self.int8_drafts = wants and rows <= _FEW and one_call and why_no_int8(model) is None
-        exits = candidate_exits(model.config.n_layers, deep=self.int8_drafts)
-        drafting = (*exits, model.config.n_layers) if self.int8_drafts else exits
-        cost = self.cost_model
+        self.exits = candidate_exits(config.n_layers, deep=self.int8_drafts)
         if not self._given:
+            drafting = (*self.exits, config.n_layers) if self.int8_drafts else self.exits
             cost = fit_cost_model(model, rows, exits=drafting, int8_drafts=self.int8_drafts)
         assert cost is not None
-        if not cost.is_of(model.config):
+        if not cost.is_of(config):
             raise ValueError("the cost model is of another network; fit one to this model, or leave it out.")
         if self._prepared_for is None or self._prepared_for() is not model:
             self._acceptances, self._looks, self._to_look = {}, 0, _LOOK
             self._is_new_text, self._plan, self._rest, self._rows = NewText(), _PLAIN, 0, []
         if cost is not self.cost_model:
-            self._drift, self._union = Drift(0.0 if self._given else _DOUBT), 1.0
-            self._reckoned.clear()
-            self._promises.clear()
-        self.exits, self.cost_model, self._prepared_for = exits, cost, weakref.ref(model)
-        self._drafting_exits = drafting
+            self._reckoning = Reckoning(cost, doubt=_DOUBT)
+        self.cost_model, self._prepared_for = cost, weakref.ref(model)
 
     def rests(self, session: Session) -> bool:
         """Whether this step is one of plain decoding, of which nothing is to be told."""
@@ -154,7 +145,8 @@ class Adaptive:
         """How long that step took. The last few before a look count, which are not cold, and next to what follows."""
         self._last = None
         if self._rest < _TIMED:
-            self._drift.see(seconds, self._reckoned_seconds(0, 0, rows, rows), drafting=False)
+            assert self._reckoning is not None, "`prepare` came before"
+            self._reckoning.see_plain(rows, seconds)
 
     def _begin(self, session: Session) -> None:
         """Another text: of this one nothing is known yet. Where nothing is known at all, its prompt is looked at."""
@@ -162,10 +154,11 @@ class Adaptive:
         if self.cost_model is None or is_another:  # (or texts of two models take turns)
             self.prepare(session.model, len(session.stats), not session.sampling.filters)
             self._is_new_text(session)
+        self.exits = candidate_exits(session.model.config.n_layers, deep=self.int8_drafts)
         # Greedy text and sampled text are not equally easy.
         kind = session.sampling.greedy, session.sampling.filters, self.int8_drafts
         if kind not in self._acceptances:
-            whole = [layer for layer in self._drafting_exits if layer not in self.exits]
+            whole = [session.model.config.n_layers] if self.int8_drafts else []
             self._acceptances[kind] = Acceptance(self.exits, sure=whole)
         self._acceptance = self._acceptances[kind]
         self._acceptance.begin()
@@ -195,6 +188,7 @@ class Adaptive:
         rows, self._rounds = session.row_numbers, self._rounds + 1
         if not self._plan.exit_layer or self._rounds % _RETHINK == 0 or rows != self._rows:
             self._choose(rows)
+        self._has_room = min(session.remaining) > self._plan.length
         self._to_look -= 1
         drafts = self._plan.exit_layer > 0
         self.shadow = not drafts or self._to_look <= 0
@@ -210,15 +204,16 @@ class Adaptive:
 
     def _choose(self, rows: list[int]) -> None:
         """The best plan, unless the present one is nearly as good."""
+        assert self._acceptance is not None and self._reckoning is not None
+        reckoning = self._reckoning
         pays = _PAYS if len(rows) == 1 else _PAYS_FOR_FEW if len(rows) <= _FEW else _PAYS_IN_BATCHES
         # What is not done now is tried where it may well be better.
-        tried = math.exp(max(self._drift.doubt - _SURE, 0.0) * (1 if self._plan.exit_layer else -1))
-        plain = replace(_PLAIN, worth=len(rows) / self._seconds(0, 0, len(rows), len(rows)))
+        tried = math.exp(max(reckoning.doubt - _SURE, 0.0) * (1 if self._plan.exit_layer else -1))
+        plain = replace(_PLAIN, worth=len(rows) / reckoning.seconds(0, 0, len(rows), len(rows)))
         known = max(plain.worth, self._plan.worth if self._plan.exit_layer and rows == self._rows else 0.0)
         plans = [replace(plain, worth=plain.worth * tried * pays)]
-        for plan in (self._best(exit_layer, rows, known) for exit_layer in self._drafting_exits):
-            came, promised = self._promises.get(plan.exit_layer, (0.0, 0.0))
-            plans.append(replace(plan, kept=(came + _PROMISED) / (promised + _PROMISED)))
+        for exit_layer in self._acceptance.exits:
+            plans.append(replace(self._best(exit_layer, rows, known), kept=reckoning.kept(exit_layer)))
         best = max(plans, key=lambda plan: plan.worth * plan.kept)
         present = next(plan for plan in plans if plan.exit_layer == self._plan.exit_layer)
         self._plan = (
@@ -231,19 +226,27 @@ class Adaptive:
         n_rows = len(rows)
         if not self._knows_margins:
             return self._of_least(exit_layer, rows, 0.0)
+        assert self._reckoning is not None
         # What it costs that every row keeps one more is to run them through all layers. (Of int8 drafts, also to make
         # the next one, which is worth something, too.)
-        more = self._seconds(exit_layer, 2, 3 * n_rows, n_rows) - self._seconds(exit_layer, 1, 2 * n_rows, n_rows)
+        seconds = self._reckoning.seconds
+        more = seconds(exit_layer, 2, 3 * n_rows, n_rows) - seconds(exit_layer, 1, 2 * n_rows, n_rows)
         least = min(worth * max(more, 0.0) / n_rows, _SUREST)
         shares = _SHARES if self.int8_drafts else (1.0,)
         return max((self._of_least(exit_layer, rows, share * least) for share in shares), key=lambda plan: plan.worth)
 
     def _of_least(self, exit_layer: int, rows: list[int], least: float) -> "_Plan":
         """The best plan for that exit, and drafts kept while they are so likely to be right."""
-        assert self._acceptance is not None
+        assert self._acceptance is not None and self._reckoning is not None
         n_rows = len(rows)
         length = self._most_drafts(n_rows)
-        courses = zip(*(self._acceptance.course(row, exit_layer, least, length) for row in rows), strict=True)
+        by_row = [self._acceptance.course(row, exit_layer, least, length) for row in rows]
+        if self._knows_margins and n_rows == 1:  # what follows in a few words, for it is asked often
+            kept = [share for share, _ in by_row[0]]
+            longest, tokens = sum(kept), 1 + sum([share * right for share, right in by_row[0]])
+            seconds = self._reckoning.seconds(exit_layer, longest, 1 + longest, 1, 1 + longest - kept[-1])
+            return _Plan(tokens / seconds, exit_layer, length, least)
+        courses = zip(*by_row, strict=True)
         best, tokens, places, longest, most = _Plan(0.0, exit_layer, 0, least), float(n_rows), float(n_rows), 0.0, 0.0
         draft_on = 1.0  # the share of rounds in which a row does
         for drafts, of_rows in enumerate(courses, start=1):
@@ -254,7 +257,7 @@ class Adaptive:
             tokens += sum([kept * right for kept, right in of_rows])
             if self._knows_margins and drafts < length:  # they end drafts, not the length
                 continue
-            found = tokens / self._seconds(exit_layer, longest, places, n_rows, most)
+            found = tokens / self._reckoning.seconds(exit_layer, longest, places, n_rows, most)
             if found <= best.worth:
                 break
             best = _Plan(found, exit_layer, drafts, least)
@@ -271,44 +274,11 @@ class Adaptive:
     def _knows_margins(self) -> bool:
         return self._tells_margins and not self._filters
 
-    def _seconds(self, exit_layer: int, longest: float, places: float, rows: int, most: float | None = None) -> float:
-        """Seconds expected of a round of this text, by now; of numbers that are expected, between those of whole
-        ones."""
-        most, short, few = longest if most is None else most, int(longest), int(places)
-        seconds = self._reckoned_seconds(exit_layer, short, few, rows)
-        if longest > short:
-            seconds += (longest - short) * (self._reckoned_seconds(exit_layer, short + 1, few, rows) - seconds)
-        if places > few:
-            at = self._reckoned_seconds(exit_layer, short, few, rows)
-            seconds += (places - few) * (self._reckoned_seconds(exit_layer, short, few + 1, rows) - at)
-        if most > longest:
-            at = self._reckoned_seconds(exit_layer, short, few, rows)
-            seconds += (most - longest) * (self._reckoned_seconds(exit_layer, short, few, rows, short + 1) - at)
-        return seconds * math.exp(self._drift.offset) if most else seconds
-
-    def _reckoned_seconds(
-        self, exit_layer: int, longest: int, places: int, rows: int, most: int | None = None
-    ) -> float:
-        """The same by the cost model alone: plans have much in common, and it is asked hundreds of times a choice."""
-        most = longest if most is None else most
-        plan = exit_layer, longest, places, rows, most
-        seconds = self._reckoned.get(plan)
-        if seconds is None:
-            cost = self.cost_model
-            assert cost is not None, "`prepare` came before"
-            later = self._union * cost.more_experts(exit_layer, places)
-            seconds = max(cost.seconds_of(cost.amounts(exit_layer, longest, most, rows, places, later)), 1e-9)
-            self._reckoned[plan] = seconds
-        return seconds
-
     def observe(self, round: RoundReport) -> None:
         """Learn what was accepted, and where it was asked what other exits would have said and how many experts were
         read; then perhaps rest."""
-        assert self._acceptance is not None
-        if not {*round.exit_layers} <= {
-            0,
-            *self._drafting_exits,
-        }:  # of another model's text, which another thread decodes
+        assert self._acceptance is not None and self._reckoning is not None
+        if not {*round.exit_layers} <= {0, *self._acceptance.exits}:  # another model's text, of another thread
             return
         if max(round.exit_layers) and self._tells_margins != (round.judged is not None):
             self._tells_margins, self._rows = not self._tells_margins, []  # and plan anew
@@ -318,7 +288,7 @@ class Adaptive:
         if round.shadow is not None:
             self._last = None
             self._see_shadow(round, round.shadow)
-            self._see_experts(round)
+            self._reckoning.see_experts(round)
         else:
             self._see_seconds(round)
         if self._plan.exit_layer:
@@ -328,41 +298,24 @@ class Adaptive:
 
     def _see_seconds(self, round: RoundReport) -> None:
         """How long a round took that was like the one before: the first of a kind is recorded."""
+        assert self._reckoning is not None
         kind = max(round.exit_layers), len(round.drafted)
         if kind[0] and kind == self._last:
-            longest, places, most = max(round.drafted), sum(round.drafted) + kind[1], max(round.made)
-            self._see_promise(kind[0], sum(round.accepted) + kind[1], round.seconds)
-            self._drift.see(
-                round.seconds, self._reckoned_seconds(kind[0], longest, places, kind[1], most), drafting=True
-            )
+            as_planned = kind[0] == self._plan.exit_layer and self._has_room
+            self._reckoning.see_round(round, self._plan.worth if as_planned else 0.0)
         self._last = kind
-
-    def _see_promise(self, exit_layer: int, tokens: int, seconds: float) -> None:
-        """How many tokens a round gave in so much time, which is counted as if plain steps took as long as reckoned."""
-        if exit_layer == self._plan.exit_layer:
-            of_exit = self._promises.setdefault(exit_layer, [0.0, 0.0])
-            of_exit[0] = _PROMISE_MEMORY * of_exit[0] + tokens
-            of_exit[1] = _PROMISE_MEMORY * of_exit[1] + self._plan.worth * seconds / math.exp(self._drift.level)
 
     def _see_shadow(self, round: RoundReport, shadow: Tensor) -> None:
         """What the other exits would have said, of the tokens that became text."""
         assert self._acceptance is not None and round.shadow_margins is not None
         right, margins = (shadow == round.tokens[:, None]).tolist(), round.shadow_margins.tolist()
         for index, (row, accepted) in enumerate(zip(round.rows, round.accepted, strict=True)):
-            for exit_layer in self.exits:
-                if exit_layer != round.exit_layers[index]:
+            for exit_layer in self._acceptance.told:
+                # (Where another thread prepared another model meanwhile, others may have been asked.)
+                if exit_layer != round.exit_layers[index] and int(shadow[index, exit_layer - 1, 0]) >= 0:
                     by_place = zip(margins[index][exit_layer - 1], right[index][exit_layer - 1], strict=True)
                     judged = list(by_place)[: accepted + 1]
-                    self._acceptance.see(row, exit_layer, judged, exits_told=len(self.exits))
-
-    def _see_experts(self, round: RoundReport) -> None:
-        """How many experts verification read, of those that independent choices would have."""
-        cost, places, exit_layer = self.cost_model, sum(round.drafted) + len(round.drafted), max(round.exit_layers)
-        if round.experts is None or places < 2 or cost is None or not cost.more_experts(exit_layer, places):
-            return
-        read = cost.later_experts(exit_layer, round.experts)
-        self._union += (1 - _UNION_MEMORY) * (read / cost.more_experts(exit_layer, places) - self._union)
-        self._reckoned.clear()
+                    self._acceptance.see(row, exit_layer, judged, exits_told=len(self._acceptance.told))
 
 
 def _judged(round: RoundReport, index: int) -> list[Judged]:

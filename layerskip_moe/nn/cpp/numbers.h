@@ -200,7 +200,7 @@ struct Aligned {
 using Numbers = std::vector<float, Aligned<float>>;
 
 // Rows that a weight is multiplied by while it is in a register, with four sums of each: what was measured fastest.
-constexpr int MOST_AT_ONCE = WIDTH == 16 ? 4 : 3;
+constexpr int MOST_AT_ONCE = WIDTH == 16 ? 6 : 3;
 constexpr int64_t NEAR = 1 << 14;  // bytes of a block of outputs that leave room in the first cache for the next ones
 constexpr int64_t SOON = 3 << 10, LATER = 12 << 10;  // bytes ahead: what the first cache is to have, and what the second
 
@@ -250,6 +250,10 @@ inline void multiply_block(const Weight* w, int64_t o, const std::vector<const f
   const auto multiply_left = [&](auto cold, int64_t n) {
     const int64_t left = rows - n;
     if (left >= MOST_AT_ONCE) return multiply_rows(std::integral_constant<int, MOST_AT_ONCE>(), cold, n);
+    if constexpr (MOST_AT_ONCE > 3) {
+      if (left == 5) return multiply_rows(std::integral_constant<int, 5>(), cold, n);
+      if (left == 4) return multiply_rows(std::integral_constant<int, 4>(), cold, n);
+    }
     if (left == 3) return multiply_rows(std::integral_constant<int, 3>(), cold, n);
     if (left == 2) return multiply_rows(std::integral_constant<int, 2>(), cold, n);
     if (left == 1) multiply_rows(std::integral_constant<int, 1>(), cold, n);

@@ -1,0 +1,94 @@
+"""Reckoning: seconds that a round of the text at hand is expected to take, by now.
+
+A cost model tells what rounds cost (`../cost_model.py`). A round that verifies several tokens reads the union of their
+experts: how much smaller it is than that of independent choices is learnt from the text. Steps' own times tell how
+drafting compares with plain decoding by now (`drift.py`), and rounds how much of what plans promised came true, which
+depends on the exit, for neither costs nor acceptance are known exactly.
+
+Knows nothing of acceptance. Next: `adaptive.py`, which weighs it against time.
+"""
+
+import math
+
+from layerskip_moe.generation.cost_model import CostModel
+from layerskip_moe.generation.policies.drift import Drift
+from layerskip_moe.generation.policies.policy import RoundReport
+
+_UNION_MEMORY = 0.8  # of the unions of earlier looks
+_PROMISED = 40.0  # tokens promised, of which an exit that was never tried is taken to have kept all
+_PROMISE_MEMORY = 0.95  # of an exit's promises, from round to round
+
+
+class Reckoning:
+    """Of one cost model."""
+
+    def __init__(self, cost: CostModel, *, doubt: float) -> None:
+        """doubt: how far drafting may be from what the cost model says, beside plain steps; 0: it is taken as it is,
+        whatever steps really take"""
+        self._cost, self._drift = cost, Drift(doubt)
+        self._union = 1.0  # experts that places read, over those of independent choices
+        self._known: dict[tuple[int, ...], float] = {}  # by what `_by_cost_model` is asked of
+        self._promises: dict[int, list[float]] = {}  # by exit, tokens that came, and that were promised for the time
+
+    @property
+    def doubt(self) -> float:
+        """As given, by now."""
+        return self._drift.doubt
+
+    @property
+    def offset(self) -> float:
+        """By how much drafting takes longer than the cost model says, beside plain steps, as a logarithm."""
+        return self._drift.offset
+
+    def seconds(self, exit_layer: int, longest: float, places: float, rows: int, most: float | None = None) -> float:
+        """Seconds of a round, see `CostModel.amounts`; of numbers that are expected, between those of whole ones."""
+        most, short, few = longest if most is None else most, int(longest), int(places)
+        at = seconds = self._by_cost_model(exit_layer, short, few, rows)
+        if longest > short:
+            seconds += (longest - short) * (self._by_cost_model(exit_layer, short + 1, few, rows) - at)
+        if places > few:
+            seconds += (places - few) * (self._by_cost_model(exit_layer, short, few + 1, rows) - at)
+        if most > longest:
+            seconds += (most - longest) * (self._by_cost_model(exit_layer, short, few, rows, short + 1) - at)
+        return seconds * math.exp(self._drift.offset) if most else seconds
+
+    def _by_cost_model(self, exit_layer: int, longest: int, places: int, rows: int, most: int | None = None) -> float:
+        """The same by the cost model alone: plans have much in common, and it is asked hundreds of times a choice."""
+        most = longest if most is None else most
+        round_ = exit_layer, longest, places, rows, most
+        seconds = self._known.get(round_)
+        if seconds is None:
+            later = self._union * self._cost.more_experts(exit_layer, places)
+            amounts = self._cost.amounts(exit_layer, longest, most, rows, places, later)
+            seconds = self._known[round_] = max(self._cost.seconds_of(amounts), 1e-9)
+        return seconds
+
+    def kept(self, exit_layer: int) -> float:
+        """The share of its promises that an exit has kept."""
+        came, promised = self._promises.get(exit_layer, (0.0, 0.0))
+        return (came + _PROMISED) / (promised + _PROMISED)
+
+    def see_plain(self, rows: int, seconds: float) -> None:
+        """How long a step of plain decoding took."""
+        self._drift.see(seconds, self._by_cost_model(0, 0, rows, rows), drafting=False)
+
+    def see_round(self, round: RoundReport, promised: float) -> None:
+        """How long a round took, and how many tokens it gave; promised: tokens per second, 0 where nothing was."""
+        exit_layer, rows = max(round.exit_layers), len(round.drafted)
+        places = sum(round.drafted) + rows
+        reckoned = self._by_cost_model(exit_layer, max(round.drafted), places, rows, max(round.made))
+        self._drift.see(round.seconds, reckoned, drafting=True)
+        if promised and self._drift.doubt:
+            of_exit = self._promises.setdefault(exit_layer, [0.0, 0.0])
+            of_exit[0] = _PROMISE_MEMORY * of_exit[0] + sum(round.accepted) + rows
+            # Counted as if plain steps took as long as the cost model says: what slows all alike is no broken promise.
+            of_exit[1] = _PROMISE_MEMORY * of_exit[1] + promised * round.seconds / math.exp(self._drift.level)
+
+    def see_experts(self, round: RoundReport) -> None:
+        """How many experts verification read, of those that independent choices would have."""
+        places, exit_layer = sum(round.drafted) + len(round.drafted), max(round.exit_layers)
+        if round.experts is None or places < 2 or not self._cost.more_experts(exit_layer, places):
+            return
+        read = self._cost.later_experts(exit_layer, round.experts) / self._cost.more_experts(exit_layer, places)
+        self._union += (1 - _UNION_MEMORY) * (read - self._union)
+        self._known.clear()
