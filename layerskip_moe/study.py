@@ -23,6 +23,8 @@ from layerskip_moe.generation import (
     check_prompts,
 )
 from layerskip_moe.nn import ModelConfig, MoEDecoder
+from layerskip_moe.nn.compiling import compiling
+from layerskip_moe.nn.int8_copies import copies_are_small, why_no_int8
 from layerskip_moe.training import TrainResult
 
 
@@ -132,8 +134,10 @@ def study(
         "plain": Autoregressive(),
         "self-speculative": setting,
         "self-speculative, adaptive": SelfSpeculative(),
-        "self-speculative, adaptive, no int8": SelfSpeculative(int8_drafts=False),
     }
+    with compiling(model):
+        if why_no_int8(model) is None and copies_are_small(model):  # else that is what it does
+            strategies["self-speculative, adaptive, no int8"] = SelfSpeculative(int8_drafts=False)
     settings: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "seed": config.seed, "progress": progress}
     greedy = compare_decoding(model, prompts, strategies, **settings)
     sampled = compare_decoding(model, prompts, strategies, temperature=config.temperature, **settings)

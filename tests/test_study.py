@@ -36,8 +36,9 @@ def test_all_sections_and_a_report_of_them(corpus, tmp_path):
     greedy, sampled = found["decoding"]
     assert (greedy["temperature"], sampled["temperature"], greedy["prompts"]) == (0.0, 0.8, 5)
     for comparison in (greedy, sampled):
-        plain, speculative, adaptive = comparison["strategies"]
-        assert plain["identical"] == speculative["identical"] == adaptive["identical"] == 5
+        _, speculative, adaptive, no_int8 = comparison["strategies"]
+        assert [row["identical"] for row in comparison["strategies"]] == [5] * 4
+        assert no_int8["name"] == "self-speculative, adaptive, no int8"
         assert adaptive["name"] == "self-speculative, adaptive" and adaptive["exit_layer"] is None
         assert {name: speculative[name] for name in sweep["chosen"]} == sweep["chosen"]
 

@@ -19,6 +19,7 @@ from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.sampling import Sampling
 from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import ModelConfig, MoEDecoder, few_rows
+from layerskip_moe.nn.int8_copies import int8_copies
 from layerskip_moe.nn.modes import evaluating
 from layerskip_moe.nn.ragged import MarginRule
 
@@ -101,6 +102,8 @@ def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int], int8_drafts: 
     # Rows of a batch end one by one, and what fewer take cannot be told from what all do. (All come last: their
     # recordings serve the batch.)
     sizes = [batch_size] if batch_size == 1 else [-(-batch_size // 4), batch_size]
+    if int8_drafts:
+        int8_copies(model)  # which is not to be timed
     policy = _OneAfterAnother(int8_drafts)
     blocks = [block for rows in sizes for block in _time_rounds(model, rows, policy, kinds, _SECONDS / len(sizes))]
     top_k = config.top_k * bool(config.num_experts)

@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 
 class Strategy(Protocol):
     """What `generate` asks of a strategy: a check before, the prompts, and then one round at a time. What it keeps
-    from round to round is the session's (`session.state`), so one object serves several generations at once."""
+    from round to round is the session's (`session.state`), so one object serves several generations at once.
+
+    It may also have a method `prepare` of (model, rows, sampling), called before a batch of so many rows and before
+    anything is timed, and a `draft_model`.
+    """
 
     def check(self, config: ModelConfig) -> None:
         """Raise ValueError where the model cannot be decoded this way."""

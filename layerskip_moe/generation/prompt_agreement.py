@@ -26,6 +26,7 @@ def prompt_agreement(session: "Session", exits: Sequence[int]) -> list[dict[int,
     if prompt is None or any(session.outputs):
         return []
     first, output = prompt
+    exits = [exit_layer for exit_layer in exits if exit_layer - 1 in output.collected]
     n_rows = len(session.row_numbers)
     ends = session.cache.lengths.tolist()  # positions of the newest tokens, which are not run yet
     count = min(max(_MOST_STATES // (n_rows * (len(exits) + 1)), 1), _MOST_PLACES)

@@ -34,7 +34,7 @@ from layerskip_moe.generation.sampling import Sampling
 from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.speculative import Speculative
 from layerskip_moe.generation.verification import Coupling, Round, check_drafting
-from layerskip_moe.nn import ModelConfig, MoEDecoder
+from layerskip_moe.nn import ModelConfig, MoEDecoder, few_rows
 from layerskip_moe.nn.int8_copies import int8_copies, why_no_int8
 from layerskip_moe.nn.ragged import MarginRule
 from layerskip_moe.refusals import shown
@@ -69,8 +69,10 @@ class SelfSpeculative:
         int8_drafts: whether drafts are made from int8 copies of the model's weights, which take a quarter of float32's
             memory beside them, and every layer verifies. As lossless, and faster where reading weights is what takes
             time: the whole model may draft then, exit_layer=L. On a CPU, compiled, in rounds of one call: without
-            `should_stop`, `top_k`, `top_p` and penalties, with shared noise. None: where `SelfSpeculative()` is left to
-            find its own settings, that is so, and the copies take 1 GiB or less; True refuses what cannot be.
+            `should_stop`, `top_k`, `top_p` and penalties, with shared noise, of at most 64 places, prompts times
+            drafts + 1. True refuses what cannot be. None: where `SelfSpeculative()` is left to find its own settings,
+            of up to four prompts, where they can be, and take 1 GiB or less. They stay as long as the model, and follow
+            its weights, but for what is written through `.data`, or to weights made in inference mode.
     """
 
     exit_layer: int | None = None
@@ -122,11 +124,15 @@ class SelfSpeculative:
         """Before a batch of so many rows, and before anything is timed: a policy may time the model, once. Raises
         ValueError where drafts shall be int8, and cannot."""
         one_call = self.coupling == "shared" and not sampling.filters
-        against = (
-            None if not self.int8_drafts else why_no_int8(model) if one_call else "top_k, top_p or a penalty is set"
-        )
-        if against is not None:
-            raise ValueError(f"int8_drafts=True cannot be: {against}; leave it out.")
+        if self.int8_drafts:
+            against = why_no_int8(model) if one_call else "top_k, top_p or a penalty is set"
+            places = rows * ((self.draft_length or 0) + 1)
+            if places > few_rows.MOST_ROWS:
+                against = (
+                    f"{rows} prompts times {self.draft_length} drafts + 1 are more than {few_rows.MOST_ROWS} places"
+                )
+            if against is not None:
+                raise ValueError(f"int8_drafts=True cannot be: {against}; leave it out.")
         prepare = getattr(self._policy, "prepare", None)
         if prepare is not None:
             with _asking:
@@ -136,7 +142,7 @@ class SelfSpeculative:
 
     def start(self, session: Session) -> None:
         """Run the prompts, through both models where they differ; then raises ValueError as `Speculative.start`."""
-        draft = self.draft_model
+        draft, session.one_call = self.draft_model, self.coupling == "shared" and not session.sampling.filters
         if draft is None or (self.exit_layer is not None and _begin_alike(session.model, draft, self.exit_layer)):
             exits = getattr(self._policy, "exits", ())
             session.prefill(collect=[exit_layer - 1 for exit_layer in exits])

@@ -40,6 +40,8 @@ class Session:
     outputs, layers_run: new tokens of every row (finished ones too), and how many layers ran to choose each
     stats:   the counts of every row
     telling_seconds: how long `on_token` took until now
+    one_call: whether rounds of self-speculation may be one call: sampling has no filters, and the strategy, which may
+        say otherwise, accepts by shared noise
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Session:
         self.prompt: tuple[int, RunOutput] | None = None
         self.state: Any = None
         self.telling_seconds = 0.0
+        self.one_call = not sampling.filters
         self.rows = torch.arange(first_row, first_row + len(prompts), device=device)
         self._active = list(range(len(prompts)))  # the same rows, counted within this batch
         self._prompt_lengths = [len(prompt) for prompt in prompts]

@@ -131,7 +131,7 @@ def _drafting(
         hidden, *noise = inputs
         return list(few_rows.choose_by_margin(model.unembed(hidden), noise[0] if noise else None))
 
-    of = None if copies is None else id(copies)  # (which the round that is made of this holds)
+    of = None if copies is None else copies.number
     with few_rows.reading({} if copies is None else copies.parts):
         start = [newest[:, 0], cache.rows, positions[:, 0]]
         first, _ = recording_of(model, run, start, cache, ("draft", of, *key))
@@ -149,11 +149,9 @@ def _complete(*recordings: Recording | Graph) -> list[Recording]:
 
 @dataclass
 class RecordedRound:
-    """What is recorded of a round: of drafting, of a draft's choice, of verification; nothing, where not all can be.
-    And what the drafts are read from, where that is not the weights."""
+    """What is recorded of a round: of drafting, of a draft's choice, of verification; nothing, where not all can be."""
 
     recordings: list[Recording]
-    copies: "Int8Copies | None"
 
     @property
     def complete(self) -> bool:
@@ -187,7 +185,7 @@ def repeat_round(
     most = sum(limits) + len(limits)
     rooms = room_for(len(newest)), room_for(most)
     first = exit_layer if copies is None else 0  # of the layers that verify
-    of = None if copies is None else id(copies)
+    of = None if copies is None else copies.number
     key = *weights_of(model), "round", of, exit_layer, *map(tuple, wanted), choices, noise is None, *rooms
     found = cache.recordings.get(key)
     if found is None:
@@ -203,7 +201,7 @@ def repeat_round(
         inputs = [start, *(numbers[:1].expand(most) for numbers in (cache.rows, positions[:, 0]))]
         # (What is written here is written again, at the first repetition.)
         verification, _ = recording_of(model, by_rows(step, model.config, cache), inputs, cache, step_key)
-        found = RecordedRound(_complete(*drafting, verification), copies)
+        found = RecordedRound(_complete(*drafting, verification))
         keep_recording(cache, key, found)
     assert isinstance(found, RecordedRound)
     if not found.complete:

@@ -7,6 +7,7 @@ K inputs, S scales per row, each of K / S inputs. Knows nothing of drafting. Nex
 `pretrained/quantize.py`, which makes whole models of such weights.
 """
 
+import itertools
 from collections.abc import Iterator
 from weakref import WeakKeyDictionary
 
@@ -32,11 +33,13 @@ class Int8Copies:
 
     Attributes:
         parts: by the id of a weight [..., K] its whole numbers [..., K] int8, and the scale of each output row [..., 1]
+        number: tells them from all others
     """
 
     @torch.inference_mode(False)  # what is made within cannot be written to outside
     @torch.no_grad()
     def __init__(self, model: MoEDecoder) -> None:
+        self.number = next(_numbers)
         self._from = [(module, name, getattr(module, name)) for module, name in _weights(model)]
         self._stamps = [_stamp(weight) for _, _, weight in self._from]
         self.parts: dict[int, tuple[Tensor, Tensor]] = {}
@@ -46,17 +49,21 @@ class Int8Copies:
             _round_into(values, scale, weight)
 
     def follow(self) -> bool:
-        """Round again what was changed in place since; False where a weight was put in another's place."""
+        """Round again what was changed in place since; False where a weight was put in another's place, or is of
+        another type or elsewhere by now. (What is written through `.data`, or to a weight that was made in inference
+        mode, is not seen: drafts are then of weights of before.)"""
         for index, (module, name, weight) in enumerate(self._from):
-            if getattr(module, name) is not weight:
+            values, scale = self.parts[id(weight)]
+            if getattr(module, name) is not weight or (weight.dtype, weight.device) != (scale.dtype, scale.device):
                 return False
             stamp = _stamp(weight)
             if stamp != self._stamps[index]:
-                _round_into(*self.parts[id(weight)], weight)
+                _round_into(values, scale, weight)
                 self._stamps[index] = stamp
         return True
 
 
+_numbers = itertools.count()
 _made: "WeakKeyDictionary[MoEDecoder, Int8Copies]" = WeakKeyDictionary()
 
 
@@ -66,10 +73,11 @@ def int8_copies(model: MoEDecoder) -> Int8Copies | None:
     copies = _made.get(model)
     if copies is not None and copies.follow():
         return copies
+    del copies
+    _made.pop(model, None)  # before there are others
     if why_no_int8(model) is not None:
         return None
-    copies = _made[model] = Int8Copies(model)
-    return copies
+    return _made.setdefault(model, Int8Copies(model))
 
 
 def why_no_int8(model: MoEDecoder) -> str | None:
@@ -88,9 +96,9 @@ def why_no_int8(model: MoEDecoder) -> str | None:
     return None if has_kernels() else "there are no kernels here"
 
 
-def bytes_of_copies(model: MoEDecoder) -> int:
-    """About how many bytes the copies take."""
-    return sum(getattr(module, name).numel() for module, name in _weights(model))
+def copies_are_small(model: MoEDecoder) -> bool:
+    """Whether they take so little that they may be made unasked."""
+    return sum(getattr(module, name).numel() for module, name in _weights(model)) <= MOST_BYTES
 
 
 def _weights(model: MoEDecoder) -> Iterator[tuple[nn.Module, str]]:

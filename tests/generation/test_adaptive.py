@@ -278,6 +278,11 @@ class OneText:
     sampling: Sampling = field(default_factory=Sampling)
     row_numbers: list[int] = field(default_factory=lambda: [0])
     remaining: tuple[int, ...] = (1000,)
+    one_call: bool = True
+
+    @property
+    def stats(self):
+        return [None] * len(self.row_numbers)
 
     def prompt_agreement(self, exits):
         return []

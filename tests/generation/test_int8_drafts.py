@@ -1,15 +1,19 @@
 """Drafts from int8 copies of the weights: the text is the model's all the same."""
 
 import copy
+import threading
 
 import pytest
 import torch
 
 from layerskip_moe import Autoregressive, SelfSpeculative, generate
-from layerskip_moe.generation import self_speculative
+from layerskip_moe.generation import Sampling, Session, self_speculative
+from layerskip_moe.generation.cost_model import CostModel
 from layerskip_moe.generation.policies import Adaptive, Fixed
-from layerskip_moe.generation.policies import adaptive as adaptive_file
+from layerskip_moe.nn import int8_copies as int8_file
+from layerskip_moe.nn.compiling import compiling
 from layerskip_moe.nn.kernels import has_kernels
+from layerskip_moe.nn.modes import evaluating
 from layerskip_moe.pretrained import quantize
 
 PROMPTS = [[3, 9, 21, 4], [5], [7, 7, 2]]
@@ -18,12 +22,13 @@ pytestmark = pytest.mark.skipif(not has_kernels(), reason="they are read by kern
 
 @pytest.fixture
 def drafted_by(monkeypatch):
-    """What drafted in each round: (exit layer, whether from copies)."""
+    """What drafted in each round: (exit layer, whether from copies, which takes a round that is one call)."""
     seen, own = [], self_speculative.draft_and_verify
 
     def noted(session, round_, exit_layer, watch, rule, copies):
-        seen.append((exit_layer, copies is not None))
-        return own(session, round_, exit_layer, watch, rule, copies)
+        tokens, accepted, judged = own(session, round_, exit_layer, watch, rule, copies)
+        seen.append((exit_layer, copies is not None and judged is not None))
+        return tokens, accepted, judged
 
     monkeypatch.setattr(self_speculative, "draft_and_verify", noted)
     return seen
@@ -75,7 +80,7 @@ def test_adaptive_drafts_by_them_where_it_can(trained_model, drafted_by, monkeyp
         assert strategy.policy.int8_drafts == int8
         assert {by for _, by in drafted_by} <= {int8}
         assert strategy.policy.exits == ((1, 2) if int8 else (1,))
-    monkeypatch.setattr(adaptive_file, "MOST_BYTES", 10)
+    monkeypatch.setattr(int8_file, "MOST_BYTES", 10)
     too_large = SelfSpeculative()
     generate(model, PROMPTS[:1], too_large, max_new_tokens=5)
     assert not too_large.policy.int8_drafts
@@ -99,14 +104,71 @@ def test_what_cannot_be_is_refused(trained_model):
         (model, {"compile": False}, "not compiled"),
         (quantize(model, "int8"), {}, "quantised"),
         (copy.deepcopy(model).double(), {}, "float64"),
+        (model, {"prompts": [[1]] * 13}, "13 prompts times 4 drafts . 1 are more than 64"),
     ]:
+        prompts = how.pop("prompts", PROMPTS)
         with pytest.raises(ValueError, match=reason):
-            generate(of, PROMPTS, strategy, max_new_tokens=3, **how)
+            generate(of, prompts, strategy, max_new_tokens=3, **how)
     for arguments in (
         {"policy": Fixed(1, 2), "int8_drafts": True},
         {"exit_layer": 1, "draft_model": model, "int8_drafts": True},
         {"exit_layer": 1, "coupling": "rejection", "int8_drafts": True},
         {"int8_drafts": "yes"},
+        {"exit_layer": 1, "int8_drafts": "yes"},
     ):
         with pytest.raises(ValueError, match="int8"):
             SelfSpeculative(**arguments)
+    of_weights = CostModel(3, (), 0, 0, (1.0,) * 9)
+    for arguments in ({"cost_model": of_weights, "int8_drafts": True}, {"int8_drafts": 3}):
+        with pytest.raises(ValueError, match="int8_drafts"):
+            Adaptive(**arguments)
+
+
+def test_threads_whose_texts_are_of_both_kinds_share_a_strategy(trained_model):
+    """One begins between the other's prompt and its first round."""
+    model, strategy = trained_model(n_layers=3, max_seq_len=64), SelfSpeculative()
+    ways = [dict(top_k=3, temperature=0.7), {}]
+    alone = [generate(model, PROMPTS, max_new_tokens=25, seed=3, **how).tokens for how in ways]
+    meet, found = threading.Barrier(2, timeout=60), {}
+
+    class Meeting:
+        """Waits for the other thread before its first round."""
+
+        def __init__(self):
+            self.check, self.prepare, self.rounds = strategy.check, strategy.prepare, 0
+
+        def start(self, session):
+            strategy.start(session)
+
+        def step(self, session):
+            self.rounds += 1
+            if self.rounds == 1:
+                meet.wait()
+            strategy.step(session)
+
+    def decode(index):
+        found[index] = generate(model, PROMPTS, Meeting(), max_new_tokens=25, seed=3, **ways[index]).tokens
+
+    threads = [threading.Thread(target=decode, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == dict(enumerate(alone))
+
+
+def test_what_is_cached_is_the_model_s(trained_model):
+    """Up to what was accepted, and though drafts were refused."""
+    model = trained_model(n_layers=3, max_seq_len=64)
+    held = []
+    for strategy in (Autoregressive(), SelfSpeculative(1, 4, int8_drafts=True)):
+        session = Session(model, PROMPTS, Sampling(0.9, seed=1), max_new_tokens=20)
+        with torch.no_grad(), compiling(model), evaluating(model):
+            strategy.start(session)
+            while min(map(len, session.outputs)) < 8:
+                strategy.step(session)
+        length = int(session.cache.lengths.min())
+        held.append((session.cache.keys[..., :length, :], session.cache.values[..., :length, :]))
+    length = min(keys.shape[-2] for keys, _ in held)
+    (keys, values), (others, other_values) = [tuple(part[..., :length, :] for part in parts) for parts in held]
+    assert torch.equal(keys, others) and torch.equal(values, other_values)

@@ -52,19 +52,19 @@ def test_experts_that_are_shared_cost_less():
 def test_promises_are_measured_in_plain_steps(share, slower):
     """What slows all steps alike breaks no promise, and what was never tried is taken at its word."""
     reckoning = Reckoning(COST, doubt=0.15)
-    assert reckoning.kept(2) == 1.0
+    assert reckoning.trust(2) == 1.0
     seconds = COST.round_seconds([2], [3])
     promised = 4 / seconds / share
     for _ in range(150):
         for _ in range(3):
             reckoning.see_plain(1, slower * COST.round_seconds([0], [0]))
         reckoning.see_round(report(2, 3, 3, slower * seconds), promised)
-    assert reckoning.kept(2) == pytest.approx((80 + 40) / (80 / share + 40), rel=0.1)
-    assert reckoning.kept(3) == 1.0
+    assert reckoning.trust(2) == pytest.approx((80 + 40) / (80 / share + 40), rel=0.1)
+    assert reckoning.trust(3) == 1.0
 
 
 def test_what_was_not_promised_does_not_count():
     reckoning = Reckoning(COST, doubt=0.1)
     for _ in range(10):
         reckoning.see_round(report(2, 3, 0, 1.0), 0.0)
-    assert reckoning.kept(2) == 1.0
+    assert reckoning.trust(2) == 1.0

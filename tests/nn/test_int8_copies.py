@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from layerskip_moe.nn import int8_copies as file
 from layerskip_moe.nn.compiling import compiling
-from layerskip_moe.nn.int8_copies import bytes_of_copies, int8_copies, why_no_int8
+from layerskip_moe.nn.int8_copies import copies_are_small, int8_copies, why_no_int8
 from layerskip_moe.pretrained import quantize
 
 NETWORKS = {
@@ -18,7 +19,7 @@ NETWORKS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_numbers_are_those_of_a_quantised_model(tiny_model, name, dtype):
+def test_the_numbers_are_those_of_a_quantised_model(tiny_model, monkeypatch, name, dtype):
     model = tiny_model(dtype, **NETWORKS[name])
     with compiling(model):
         parts = int8_copies(model).parts
@@ -30,7 +31,10 @@ def test_the_numbers_are_those_of_a_quantised_model(tiny_model, name, dtype):
         assert scale.dtype == dtype and torch.equal(scale, expected[key].scale)
     # A tied head is read as int8, too, which a quantised model's is not.
     assert len(parts) == len(copied) + model.config.tie_embeddings
-    assert bytes_of_copies(model) == sum(values.numel() for values, _ in parts.values())
+    monkeypatch.setattr(file, "MOST_BYTES", sum(values.numel() for values, _ in parts.values()))
+    assert copies_are_small(model)
+    monkeypatch.setattr(file, "MOST_BYTES", file.MOST_BYTES - 1)
+    assert not copies_are_small(model)
 
 
 def test_weights_are_followed(tiny_model):
@@ -50,7 +54,7 @@ def test_weights_are_followed(tiny_model):
 
         model.blocks[0].attention.qkv.weight = torch.nn.Parameter(weight.detach().clone())
         others = int8_copies(model)
-        assert others is not copies and id(model.blocks[0].attention.qkv.weight) in others.parts
+        assert others.number != copies.number and id(model.blocks[0].attention.qkv.weight) in others.parts
 
 
 def test_what_is_made_in_inference_mode_is_followed_outside(tiny_model):
@@ -78,3 +82,14 @@ def test_what_stands_against_them(tiny_model):
             assert reason in why_no_int8(other) and int8_copies(other) is None
     with compiling(model):
         assert why_no_int8(model) is None
+
+
+def test_weights_of_another_type_have_other_copies(tiny_model):
+    model = tiny_model(torch.float32)
+    with compiling(model):
+        first = int8_copies(model).number
+        model.to(torch.bfloat16)
+        others = int8_copies(model)
+        assert others.number != first and {scale.dtype for _, scale in others.parts.values()} == {torch.bfloat16}
+        model.double()
+        assert int8_copies(model) is None

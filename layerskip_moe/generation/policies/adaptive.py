@@ -18,10 +18,11 @@ from layerskip_moe.generation.policies.fixed import check_length
 from layerskip_moe.generation.policies.new_text import NewText
 from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.policies.reckoning import Reckoning
-from layerskip_moe.generation.session import Session
+from layerskip_moe.generation.session import MOST_NOISE, Session
 from layerskip_moe.nn import MoEDecoder, few_rows
-from layerskip_moe.nn.int8_copies import MOST_BYTES, bytes_of_copies, why_no_int8
+from layerskip_moe.nn.int8_copies import copies_are_small, why_no_int8
 from layerskip_moe.nn.ragged import Judged, MarginRule
+from layerskip_moe.refusals import shown
 
 _BETTER = 1.02  # by how much another plan must be better before it takes the present one's place
 # By how much drafting must promise to be faster than plain decoding, of one row, of few, and of more: the cost model is
@@ -44,13 +45,18 @@ _TIMED = 8  # plain steps that are timed, at the end of a rest
 @dataclass(frozen=True)
 class _Plan:
     """Tokens per second that are promised, layers that draft (0: none), the most drafts of a row, how likely they must
-    all be right for the last one to be kept, and the share of its promises that the exit has kept so far."""
+    all be right for the last one to be kept, and how far the exit's promises are to be trusted (`Reckoning.trust`)."""
 
     worth: float
     exit_layer: int
     length: int
     least: float
-    kept: float = 1.0
+    trust: float = 1.0
+
+    @property
+    def truly(self) -> float:
+        """Tokens per second that are expected, all told."""
+        return self.worth * self.trust
 
 
 _PLAIN = _Plan(0.0, 0, 0, 0.0)
@@ -88,13 +94,18 @@ class Adaptive:
         if length is not None:
             check_length("length", length)
         self.length, self.cost_model = length, cost_model
+        if int8_drafts not in (None, True, False):
+            raise ValueError(f"int8_drafts={shown(int8_drafts)} must be True, False or None.")
         self.int8_drafts = cost_model is not None and cost_model.int8_drafts
-        self._wants_int8 = int8_drafts if cost_model is None else self.int8_drafts
+        if cost_model is not None and int8_drafts not in (None, self.int8_drafts):
+            raise ValueError("the cost model is of the other kind of drafts; leave out int8_drafts.")
+        self._wants_int8 = int8_drafts
         self.exits: tuple[int, ...] = ()
         self.shadow = self.experts = False
         self.margin_rule: MarginRule | None = None
         self._given = cost_model is not None
         self._prepared_for: weakref.ref[MoEDecoder] | None = None
+        self._prepared_how: tuple[int, bool] | None = None  # for so many rows, and whether rounds may be one call
         # By whether texts are greedy, and filtered, and drafts are int8.
         self._acceptances: dict[tuple[bool, bool, bool], Acceptance] = {}
         self._acceptance: Acceptance | None = None
@@ -105,6 +116,7 @@ class Adaptive:
         self._rounds = self._rest = self._looks = 0
         self._to_look, self._next_rest = _LOOK, 0
         self._plan, self._rows = _PLAIN, list[int]()
+        self._most_int8 = _MOST_INT8
         self._has_room = False  # whether texts end after the longest drafts of this round
         self._tells_margins, self._filters = True, False  # whether rounds do; whether this text is filtered
 
@@ -113,8 +125,8 @@ class Adaptive:
         for a model that a given cost model is not of."""
         cost, config = self.cost_model, model.config
         if not self._given:
-            wants = bytes_of_copies(model) <= MOST_BYTES if self._wants_int8 is None else self._wants_int8
-            self.int8_drafts = wants and rows <= _FEW and one_call and why_no_int8(model) is None
+            wants = rows <= _FEW and copies_are_small(model) if self._wants_int8 is None else self._wants_int8
+            self.int8_drafts = wants and one_call and why_no_int8(model) is None
         self.exits = candidate_exits(config.n_layers, deep=self.int8_drafts)
         if not self._given:
             drafting = (*self.exits, config.n_layers) if self.int8_drafts else self.exits
@@ -127,16 +139,16 @@ class Adaptive:
             self._is_new_text, self._plan, self._rest, self._rows = NewText(), _PLAIN, 0, []
         if cost is not self.cost_model:
             self._reckoning = Reckoning(cost, doubt=_DOUBT)
-        self.cost_model, self._prepared_for = cost, weakref.ref(model)
+        self.cost_model, self._prepared_for, self._prepared_how = cost, weakref.ref(model), (rows, one_call)
 
     def rests(self, session: Session) -> bool:
         """Whether this step is one of plain decoding, of which nothing is to be told."""
         if self._is_new_text(session):
             self._begin(session)
-        if not self._most_drafts(len(session.row_numbers)):
-            return True
-        fewer = len(session.row_numbers) < len(self._rows) and min(session.remaining) > _REST
-        if not self._rest or fewer:  # of fewer rows another plan may be best
+        n_rows = len(session.row_numbers)
+        if not self._rest:
+            return not self._most_drafts(n_rows)
+        if n_rows < len(self._rows) and min(session.remaining) > _REST:  # of fewer rows another plan may be best
             return False
         self._rest -= 1
         return True
@@ -150,11 +162,15 @@ class Adaptive:
 
     def _begin(self, session: Session) -> None:
         """Another text: of this one nothing is known yet. Where nothing is known at all, its prompt is looked at."""
-        is_another = self._prepared_for is not None and self._prepared_for() is not session.model
-        if self.cost_model is None or is_another:  # (or texts of two models take turns)
-            self.prepare(session.model, len(session.stats), not session.sampling.filters)
-            self._is_new_text(session)
+        if not self._given:
+            how, of = (len(session.stats), session.one_call), self._prepared_for
+            if of is None or of() is not session.model or how != self._prepared_how:  # (or texts take turns)
+                self.prepare(session.model, *how)
+                self._is_new_text(session)
         self.exits = candidate_exits(session.model.config.n_layers, deep=self.int8_drafts)
+        # (Noise is drawn for all drafts that there may be.)
+        drawn = MOST_NOISE // session.model.config.vocab_size // len(session.row_numbers) - 1
+        self._most_int8 = _MOST_INT8 if session.sampling.greedy else min(max(drawn, _MOST), _MOST_INT8)
         # Greedy text and sampled text are not equally easy.
         kind = session.sampling.greedy, session.sampling.filters, self.int8_drafts
         if kind not in self._acceptances:
@@ -210,15 +226,13 @@ class Adaptive:
         # What is not done now is tried where it may well be better.
         tried = math.exp(max(reckoning.doubt - _SURE, 0.0) * (1 if self._plan.exit_layer else -1))
         plain = replace(_PLAIN, worth=len(rows) / reckoning.seconds(0, 0, len(rows), len(rows)))
-        known = max(plain.worth, self._plan.worth if self._plan.exit_layer and rows == self._rows else 0.0)
+        known = max(plain.worth, self._plan.truly if self._plan.exit_layer and rows == self._rows else 0.0)
         plans = [replace(plain, worth=plain.worth * tried * pays)]
         for exit_layer in self._acceptance.exits:
-            plans.append(replace(self._best(exit_layer, rows, known), kept=reckoning.kept(exit_layer)))
-        best = max(plans, key=lambda plan: plan.worth * plan.kept)
+            plans.append(replace(self._best(exit_layer, rows, known), trust=reckoning.trust(exit_layer)))
+        best = max(plans, key=lambda plan: plan.truly)
         present = next(plan for plan in plans if plan.exit_layer == self._plan.exit_layer)
-        self._plan = (
-            best if best.worth * best.kept > _BETTER * present.worth * present.kept or rows != self._rows else present
-        )
+        self._plan = best if best.truly > _BETTER * present.truly or rows != self._rows else present
         self._rows = rows
 
     def _best(self, exit_layer: int, rows: list[int], worth: float) -> "_Plan":
@@ -265,7 +279,7 @@ class Adaptive:
 
     def _most_drafts(self, n_rows: int) -> int:
         """Of each of so many rows. Verification of more than 64 places is another kind of work than that of fewer."""
-        length = self.length or (_MOST_INT8 if self.int8_drafts else _MOST)
+        length = self.length or (self._most_int8 if self.int8_drafts else _MOST)
         if n_rows > few_rows.MOST_ROWS:
             return length
         return min(length, few_rows.MOST_ROWS // n_rows - 1)

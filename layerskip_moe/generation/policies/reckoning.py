@@ -63,8 +63,8 @@ class Reckoning:
             seconds = self._known[round_] = max(self._cost.seconds_of(amounts), 1e-9)
         return seconds
 
-    def kept(self, exit_layer: int) -> float:
-        """The share of its promises that an exit has kept."""
+    def trust(self, exit_layer: int) -> float:
+        """The share of its promises that an exit has kept; near 1 while it has made few."""
         came, promised = self._promises.get(exit_layer, (0.0, 0.0))
         return (came + _PROMISED) / (promised + _PROMISED)
 

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <exception>
 #include <optional>
 
 #include "numbers.h"
@@ -101,24 +102,29 @@ class Reading {
   Numbers own;
 };
 
-// Numbers of float32 that y is to have, so many: written where it lies, if it is of that type, else when this ends.
+// Numbers of float32 that y is to have, so many: written where it lies, if it is of that type, else when this ends, unless
+// an error ends it.
 class Writing {
  public:
-  Writing(const Tensor& y, int64_t count) : y(y) {
+  Writing(const Tensor& y, int64_t count) : y(y), errors(std::uncaught_exceptions()) {
     if (y.scalar_type() == ScalarType::Float) {
       numbers = static_cast<float*>(y.data_ptr());
     } else {
+      with_float_type(y.scalar_type(), [](auto) {});  // others are refused
       own = Numbers(count);
       numbers = own.data();
     }
   }
   Writing(const Writing&) = delete;
-  ~Writing() { give(own, y); }
+  ~Writing() {
+    if (!own.empty() && std::uncaught_exceptions() == errors) give(own, y);
+  }
   float* data() { return numbers; }
   float& operator[](int64_t i) { return numbers[i]; }
 
  private:
-  const Tensor& y;
+  const Tensor y;
+  const int errors;
   float* numbers;
   Numbers own;
 };
@@ -127,13 +133,21 @@ class Writing {
 class Column {
  public:
   explicit Column(const std::optional<Tensor>& tensor) {
-    if (tensor) check_dense(*tensor), numbers.emplace(*tensor, true);
+    if (!tensor) return;
+    check_dense(*tensor);
+    data = tensor->data_ptr(), type = tensor->scalar_type();
+    with_float_type(type, [](auto) {});  // others are refused
   }
-  bool there() const { return numbers.has_value(); }
-  float operator[](int64_t i) const { return (*numbers)[i]; }
+  bool there() const { return data != nullptr; }
+  float operator[](int64_t i) const {
+    if (type == ScalarType::Float) return static_cast<const float*>(data)[i];
+    if (type == ScalarType::Half) return number(static_cast<const Half*>(data)[i]);
+    return number(static_cast<const BFloat16*>(data)[i]);
+  }
 
  private:
-  std::optional<Reading> numbers;
+  const void* data = nullptr;
+  ScalarType type = ScalarType::Float;
 };
 
 // Work is split among threads when each gets at least so much: less is done sooner than another one wakes.
