@@ -1,5 +1,6 @@
 """The cost model of a round: what it counts, how its costs are found, and that finding them changes nothing."""
 
+import itertools
 import math
 
 import pytest
@@ -154,3 +155,19 @@ def test_rounds_are_timed_once_for_each_way_to_decode(tiny_model, monkeypatch):
         assert fit_cost_model(model) == fit_cost_model(model) == 4
         assert fit_cost_model(model, int8_drafts=True) == 5
     assert timed == [(1, False, False), (2, False, False), (1, False, False), (1, True, False), (1, True, True)]
+
+
+def test_where_rounds_take_long_few_are_timed(tiny_model, monkeypatch):
+    """As where other work holds the processors: a clock that runs."""
+    clock = itertools.count(step=1.0)
+    monkeypatch.setattr(fitting.time, "perf_counter", lambda: float(next(clock)))
+    blocks, own = [], fitting._fitted_to
+
+    def noted(empty, some, *, head):
+        blocks.extend(some)
+        return own(empty, some, head=head)
+
+    monkeypatch.setattr(fitting, "_fitted_to", noted)
+    found = fit_cost_model(tiny_model())
+    assert 1 <= len(blocks) <= 4 and next(clock) < 40
+    assert all(math.isfinite(cost) and cost >= 0 for cost in found.seconds)
