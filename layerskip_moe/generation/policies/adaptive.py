@@ -116,7 +116,7 @@ class Adaptive:
         self._rounds = self._rest = self._looks = 0
         self._to_look, self._next_rest = _LOOK, 0
         self._plan, self._rows = _PLAIN, list[int]()
-        self._most_int8 = _MOST_INT8
+        self._n_layers, self._most_int8 = 0, _MOST_INT8
         self._has_room = False  # whether texts end after the longest drafts of this round
         self._tells_margins, self._filters = True, False  # whether rounds do; whether this text is filtered
 
@@ -167,14 +167,15 @@ class Adaptive:
             if of is None or of() is not session.model or how != self._prepared_how:  # (or texts take turns)
                 self.prepare(session.model, *how)
                 self._is_new_text(session)
-        self.exits = candidate_exits(session.model.config.n_layers, deep=self.int8_drafts)
+        self._n_layers = session.model.config.n_layers
+        self.exits = candidate_exits(self._n_layers, deep=self.int8_drafts)
         # (Noise is drawn for all drafts that there may be.)
         drawn = MOST_NOISE // session.model.config.vocab_size // len(session.row_numbers) - 1
         self._most_int8 = _MOST_INT8 if session.sampling.greedy else min(max(drawn, _MOST), _MOST_INT8)
         # Greedy text and sampled text are not equally easy.
         kind = session.sampling.greedy, session.sampling.filters, self.int8_drafts
         if kind not in self._acceptances:
-            whole = [session.model.config.n_layers] if self.int8_drafts else []
+            whole = [self._n_layers] if self.int8_drafts else []
             self._acceptances[kind] = Acceptance(self.exits, sure=whole)
         self._acceptance = self._acceptances[kind]
         self._acceptance.begin()
@@ -292,7 +293,11 @@ class Adaptive:
         """Learn what was accepted, and where it was asked what other exits would have said and how many experts were
         read; then perhaps rest."""
         assert self._acceptance is not None and self._reckoning is not None
-        if not {*round.exit_layers} <= {0, *self._acceptance.exits}:  # another model's text, of another thread
+        of_another = round.shadow is not None and round.shadow.shape[1] != self._n_layers
+        if of_another or not {*round.exit_layers} <= {
+            0,
+            *self._acceptance.exits,
+        }:  # a model that another thread decodes
             return
         if max(round.exit_layers) and self._tells_margins != (round.judged is not None):
             self._tells_margins, self._rows = not self._tells_margins, []  # and plan anew
@@ -325,7 +330,7 @@ class Adaptive:
         right, margins = (shadow == round.tokens[:, None]).tolist(), round.shadow_margins.tolist()
         for index, (row, accepted) in enumerate(zip(round.rows, round.accepted, strict=True)):
             for exit_layer in self._acceptance.told:
-                # (Where another thread prepared another model meanwhile, others may have been asked.)
+                # (Where another thread began a text of another kind meanwhile, others may have been asked.)
                 if exit_layer != round.exit_layers[index] and int(shadow[index, exit_layer - 1, 0]) >= 0:
                     by_place = zip(margins[index][exit_layer - 1], right[index][exit_layer - 1], strict=True)
                     judged = list(by_place)[: accepted + 1]
