@@ -97,13 +97,14 @@ def _text_row(
 ) -> dict[str, Any]:
     """Adaptive beside plain decoding and all fixed pairs; the best of these is chosen on the very same prompts."""
     exits, n_layers = candidate_exits(model.config.n_layers), model.config.n_layers
-    strategies: dict[str, Strategy] = {"plain": Autoregressive(), "adaptive": SelfSpeculative()}
+    fixed: dict[str, SelfSpeculative] = {}
     for layer, length in product(exits, settings.draft_lengths):
-        strategies[f"{layer}, {length}"] = SelfSpeculative(layer, length)
+        fixed[f"{layer}, {length}"] = SelfSpeculative(layer, length)
     with compiling(model):
         can_be_int8 = why_no_int8(model) is None
     for layer, length in product((*exits[-1:], n_layers), settings.int8_draft_lengths if can_be_int8 else ()):
-        strategies[f"{layer}, {length}, int8"] = SelfSpeculative(layer, length, int8_drafts=True)
+        fixed[f"{layer}, {length}, int8"] = SelfSpeculative(layer, length, int8_drafts=True)
+    strategies: dict[str, Strategy] = {"plain": Autoregressive(), "adaptive": SelfSpeculative(), **fixed}
     compared = compare_decoding(
         model,
         prompts,
@@ -124,7 +125,7 @@ def _text_row(
             {
                 "exit_layer": result.exit_layer,
                 "draft_length": result.draft_length,
-                "int8": result.name.endswith("int8"),
+                "int8": bool(fixed[result.name].int8_drafts),
                 "speed_up": result.speed_up,
             }
             for result in compared.strategies[2:]

@@ -35,7 +35,7 @@ from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.speculative import Speculative
 from layerskip_moe.generation.verification import Coupling, Round, check_drafting
 from layerskip_moe.nn import ModelConfig, MoEDecoder, few_rows
-from layerskip_moe.nn.int8_copies import int8_copies, why_no_int8
+from layerskip_moe.nn.int8_copies import int8_copies, kept_copies, why_no_int8
 from layerskip_moe.nn.ragged import MarginRule
 from layerskip_moe.refusals import shown
 
@@ -123,7 +123,7 @@ class SelfSpeculative:
     def prepare(self, model: MoEDecoder, rows: int, sampling: Sampling) -> None:
         """Before a batch of so many rows, and before anything is timed: a policy may time the model, once. Raises
         ValueError where drafts shall be int8, and cannot."""
-        one_call = self.coupling == "shared" and not sampling.filters
+        one_call = self._one_call(sampling)
         if self.int8_drafts:
             against = why_no_int8(model) if one_call else "top_k, top_p or a penalty is set"
             places = rows * ((self.draft_length or 0) + 1)
@@ -138,11 +138,11 @@ class SelfSpeculative:
             with _asking:
                 prepare(model, rows, one_call)
         if getattr(self._policy, "int8_drafts", False):
-            int8_copies(model)  # which takes a moment, once
+            int8_copies(model)  # as its weights are now
 
     def start(self, session: Session) -> None:
         """Run the prompts, through both models where they differ; then raises ValueError as `Speculative.start`."""
-        draft, session.one_call = self.draft_model, self.coupling == "shared" and not session.sampling.filters
+        draft, session.one_call = self.draft_model, self._one_call(session.sampling)
         if draft is None or (self.exit_layer is not None and _begin_alike(session.model, draft, self.exit_layer)):
             exits = getattr(self._policy, "exits", ())
             session.prefill(collect=[exit_layer - 1 for exit_layer in exits])
@@ -188,7 +188,7 @@ class SelfSpeculative:
         confidences: list[list[float]] = [[] for _ in plan]
         judged, wanted = None, round_.limits
         if go_together(session, round_, exit_layers, drafter):
-            copies = int8_copies(session.model) if int8 else None
+            copies = kept_copies(session.model) if int8 else None
             tokens, accepted, judged = draft_and_verify(session, round_, max(exit_layers), watch, rule, copies)
         else:
             drafted, confidences = draft(session, round_, exit_layers, stop, drafter, watch)
@@ -225,6 +225,10 @@ class SelfSpeculative:
             return self.policy
         assert self.exit_layer is not None and self.draft_length is not None, "settled at construction"
         return Fixed(self.exit_layer, self.draft_length, bool(self.int8_drafts))
+
+    def _one_call(self, sampling: Sampling) -> bool:
+        """Whether rounds may be one call, as far as sampling and coupling go."""
+        return self.coupling == "shared" and not sampling.filters
 
     def _speculative(self, draft: MoEDecoder) -> Speculative:
         assert self.draft_length is not None, "settled at construction"

@@ -196,8 +196,9 @@ def repeat_round(
         run = by_rows(step, model.config, cache)
         drafting = _drafting(model, run, newest, positions, cache, noise, step_key, copies)
         step, step_key = recordable(model, layers[1], cache, None, wanted[1], choices=choices, heads=True)
-        start = torch.zeros(most, model.config.d_model, dtype=model.dtype)
-        start = start if copies is None else torch.zeros(most, dtype=torch.int64)
+        start = torch.zeros(most, dtype=torch.int64)  # tokens, or states
+        if copies is None:
+            start = torch.zeros(most, model.config.d_model, dtype=model.dtype)
         inputs = [start, *(numbers[:1].expand(most) for numbers in (cache.rows, positions[:, 0]))]
         # (What is written here is written again, at the first repetition.)
         verification, _ = recording_of(model, by_rows(step, model.config, cache), inputs, cache, step_key)

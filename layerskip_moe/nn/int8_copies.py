@@ -80,6 +80,12 @@ def int8_copies(model: MoEDecoder) -> Int8Copies | None:
     return _made.setdefault(model, Int8Copies(model))
 
 
+def kept_copies(model: MoEDecoder) -> Int8Copies | None:
+    """Those of a model as they were when `int8_copies` was last asked, as it is where there are none: asking whether
+    weights changed takes longer than a short round should."""
+    return _made.get(model) or int8_copies(model)
+
+
 def why_no_int8(model: MoEDecoder) -> str | None:
     """What stands against drafting by int8 copies: they are read by a CPU's kernels, in recorded rounds. None where
     nothing does."""

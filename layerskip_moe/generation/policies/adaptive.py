@@ -253,29 +253,23 @@ class Adaptive:
     def _of_least(self, exit_layer: int, rows: list[int], least: float) -> "_Plan":
         """The best plan for that exit, and drafts kept while they are so likely to be right."""
         assert self._acceptance is not None and self._reckoning is not None
-        n_rows = len(rows)
+        n_rows, seconds = len(rows), self._reckoning.seconds
         length = self._most_drafts(n_rows)
-        by_row = [self._acceptance.course(row, exit_layer, least, length) for row in rows]
-        if self._knows_margins and n_rows == 1:  # what follows in a few words, for it is asked often
-            kept = [share for share, _ in by_row[0]]
-            longest, tokens = sum(kept), 1 + sum([share * right for share, right in by_row[0]])
-            seconds = self._reckoning.seconds(exit_layer, longest, 1 + longest, 1, 1 + longest - kept[-1])
-            return _Plan(tokens / seconds, exit_layer, length, least)
-        courses = zip(*by_row, strict=True)
-        best, tokens, places, longest, most = _Plan(0.0, exit_layer, 0, least), float(n_rows), float(n_rows), 0.0, 0.0
-        draft_on = 1.0  # the share of rounds in which a row does
-        for drafts, of_rows in enumerate(courses, start=1):
-            most += draft_on
-            draft_on = 1 - math.prod([1 - kept for kept, _ in of_rows])
-            longest += draft_on
-            places += sum([kept for kept, _ in of_rows])
-            tokens += sum([kept * right for kept, right in of_rows])
-            if self._knows_margins and drafts < length:  # they end drafts, not the length
-                continue
-            found = tokens / self._reckoning.seconds(exit_layer, longest, places, n_rows, most)
+        by_draft = [*zip(*(self._acceptance.course(row, exit_layer, least, length) for row in rows), strict=True)]
+        best, tokens = _Plan(0.0, exit_layer, 0, least), float(n_rows)
+        if self._knows_margins and by_draft:  # they end drafts, not the length
+            # The shares of rounds in which some row keeps so many, and so makes one more.
+            some = [1 - math.prod([1 - kept for kept, _ in of_rows]) for of_rows in by_draft]
+            places = n_rows + sum([kept for of_rows in by_draft for kept, _ in of_rows])
+            tokens += sum([kept * right for of_rows in by_draft for kept, right in of_rows])
+            longest, most = sum(some), 1 + sum(some[:-1])
+            return replace(best, worth=tokens / seconds(exit_layer, longest, places, n_rows, most), length=length)
+        for drafts, of_rows in enumerate(by_draft, start=1):  # of which all are kept
+            tokens += sum([right for _, right in of_rows])
+            found = tokens / seconds(exit_layer, drafts, n_rows * (drafts + 1), n_rows)
             if found <= best.worth:
                 break
-            best = _Plan(found, exit_layer, drafts, least)
+            best = replace(best, worth=found, length=drafts)
         return best
 
     def _most_drafts(self, n_rows: int) -> int:
@@ -293,11 +287,8 @@ class Adaptive:
         """Learn what was accepted, and where it was asked what other exits would have said and how many experts were
         read; then perhaps rest."""
         assert self._acceptance is not None and self._reckoning is not None
-        of_another = round.shadow is not None and round.shadow.shape[1] != self._n_layers
-        if of_another or not {*round.exit_layers} <= {
-            0,
-            *self._acceptance.exits,
-        }:  # a model that another thread decodes
+        others = {*round.exit_layers} - {0, *self._acceptance.exits}
+        if others or (round.shadow is not None and round.shadow.shape[1] != self._n_layers):  # another thread's model
             return
         if max(round.exit_layers) and self._tells_margins != (round.judged is not None):
             self._tells_margins, self._rows = not self._tells_margins, []  # and plan anew

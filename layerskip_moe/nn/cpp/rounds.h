@@ -47,7 +47,8 @@ inline std::vector<Tensor> replay_round(
   check_sizes(total <= program.room && (anew || states.scalar_type() == program.inputs[0].scalar_type()));
   check_sizes(width == program.inputs[0].numel() / program.room && (!noise || noise->size(2) == vocabulary));
   const WithRows there(total, program.room);
-  put(program.inputs[0], anew ? static_cast<const void*>(text.data()) : start.data()), put(program.inputs[1], row.data()), put(program.inputs[2], position.data());
+  put(program.inputs[0], anew ? static_cast<const void*>(text.data()) : start.data());
+  put(program.inputs[1], row.data()), put(program.inputs[2], position.data());
   for (const auto& step : program.steps) step();
 
   Tensor tokens = torch::stable::new_zeros(newest, {n_rows, places}), accepted = torch::stable::new_zeros(newest, {n_rows});
