@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from layerskip_moe.nn import few_rows
-from layerskip_moe.nn.noise import hash_uniform
+from layerskip_moe.nn.noise import hash_uniform_up_to
 from layerskip_moe.refusals import require_index, shown
 
 
@@ -106,8 +106,7 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 def gumbel_noise(seed: int, rows: Tensor, positions: Tensor, vocab_size: int, *, stream: int = 0) -> Tensor:
     """Gumbel noise [A, T, V] in float64 for rows [A] and positions [A, T]; `stream` gives independent draws."""
-    tokens = torch.arange(vocab_size, device=positions.device)
-    uniform = hash_uniform(seed, stream, rows[:, None, None], positions[:, :, None], tokens)
+    uniform = hash_uniform_up_to(vocab_size, seed, stream, rows[:, None], positions)
     return uniform.log_().neg_().log_().neg_()
 
 

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -26,19 +27,30 @@ MOST_ROWS = 64  # beyond, matrix products that read weights more than once are f
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# By the id of a weight what is read instead of it: whole numbers and scales.
-_instead: ContextVar[Mapping[int, tuple[Tensor, Tensor]] | None] = ContextVar("read_instead", default=None)
+_BLOCK = 32  # outputs; as in cpp/whole_numbers.h
+
+# By the id of a weight what is read instead of it: blocks and scales.
+_instead: ContextVar[Mapping[int, tuple[Tensor, Tensor]]] = ContextVar("read_instead", default=MappingProxyType({}))
 
 
 @contextmanager
 def reading(instead: Mapping[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
     """For a while, in this thread, let products of few rows read int8 copies instead of weights, by the weights' ids:
-    whole numbers [..., O, K] and the scale of each output row [..., O, 1]."""
+    whole numbers `in_blocks`, and the scale of each output [..., O] in float32. Rows are rounded, too, to 16 bits. Needs
+    the kernels."""
     token = _instead.set(instead)
     try:
         yield
     finally:
         _instead.reset(token)
+
+
+def in_blocks(values: Tensor) -> Tensor:
+    """Whole numbers [..., O, K] int8 in blocks of 32 outputs [..., B, P, 64], B = O / 32 and P = K / 2 rounded up: the
+    outputs of a block side by side, in pairs of inputs, zeros where there are no more."""
+    padded = F.pad(values, (0, values.shape[-1] % 2, 0, -values.shape[-2] % _BLOCK))
+    pairs = padded.unflatten(-1, (-1, 2)).unflatten(-3, (-1, _BLOCK))  # [..., B, 32, P, 2]
+    return pairs.transpose(-3, -2).flatten(-2)
 
 
 def are_few(x: Tensor) -> bool:
@@ -67,6 +79,9 @@ def can_compute(dtype: torch.dtype) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wide: bool = False) -> Tensor:
     """x [N, K] times weight [O, K] transposed, plus bias [O] -> [N, O] of x's type, or in float32 (wide); sums are
     float32. The weight may be int8 with a scale for each output row; one quantised in another way is dequantised."""
+    if id(weight) in (instead := _instead.get()):
+        blocks, scales = instead[id(weight)]
+        return torch.ops.layerskip_moe_few_rows.linear_in_blocks.default(x, blocks, scales, bias, wide)
     values, scale = _parts(weight)
     if has_kernels():
         return torch.ops.layerskip_moe_few_rows.linear.default(x, values.contiguous(), scale, bias, wide)
@@ -80,6 +95,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wide: bool 
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """For x [N, D] the sum of its chosen [N, K] experts' outputs, times their weights [N, K] -> [N, D]; gate_up
     [E, 2F, D], down [E, D, F]. An expert is read once, whatever the number of rows that chose it."""
+    if id(gate_up) in (instead := _instead.get()):
+        (up_blocks, up_scale), (down_blocks, down_scale) = instead[id(gate_up)], instead[id(down)]
+        return torch.ops.layerskip_moe_few_rows.experts_in_blocks.default(
+            x, chosen.contiguous(), weights.float().contiguous(), up_blocks, down_blocks, up_scale, down_scale
+        )
     if has_kernels() and _is_read(gate_up) and _is_read(down):
         (gate_up, gate_up_scale), (down, down_scale) = _parts(gate_up), _parts(down)
         return torch.ops.layerskip_moe_few_rows.experts.default(
@@ -222,7 +242,4 @@ def _is_read(weight: Tensor) -> bool:
 
 def _parts(weight: Tensor) -> tuple[Tensor, Tensor | None]:
     """A weight as numbers and, of int8 ones, the scales of its output rows."""
-    instead = _instead.get()
-    if instead is not None and id(weight) in instead:
-        return instead[id(weight)]
     return products.int8_parts(weight) or (products.as_floats(weight, weight.dtype), None)

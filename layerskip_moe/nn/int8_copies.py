@@ -3,7 +3,7 @@
 A draft is only a proposal, which the model itself verifies, so it may be computed with less care than the answer. The
 model stays as it is: the copies stand in for its weights while a draft's steps are recorded (`few_rows.reading`).
 
-K inputs, S scales per row, each of K / S inputs. Knows nothing of drafting. Next: `rounds.py`, which drafts by them;
+O outputs, K inputs. Knows nothing of drafting. Next: `rounds.py`, which drafts by them;
 `pretrained/quantize.py`, which makes whole models of such weights.
 """
 
@@ -32,7 +32,8 @@ class Int8Copies:
     rounded logit is another expert, nor of what is looked up or added.
 
     Attributes:
-        parts: by the id of a weight [..., K] its whole numbers [..., K] int8, and the scale of each output row [..., 1]
+        parts: by the id of a weight [..., O, K] its whole numbers in blocks (`few_rows.in_blocks`), int8, and the scale
+            of each output [..., O], float32
         number: tells them from all others
     """
 
@@ -42,23 +43,25 @@ class Int8Copies:
         self.number = next(_numbers)
         self._from = [(module, name, getattr(module, name)) for module, name in _weights(model)]
         self._stamps = [_stamp(weight) for _, _, weight in self._from]
+        self._kinds = [(weight.dtype, weight.device) for _, _, weight in self._from]
         self.parts: dict[int, tuple[Tensor, Tensor]] = {}
         for _, _, weight in self._from:
-            values, scale = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(*weight.shape[:-1], 1)
-            self.parts[id(weight)] = values, scale
-            _round_into(values, scale, weight)
+            blocks = few_rows.in_blocks(weight.new_empty(weight.shape, dtype=torch.int8))
+            scale = weight.new_empty(weight.shape[:-1], dtype=torch.float32)
+            self.parts[id(weight)] = blocks, scale
+            _round_into(blocks, scale, weight)
 
     def follow(self) -> bool:
         """Round again what was changed in place since; False where a weight was put in another's place, or is of
         another type or elsewhere by now. (What is written through `.data`, or to a weight that was made in inference
         mode, is not seen: drafts are then of weights of before.)"""
         for index, (module, name, weight) in enumerate(self._from):
-            values, scale = self.parts[id(weight)]
-            if getattr(module, name) is not weight or (weight.dtype, weight.device) != (scale.dtype, scale.device):
+            blocks, scale = self.parts[id(weight)]
+            if getattr(module, name) is not weight or (weight.dtype, weight.device) != self._kinds[index]:
                 return False
             stamp = _stamp(weight)
             if stamp != self._stamps[index]:
-                _round_into(values, scale, weight)
+                _round_into(blocks, scale, weight)
                 self._stamps[index] = stamp
         return True
 
@@ -125,9 +128,17 @@ def _stamp(weight: Tensor) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _round_into(values: Tensor, scale: Tensor, weight: Tensor) -> None:
-    rows = max(_MOST_WRITTEN // weight.shape[-1], 1)
-    parts = (tensor.flatten(0, -2).split(rows) for tensor in (values, scale, weight.detach()))
-    for into, by, some in zip(*parts, strict=True):
-        rounded, by_row = nearest(some, some.shape[-1], bits=8)
-        into.copy_(rounded), by.copy_(by_row)
+def _round_into(blocks: Tensor, scale: Tensor, weight: Tensor) -> None:
+    of_block = blocks.shape[-1] // 2
+    some = max(_MOST_WRITTEN // (of_block * weight.shape[-1]), 1)  # blocks at a time
+    matrices = weight.detach().flatten(0, -3) if weight.dim() > 2 else weight.detach()[None]
+    for into, by, matrix in zip(
+        blocks.flatten(0, -4) if weight.dim() > 2 else blocks[None],
+        scale.view(len(matrices), -1),
+        matrices,
+        strict=True,
+    ):
+        parts = into.split(some), by.split(some * of_block), matrix.split(some * of_block)
+        for some_blocks, some_scales, rows in zip(*parts, strict=True):
+            rounded, by_row = nearest(rows, rows.shape[-1], bits=8)
+            some_blocks.copy_(few_rows.in_blocks(rounded)), some_scales.copy_(by_row[:, 0])

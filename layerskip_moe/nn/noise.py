@@ -3,13 +3,16 @@
 Layer dropout keys its draws by (seed, step, layer, sample) and sampling keys its noise by (seed, row,
 position), so a run does not depend on how its samples were batched, on the number of ranks, or on who
 proposed a token. That rules out a stateful generator; this is SplitMix64 (Steele, Lea, Flood 2014) as a
-counter-based hash, in int64 tensor arithmetic, the same on every device.
+counter-based hash, in int64 arithmetic, the same on every device.
 
 Knows nothing of models. Next: `generation/sampling.py` and `training/layer_dropout.py` use it.
 """
 
 import torch
 from torch import Tensor
+
+from layerskip_moe.nn import few_rows
+from layerskip_moe.nn.kernels import has_kernels
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -47,6 +50,27 @@ def hash_uniform(*keys: int | Tensor) -> Tensor:
     device). Returns float64 of the broadcast shape. The order of the keys matters; equal keys give equal
     numbers on every device.
     """
+    bits = _state(*keys)
+    # 52 random bits, centred in their cells, so that neither 0 nor 1 can come out (log needs that); with 53
+    # the half would not fit into a float64, and the last cell would round to 1.
+    bits = bits if isinstance(bits, Tensor) else torch.tensor(bits)
+    return (_shift_right(bits, 12).to(torch.float64) + 0.5) * 2.0**-52
+
+
+def hash_uniform_up_to(count: int, *keys: int | Tensor) -> Tensor:
+    """`hash_uniform` of these keys, one of them a tensor at least, and of 0 to count - 1 -> [..., count]: on a CPU in
+    one pass, where the kernels are."""
+    state = _state(*keys)
+    assert isinstance(state, Tensor)
+    if few_rows.serves(state.device) and has_kernels():
+        return torch.ops.layerskip_moe_few_rows.uniforms.default(state.contiguous(), count)
+    return hash_uniform(
+        *(key[..., None] if isinstance(key, Tensor) else key for key in keys), torch.arange(count, device=state.device)
+    )
+
+
+def _state(*keys: int | Tensor) -> int | Tensor:
+    """What the keys come to, as an int64."""
     state: int | Tensor = 0
     for key in keys:
         if isinstance(key, Tensor):
@@ -55,7 +79,4 @@ def hash_uniform(*keys: int | Tensor) -> Tensor:
             state = _mix((state ^ _wrap(key)) + _GOLDEN)
         else:
             state = _mix_int((state ^ _wrap(key)) + _GOLDEN)
-    bits = state if isinstance(state, Tensor) else torch.tensor(state)
-    # 52 random bits, centred in their cells, so that neither 0 nor 1 can come out (log needs that); with 53
-    # the half would not fit into a float64, and the last cell would round to 1.
-    return (_shift_right(bits, 12).to(torch.float64) + 0.5) * 2.0**-52
+    return state

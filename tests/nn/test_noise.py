@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from layerskip_moe.nn.noise import hash_uniform
+from layerskip_moe.nn.kernels import using_kernels
+from layerskip_moe.nn.noise import hash_uniform, hash_uniform_up_to
 
 int64 = st.integers(-(2**63), 2**63 - 1)
 
@@ -25,6 +26,15 @@ def test_a_python_integer_wraps_as_an_int64_does(key):
     for beyond in (key + 2**64, key - 2**64, key + 2**200):
         assert hash_uniform(beyond, 1) == hash_uniform(key, 1) == hash_uniform(torch.tensor(key), 1)
         assert hash_uniform(torch.tensor(1), beyond) == hash_uniform(1, key)
+
+
+@given(keys=st.lists(int64, min_size=1, max_size=6), seed=int64, count=st.integers(0, 70))
+def test_all_of_the_last_keys_at_once(keys, seed, count):
+    places = torch.tensor([keys, keys[::-1]])
+    expected = hash_uniform(seed, places[..., None], 3, torch.arange(count))
+    assert torch.equal(hash_uniform_up_to(count, seed, places, 3), expected)
+    with using_kernels(False):
+        assert torch.equal(hash_uniform_up_to(count, seed, places, 3), expected)
 
 
 def test_keys_broadcast():

@@ -45,7 +45,8 @@ def start(count, runs, out_dir, **environment):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     shared = os.environ | dict(WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    shared |= dict(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path)) | environment
+    # What breaks down below Python says where it was called.
+    shared |= dict(OMP_NUM_THREADS="1", PYTHONFAULTHANDLER="1", PYTHONPATH=os.pathsep.join(sys.path)) | environment
     return [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), str(out_dir / "runs.json"), str(out_dir)],

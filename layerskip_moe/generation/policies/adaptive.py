@@ -25,11 +25,13 @@ from layerskip_moe.nn.ragged import Judged, MarginRule
 from layerskip_moe.refusals import shown
 
 _BETTER = 1.02  # by how much another plan must be better before it takes the present one's place
-# By how much drafting must promise to be faster than plain decoding, of one row, of few, and of more: the cost model is
-# no more exact than that.
-_PAYS, _PAYS_FOR_FEW, _PAYS_IN_BATCHES = 1.03, 1.06, 1.2
-_FEW = 4  # rows whose weights are waited for longer than their sums: for more int8 drafts take as long as others
+# By how much drafting must promise to be faster than plain decoding, of one row, of few or by int8 copies, and of more:
+# the cost model is no more exact than that.
+_PAYS, _PAYS_FOR_SEVERAL, _PAYS_IN_BATCHES = 1.03, 1.06, 1.2
+_FEW = 4  # rows whose weights are waited for longer than their sums
+_MOST_ROWS_INT8 = few_rows.MOST_ROWS // 2  # of which each may have a draft
 _MOST, _MOST_INT8 = 7, 31  # drafts of a row in a round, of the weights themselves and of int8 copies
+_LENGTHS = (1, 2, 3, 5)  # of several rows' drafts that are weighed, beside the most
 _RETHINK = 8  # rounds from one choice of a plan to the next
 # Rounds from one look at what other exits would have said to the next, times the rows: at first, and later.
 _LOOK, _LOOK_LATER = 10, 96
@@ -69,9 +71,11 @@ class Adaptive:
     All rows of a batch draft by the same layers, each as many tokens as pay: a draft that is right with probability p,
     as are those before it, adds p tokens, and the time of a place more; so it is kept where p is at least that time
     times the tokens per second of the best plan. How likely a draft is right is told by its margin (`MarginRule`);
-    where margins are not known, all rows draft a fixed number. The plan is chosen anew every eighth round, and changed
+    where margins are not known, all rows draft a fixed number. Several rows wait for the one that drafts most, so that of
+    their drafts the number is limited, too. The plan is chosen anew every eighth round, and changed
     for one that is 2% better, by what exits promise and by how much of their promises they have kept; drafting must
-    promise 3% more than plain decoding, 6% of two to four rows, 20% of more, and less while costs are in doubt. Every
+    promise 3% more than plain decoding, 6% of two to four rows or by int8 copies, 20% of more, and less while costs are
+    in doubt. Every
     now and then a round asks what other exits would have said. Where drafting does not pay, decoding is plain for 16
     steps, then 32, and so on up to 256, from look to look. What was learnt of acceptance is kept from text to text, and
     how long steps take beside what was reckoned, too: where it is in doubt which of the two is faster, the other one is
@@ -81,8 +85,8 @@ class Adaptive:
         together, of 33 to 64 none
     cost_model: seconds of a round, which are taken as they are; None: fitted to the model when first needed, see
         `fit_cost_model`, and corrected by how long steps take
-    int8_drafts: whether drafts of up to four rows are made from int8 copies of the weights; None: where they can be,
-        and take 1 GiB or less; with a cost model, as that has it. Then exits are up to the last layer. (What is told of
+    int8_drafts: whether drafts are made from int8 copies of the weights; None: of up to 32 rows, where they can be, and
+        take 1 GiB or less; with a cost model, as that has it. Then exits are up to the last layer. (What is told of
         other exits is of the weights themselves, which is nearly the same.)
     """
 
@@ -125,7 +129,9 @@ class Adaptive:
         for a model that a given cost model is not of."""
         cost, config = self.cost_model, model.config
         if not self._given:
-            wants = rows <= _FEW and copies_are_small(model) if self._wants_int8 is None else self._wants_int8
+            wants = (
+                rows <= _MOST_ROWS_INT8 and copies_are_small(model) if self._wants_int8 is None else self._wants_int8
+            )
             self.int8_drafts = wants and one_call and why_no_int8(model) is None
         self.exits = candidate_exits(config.n_layers, deep=self.int8_drafts)
         if not self._given:
@@ -192,9 +198,8 @@ class Adaptive:
                 self._begin_rest()
 
     def _begin_rest(self) -> None:
-        """Steps of plain decoding, twice as many as the last time. (A look at many rows takes longer, and tells
-        more.)"""
-        self._rest = self._next_rest or _REST * min(len(self._rows), 8)
+        """Steps of plain decoding, twice as many as the last time."""
+        self._rest = self._next_rest or _REST
         self._next_rest = min(2 * self._rest, _LONGEST_REST)
 
     def plan(self, session: Session) -> list[tuple[int, int]]:
@@ -223,17 +228,19 @@ class Adaptive:
         """The best plan, unless the present one is nearly as good."""
         assert self._acceptance is not None and self._reckoning is not None
         reckoning = self._reckoning
-        pays = _PAYS if len(rows) == 1 else _PAYS_FOR_FEW if len(rows) <= _FEW else _PAYS_IN_BATCHES
+        several = _PAYS_FOR_SEVERAL if len(rows) <= _FEW or self.int8_drafts else _PAYS_IN_BATCHES
+        pays = _PAYS if len(rows) == 1 else several
         # What is not done now is tried where it may well be better.
         tried = math.exp(max(reckoning.doubt - _SURE, 0.0) * (1 if self._plan.exit_layer else -1))
         plain = replace(_PLAIN, worth=len(rows) / reckoning.seconds(0, 0, len(rows), len(rows)))
-        known = max(plain.worth, self._plan.truly if self._plan.exit_layer and rows == self._rows else 0.0)
+        same = rows == self._rows
+        known = max(plain.worth, self._plan.truly if self._plan.exit_layer and same else 0.0)
         plans = [replace(plain, worth=plain.worth * tried * pays)]
         for exit_layer in self._acceptance.exits:
             plans.append(replace(self._best(exit_layer, rows, known), trust=reckoning.trust(exit_layer)))
         best = max(plans, key=lambda plan: plan.truly)
         present = next(plan for plan in plans if plan.exit_layer == self._plan.exit_layer)
-        self._plan = best if best.truly > _BETTER * present.truly or rows != self._rows else present
+        self._plan = best if best.truly > _BETTER * present.truly or not (same or present.exit_layer) else present
         self._rows = rows
 
     def _best(self, exit_layer: int, rows: list[int], worth: float) -> "_Plan":
@@ -257,13 +264,22 @@ class Adaptive:
         length = self._most_drafts(n_rows)
         by_draft = [*zip(*(self._acceptance.course(row, exit_layer, least, length) for row in rows), strict=True)]
         best, tokens = _Plan(0.0, exit_layer, 0, least), float(n_rows)
-        if self._knows_margins and by_draft:  # they end drafts, not the length
+        if (
+            self._knows_margins and by_draft
+        ):  # they end drafts, and the length those of several rows, which wait for one
             # The shares of rounds in which some row keeps so many, and so makes one more.
             some = [1 - math.prod([1 - kept for kept, _ in of_rows]) for of_rows in by_draft]
-            places = n_rows + sum([kept for of_rows in by_draft for kept, _ in of_rows])
-            tokens += sum([kept * right for of_rows in by_draft for kept, right in of_rows])
-            longest, most = sum(some), 1 + sum(some[:-1])
-            return replace(best, worth=tokens / seconds(exit_layer, longest, places, n_rows, most), length=length)
+            places, longest, most = float(n_rows), 0.0, 1.0
+            for drafts, of_rows in enumerate(by_draft, start=1):
+                places += sum([kept for kept, _ in of_rows])
+                tokens += sum([kept * right for kept, right in of_rows])
+                longest += some[drafts - 1]
+                if drafts == length or (n_rows > 1 and drafts in _LENGTHS):
+                    found = tokens / seconds(exit_layer, longest, places, n_rows, most)
+                    if found > best.worth:
+                        best = replace(best, worth=found, length=drafts)
+                most += some[drafts - 1]
+            return best
         for drafts, of_rows in enumerate(by_draft, start=1):  # of which all are kept
             tokens += sum([right for _, right in of_rows])
             found = tokens / seconds(exit_layer, drafts, n_rows * (drafts + 1), n_rows)

@@ -19,33 +19,26 @@ struct Reader {
 };
 
 constexpr size_t AT_ONCE = 8;  // queries of a row that one thread answers, reading what is cached once
-constexpr int SLOTS = 4;  // with two heads these have sums enough that none waits for another
+constexpr int SLOTS = WIDTH;  // that are scored together
 
-// The scores of SLOTS keys for HEADS heads. The order of summation depends on neither.
-template <int HEADS, class Cached>
-void score(const Cached* const* keys, Reader* readers, int64_t slot, int64_t head_dim, float scale) {
-  Floats sums[HEADS][SLOTS] = {};
+// The scores of SLOTS keys for one head. The order of summation does not depend on what else is scored.
+template <class Cached>
+void score(const Cached* const* keys, Reader& reader, int64_t slot, int64_t head_dim, float scale) {
+  Floats sums[SLOTS] = {};
   const int64_t whole = head_dim - head_dim % WIDTH;
   for (int64_t d = 0; d < whole; d += WIDTH) {
-    Floats queries[HEADS];
-    for (int h = 0; h < HEADS; ++h) queries[h] = load(readers[h].query + d);
-    for (int s = 0; s < SLOTS; ++s) {
-      const Floats key = load(keys[s] + d);
-      for (int h = 0; h < HEADS; ++h) sums[h][s] = multiply_add(key, queries[h], sums[h][s]);
-    }
+    Floats query = load(reader.query + d);
+    hold(query);
+    for (int s = 0; s < SLOTS; ++s) sums[s] = multiply_add(load(keys[s] + d), query, sums[s]);
   }
-  for (int s = 0; whole < head_dim && s < SLOTS; ++s) {
-    const Floats key = load_first(keys[s] + whole, head_dim - whole);
-    for (int h = 0; h < HEADS; ++h) sums[h][s] = multiply_add(key, load_first(readers[h].query + whole, head_dim - whole), sums[h][s]);
+  if (whole < head_dim) {
+    const Floats query = load_first(reader.query + whole, head_dim - whole);
+    for (int s = 0; s < SLOTS; ++s) sums[s] = multiply_add(load_first(keys[s] + whole, head_dim - whole), query, sums[s]);
   }
-  for (int h = 0; h < HEADS; ++h) {
-    float totals[SLOTS];
-    sum_four(sums[h], totals);
-    for (float& total : totals) total *= scale;
-    const int64_t first = std::max(slot, readers[h].first), last = std::min(slot + SLOTS, readers[h].last);
-    if (last - first == SLOTS) std::memcpy(readers[h].weight_of(slot), totals, sizeof totals);
-    else for (int64_t s = first; s < last; ++s) *readers[h].weight_of(s) = totals[s - slot];
-  }
+  const Floats totals = sum_each(sums) * scale;
+  const int64_t first = std::max(slot, reader.first), last = std::min(slot + SLOTS, reader.last);
+  if (last - first == SLOTS) std::memcpy(reader.weight_of(slot), &totals, sizeof totals);
+  else for (int64_t s = first; s < last; ++s) *reader.weight_of(s) = totals[s - slot];
 }
 
 inline void softmax(Numbers& scores) {
@@ -63,7 +56,8 @@ inline void softmax(Numbers& scores) {
   for (int64_t s = 0; s < whole; s += WIDTH) totals += load(score + s);
   total = sum(totals);
   for (int64_t s = whole; s < length; ++s) total += score[s];
-  for_each(score, score, length, [&](Floats values, Floats) { return values / total; });
+  const float share = 1.0f / total;
+  for_each(score, score, length, [&](Floats values, Floats) { return values * share; });
 }
 
 // mixed[d] += weight[s] * values[s][d] for PARTS registers of d, slot after slot, for HEADS heads of one query.
@@ -84,6 +78,7 @@ void mix(const Cached* values, Reader* readers, int64_t begin, int64_t end, int6
   begin = std::max(begin, readers->first), end = std::min(end, readers->last);
   int64_t d = 0;
   for (; d + 4 * WIDTH <= head_dim; d += 4 * WIDTH) mix_parts<HEADS, 4>(values, readers, begin, end, head_dim, d);
+  for (; d + 2 * WIDTH <= head_dim; d += 2 * WIDTH) mix_parts<HEADS, 2>(values, readers, begin, end, head_dim, d);
   for (; d + WIDTH <= head_dim; d += WIDTH) mix_parts<HEADS, 1>(values, readers, begin, end, head_dim, d);
   for (; d < head_dim; ++d)
     for (int h = 0; h < HEADS; ++h)
@@ -103,11 +98,14 @@ void attend_to_row(const Cached* keys, const Cached* values, std::vector<Reader>
       if (h < per_group) with_one(&readers[query + h]);
     }
   };
+  constexpr int64_t LINE = 64 / sizeof(Cached), AHEAD = 2;
   for (int64_t slot = first; slot < last; slot += SLOTS) {
     const Cached* block[SLOTS];
     for (int s = 0; s < SLOTS; ++s) block[s] = keys + std::min(slot + s, last - 1) * head_dim;
-    by_two_heads(
-        [&](Reader* two) { score<2>(block, two, slot, head_dim, scale); }, [&](Reader* one) { score<1>(block, one, slot, head_dim, scale); });
+    // What is read next is asked for while this is scored, values too: they are wanted as soon as all keys were.
+    for (int64_t d = 0; d < SLOTS * head_dim; d += LINE)
+      __builtin_prefetch(keys + (slot + AHEAD * SLOTS) * head_dim + d), __builtin_prefetch(values + slot * head_dim + d, 0, 2);
+    for (Reader& reader : readers) score(block, reader, slot, head_dim, scale);
   }
   for (Reader& reader : readers) softmax(reader.weights);
   constexpr int64_t NEAR = 64;

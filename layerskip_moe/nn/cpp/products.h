@@ -28,6 +28,13 @@ inline void give_some(Count count, const float* products, const Column& scales, 
   for (int i = 0; scales.there() && i < count.value; ++i) out[i] = products[i] * scales[first + i];
 }
 
+// The products of a block, by their scales: out [outputs].
+inline void give_block(const float* products, const float* scales, int64_t block, int64_t outputs, float* out) {
+  const int64_t first = block * BLOCK, count = std::min(BLOCK, outputs - first);
+  if (count == BLOCK) for (int64_t i = 0; i < BLOCK; ++i) out[first + i] = products[i] * scales[first + i];
+  else for (int64_t i = 0; i < count; ++i) out[first + i] = products[i] * scales[first + i];
+}
+
 inline void linear_into(
     const Tensor& y, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale, const std::optional<Tensor>& bias) {
   const int64_t rows = present_rows(x), inputs = x.size(1), outputs = weight.size(0);
@@ -47,6 +54,31 @@ inline void linear_into(
   });
 }
 
+inline void check_blocks(const Tensor& weight, const Tensor& scale, int64_t matrices, int64_t outputs, int64_t inputs) {
+  check_dense(weight), check_dense(scale);
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char && scale.scalar_type() == ScalarType::Float, "blocks are int8, their scales float32");
+  check_sizes(weight.numel() == matrices * blocks_of(outputs) * block_bytes(inputs) && scale.numel() == matrices * outputs);
+}
+
+// The same of a weight in blocks [B, pairs, 64], as many outputs as there are scales.
+inline void linear_in_blocks_into(
+    const Tensor& y, const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias) {
+  const int64_t rows = present_rows(x), inputs = x.size(1), outputs = scale.numel();
+  const auto* blocks = static_cast<const int8_t*>(weight.data_ptr());
+  const float* scales = static_cast<const float*>(scale.data_ptr());
+  const Column biases(bias);
+  const Reading floats(x);
+  Writing products(y, rows * outputs);
+  const RoundedRows rounded(floats.data(), rows, inputs);
+  torch::stable::parallel_for(0, weight.size(0), grain(block_bytes(inputs)), [&](int64_t begin, int64_t end) {
+    multiply_blocks(blocks, begin, end, rounded.rows(), inputs, [&](int64_t block, int64_t n, const float* some) {
+      float* out = products.data() + n * outputs;
+      give_block(some, scales, block, outputs, out);
+      for (int64_t o = block * BLOCK; biases.there() && o < std::min(outputs, (block + 1) * BLOCK); ++o) out[o] += biases[o];
+    });
+  });
+}
+
 inline Tensor linear(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale, const std::optional<Tensor>& bias, bool wide) {
   check_dense(weight);
@@ -58,66 +90,95 @@ inline Tensor linear(
   return y;
 }
 
-// An expert, the pairs (of all N x top_k) that chose it, and their rows' inputs.
+inline Tensor linear_in_blocks(const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias, bool wide) {
+  check_blocks(weight, scale, 1, scale.numel(), x.size(1));
+  check_sizes(x.dim() == 2 && (!bias || bias->numel() == scale.numel()));
+  Tensor y = torch::stable::new_empty(x, {x.size(0), scale.numel()}, wide ? ScalarType::Float : x.scalar_type());
+  perform([=] { linear_in_blocks_into(y, x, weight, scale, bias); });
+  return y;
+}
+
+// An expert, and the pairs (of all N x top_k) that chose it.
 struct Needed {
   int64_t expert;
   std::vector<int64_t> pairs;
-  std::vector<const float*> inputs;
 };
 
-// out[pair] = w[expert] . inputs of that pair, for experts' matrices w [E, outputs, inputs].
-template <class Weight>
-void multiply_needed(
-    const Weight* w, const std::vector<Needed>& needed, int64_t outputs, int64_t inputs, const Column& scales, Numbers& out) {
-  const int64_t n_needed = static_cast<int64_t>(needed.size());
-  torch::stable::parallel_for(0, n_needed * outputs, grain(inputs * sizeof *w), [&](int64_t begin, int64_t end) {
+inline std::vector<Needed> experts_needed(const int64_t* choice, int64_t pairs, int64_t n_experts) {
+  for (int64_t pair = 0; pair < pairs; ++pair)
+    STD_TORCH_CHECK(0 <= choice[pair] && choice[pair] < n_experts, "a chosen expert does not exist");
+  std::vector<Needed> needed;
+  for (int64_t expert = 0; expert < n_experts; ++expert) {
+    Needed one{expert, {}};
+    for (int64_t pair = 0; pair < pairs; ++pair)
+      if (choice[pair] == expert) one.pairs.push_back(pair);
+    if (!one.pairs.empty()) needed.push_back(std::move(one));
+  }
+  return needed;
+}
+
+// For the units of all needed experts' matrices, so many in each and shared among threads: work(expert, its rows, first
+// unit, last), where row `pair / sharing` of x is what a pair takes.
+template <class Row, class Work>
+void for_needed(const std::vector<Needed>& needed, int64_t units, int64_t least, const std::vector<Row>& x, int64_t sharing, const Work& work) {
+  std::vector<std::vector<Row>> x_of(needed.size());
+  for (size_t i = 0; i < needed.size(); ++i)
+    for (int64_t pair : needed[i].pairs) x_of[i].push_back(x[pair / sharing]);
+  torch::stable::parallel_for(0, static_cast<int64_t>(needed.size()) * units, least, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end;) {
-      const Needed& one = needed[unit / outputs];
-      const int64_t first = unit % outputs, last = std::min(outputs, first + end - unit), row = one.expert * outputs;
-      multiply(w + row * inputs, first, last, one.inputs, inputs, [&](auto count, int64_t o, int64_t n, const float* some) {
-        give_some(count, some, scales, row + o, out.data() + one.pairs[n] * outputs + o);
-      });
+      const int64_t first = unit % units, last = std::min(units, first + end - unit);
+      work(needed[unit / units], x_of[unit / units], first, last);
       unit += last - first;
     }
   });
 }
 
-inline void experts_into(
-    const Tensor& y, const Tensor& x, const Tensor& chosen, const Tensor& weights, const Tensor& gate_up, const Tensor& down,
-    const std::optional<Tensor>& gate_up_scale, const std::optional<Tensor>& down_scale) {
-  const int64_t rows = present_rows(x), width = x.size(1), top_k = chosen.size(1), n_experts = gate_up.size(0);
-  const int64_t hidden = down.size(2), pairs = rows * top_k;
-  const Column gate_up_scales(gate_up_scale), down_scales(down_scale);
-  const int64_t* choice = static_cast<const int64_t*>(chosen.data_ptr());
+// out[pair] = w[expert] . inputs of that pair, for experts' matrices w [E, outputs, inputs] and rows x of inputs, each of
+// which so many pairs share.
+template <class Weight>
+void multiply_needed(
+    const Weight* w, const std::vector<Needed>& needed, int64_t outputs, int64_t inputs, const float* x, int64_t sharing, int64_t pairs,
+    const Column& scales, Numbers& out) {
+  std::vector<const float*> rows;
+  for (int64_t n = 0; n < pairs / sharing; ++n) rows.push_back(x + n * inputs);
+  for_needed(needed, outputs, grain(inputs * sizeof *w), rows, sharing, [&](const Needed& one, const auto& x_of, int64_t first, int64_t last) {
+    const int64_t row = one.expert * outputs;
+    multiply(w + row * inputs, first, last, x_of, inputs, [&](auto count, int64_t o, int64_t n, const float* some) {
+      give_some(count, some, scales, row + o, out.data() + one.pairs[n] * outputs + o);
+    });
+  });
+}
+
+// The same for matrices in blocks.
+inline void multiply_needed_blocks(
+    const Tensor& w, const std::vector<Needed>& needed, int64_t outputs, int64_t inputs, const float* x, int64_t sharing, int64_t pairs,
+    const Tensor& scale, Numbers& out) {
+  const auto* blocks = static_cast<const int8_t*>(w.data_ptr());
+  const float* scales = static_cast<const float*>(scale.data_ptr());
+  const int64_t units = blocks_of(outputs);
+  const RoundedRows rounded(x, pairs / sharing, inputs);
+  for_needed(needed, units, grain(block_bytes(inputs)), rounded.rows(), sharing, [&](const Needed& one, const auto& x_of, int64_t first, int64_t last) {
+    multiply_blocks(blocks + one.expert * units * block_bytes(inputs), first, last, x_of, inputs, [&](int64_t block, int64_t n, const float* some) {
+      give_block(some, scales + one.expert * outputs, block, outputs, out.data() + one.pairs[n] * outputs);
+    });
+  });
+}
+
+// into(needed experts, rows' inputs, gates_and_ups) and back(needed experts, pairs' activations, result) are the two products.
+template <class Into, class Back>
+void experts_into(
+    const Tensor& y, const Tensor& x, const Tensor& chosen, const Tensor& weights, int64_t n_experts, int64_t hidden, const Into& into,
+    const Back& back) {
+  const int64_t rows = present_rows(x), width = x.size(1), top_k = chosen.size(1), pairs = rows * top_k;
   const float* share = static_cast<const float*>(weights.data_ptr());
   const Reading floats(x);
   Numbers gates_and_ups(pairs * 2 * hidden), activation(pairs * hidden), result(pairs * width);
-
-  for (int64_t pair = 0; pair < pairs; ++pair)
-    STD_TORCH_CHECK(0 <= choice[pair] && choice[pair] < n_experts, "a chosen expert does not exist");
-  std::vector<Needed> needed;
-  for (int64_t expert = 0; expert < n_experts; ++expert) {
-    Needed one{expert, {}, {}};
-    for (int64_t pair = 0; pair < pairs; ++pair)
-      if (choice[pair] == expert) one.pairs.push_back(pair);
-    if (!one.pairs.empty()) needed.push_back(std::move(one));
-  }
-
-  with_weight_type(gate_up.scalar_type(), [&](auto type) {
-    const auto* into = static_cast<decltype(type)>(gate_up.data_ptr());
-    const auto* back = static_cast<decltype(type)>(down.data_ptr());
-    for (Needed& one : needed)
-      for (int64_t pair : one.pairs) one.inputs.push_back(floats.data() + pair / top_k * width);
-    // Threads share out the outputs of all needed experts, first of gate_up and then of down, and read them as they lie:
-    // going through gate and up side by side is slower, a fifth on the machine this was measured on.
-    multiply_needed(into, needed, 2 * hidden, width, gate_up_scales, gates_and_ups);
-    activate_rows(gates_and_ups.data(), pairs, hidden, activation.data());
-    for (Needed& one : needed) {
-      one.inputs.clear();
-      for (int64_t pair : one.pairs) one.inputs.push_back(activation.data() + pair * hidden);
-    }
-    multiply_needed(back, needed, width, hidden, down_scales, result);
-  });
+  const std::vector<Needed> needed = experts_needed(static_cast<const int64_t*>(chosen.data_ptr()), pairs, n_experts);
+  // Threads share out the outputs of all needed experts, first of gate_up and then of down, and read them as they lie:
+  // going through gate and up side by side is slower, a fifth on the machine this was measured on.
+  into(needed, floats.data(), gates_and_ups);
+  activate_rows(gates_and_ups.data(), pairs, hidden, activation.data());
+  back(needed, activation.data(), result);
   Writing total(y, rows * width);
   std::fill_n(total.data(), rows * width, 0.0f);
   for (int64_t pair = 0; pair < pairs; ++pair)  // a row's experts are added in the order of its choice
@@ -134,7 +195,46 @@ inline Tensor experts(
   check_sizes(!gate_up_scale || gate_up_scale->numel() == gate_up.size(0) * gate_up.size(1));
   check_sizes(!down_scale || down_scale->numel() == down.size(0) * down.size(1));
   Tensor y = torch::stable::new_empty(x, x.sizes());
-  perform([=] { experts_into(y, x, chosen, weights, gate_up, down, gate_up_scale, down_scale); });
+  const int64_t n_experts = gate_up.size(0), hidden = down.size(2), width = x.size(1), top_k = chosen.size(1);
+  perform([=] {
+    const Column gate_up_scales(gate_up_scale), down_scales(down_scale);
+    const int64_t pairs = present_rows(x) * top_k;
+    with_weight_type(gate_up.scalar_type(), [&](auto type) {
+      const auto* up = static_cast<decltype(type)>(gate_up.data_ptr());
+      const auto* back = static_cast<decltype(type)>(down.data_ptr());
+      experts_into(
+          y, x, chosen, weights, n_experts, hidden,
+          [&](const auto& needed, const float* states, Numbers& out) {
+            multiply_needed(up, needed, 2 * hidden, width, states, top_k, pairs, gate_up_scales, out);
+          },
+          [&](const auto& needed, const float* activations, Numbers& out) {
+            multiply_needed(back, needed, width, hidden, activations, 1, pairs, down_scales, out);
+          });
+    });
+  });
+  return y;
+}
+
+// The same of matrices in blocks, of so many experts; scales [E, outputs].
+inline Tensor experts_in_blocks(
+    const Tensor& x, const Tensor& chosen, const Tensor& weights, const Tensor& gate_up, const Tensor& down, const Tensor& gate_up_scale,
+    const Tensor& down_scale) {
+  const int64_t n_experts = gate_up.size(0), width = x.size(1), top_k = chosen.size(1), hidden = gate_up_scale.numel() / n_experts / 2;
+  check_dense(chosen, ScalarType::Long), check_dense(weights, ScalarType::Float);
+  check_sizes(chosen.size(0) == x.size(0) && weights.numel() == chosen.numel());
+  check_blocks(gate_up, gate_up_scale, n_experts, 2 * hidden, width), check_blocks(down, down_scale, n_experts, width, hidden);
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  perform([=] {
+    const int64_t pairs = present_rows(x) * top_k;
+    experts_into(
+        y, x, chosen, weights, n_experts, hidden,
+        [&](const auto& needed, const float* states, Numbers& out) {
+          multiply_needed_blocks(gate_up, needed, 2 * hidden, width, states, top_k, pairs, gate_up_scale, out);
+        },
+        [&](const auto& needed, const float* activations, Numbers& out) {
+          multiply_needed_blocks(down, needed, width, hidden, activations, 1, pairs, down_scale, out);
+        });
+  });
   return y;
 }
 

@@ -11,7 +11,7 @@
 #include <exception>
 #include <optional>
 
-#include "numbers.h"
+#include "whole_numbers.h"
 
 namespace few_rows {
 
