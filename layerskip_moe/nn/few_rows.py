@@ -36,8 +36,8 @@ _instead: ContextVar[Mapping[int, tuple[Tensor, Tensor]]] = ContextVar("read_ins
 @contextmanager
 def reading(instead: Mapping[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
     """For a while, in this thread, let products of few rows read int8 copies instead of weights, by the weights' ids:
-    whole numbers `in_blocks`, and the scale of each output [..., O] in float32. Rows are rounded, too, to 16 bits. Needs
-    the kernels."""
+    whole numbers `in_blocks`, and the scale of each output [..., O] in float32. Rows are rounded, too, to 16 bits.
+    Needs the kernels."""
     token = _instead.set(instead)
     try:
         yield
@@ -80,8 +80,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wide: bool 
     """x [N, K] times weight [O, K] transposed, plus bias [O] -> [N, O] of x's type, or in float32 (wide); sums are
     float32. The weight may be int8 with a scale for each output row; one quantised in another way is dequantised."""
     if id(weight) in (instead := _instead.get()):
-        blocks, scales = instead[id(weight)]
-        return torch.ops.layerskip_moe_few_rows.linear_in_blocks.default(x, blocks, scales, bias, wide)
+        return torch.ops.layerskip_moe_few_rows.linear_in_blocks.default(x, *instead[id(weight)], bias, wide)
     values, scale = _parts(weight)
     if has_kernels():
         return torch.ops.layerskip_moe_few_rows.linear.default(x, values.contiguous(), scale, bias, wide)
@@ -96,9 +95,9 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: T
     """For x [N, D] the sum of its chosen [N, K] experts' outputs, times their weights [N, K] -> [N, D]; gate_up
     [E, 2F, D], down [E, D, F]. An expert is read once, whatever the number of rows that chose it."""
     if id(gate_up) in (instead := _instead.get()):
-        (up_blocks, up_scale), (down_blocks, down_scale) = instead[id(gate_up)], instead[id(down)]
+        (up_blocks, up_scales), (down_blocks, down_scales) = instead[id(gate_up)], instead[id(down)]
         return torch.ops.layerskip_moe_few_rows.experts_in_blocks.default(
-            x, chosen.contiguous(), weights.float().contiguous(), up_blocks, down_blocks, up_scale, down_scale
+            x, chosen.contiguous(), weights.float().contiguous(), up_blocks, down_blocks, up_scales, down_scales
         )
     if has_kernels() and _is_read(gate_up) and _is_read(down):
         (gate_up, gate_up_scale), (down, down_scale) = _parts(gate_up), _parts(down)

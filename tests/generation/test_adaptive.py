@@ -149,9 +149,28 @@ def test_rows_of_a_batch_draft_each_as_much_as_pays():
         for row in (0, 1):
             policy._acceptance.see(row, 1, [(0.3, row == 0)])
     policy._plan, (pair, other) = replace(policy._plan, exit_layer=0), policy.plan(session)
-    assert pair == other and pair[1] == 7, "the rule ends drafts"
+    assert pair == other and pair[1] > 0
     first, second = policy.margin_rule.kept(torch.ones(2, 7), [7, 7])
     assert first >= 3 and first > second
+
+
+def test_several_rows_draft_no_longer_than_pays_for_all():
+    """They wait for the one that drafts most, at a layer's time a step, which a row alone would gladly take."""
+    model = MoEDecoder(ModelConfig(23, n_layers=4, d_model=16, n_heads=2, num_experts=0, d_ff=8))
+
+    def planned(sure, unsure, **costs):
+        rows = list(range(sure + unsure))
+        policy, session = Adaptive(cost_model=cost_model(**costs)), OneText(model, row_numbers=rows)
+        policy.prepare(model, len(rows))
+        policy.plan(session)
+        for row in rows:
+            policy._acceptance.see(row, 1, [(1.0, row < sure)] * 30)
+        policy._plan = replace(policy._plan, exit_layer=0)
+        return policy.plan(session)[0]
+
+    assert planned(1, 0) == (1, 7) == planned(4, 0)
+    exit_layer, length = planned(2, 2)
+    assert exit_layer and 0 < length < 7
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

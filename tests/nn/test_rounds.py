@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from layerskip_moe.nn import KVCache, rounds
@@ -78,6 +78,8 @@ def test_one_call_is_many(model, data, rows, exit_layer, longest, temperature, i
         positions = cache.lengths[:, None] + torch.arange(longest + 1)
         drafter = quantize(model, "int8") if int8 else model
         tokens, drafts, states, margins = by_hand(model, cache, newest, exit_layer, noise, limits, positions, drafter)
+        near = 1e-3 if int8 else 1e-5  # (by int8 copies, states are rounded, too)
+        assume(not int8 or min((margin for row in margins for margin in row), default=1.0) > near)
         for compiled in (True, True) if int8 else (False, True, True):  # (the second time from a recording)
             with compiling(model, compiled):
                 copies = int8_copies(model) if int8 else None
@@ -86,7 +88,7 @@ def test_one_call_is_many(model, data, rows, exit_layer, longest, temperature, i
                 assert done.tokens[row, : limit + 1].tolist() == tokens[row]
                 assert done.drafts[row, :limit].tolist() == drafts[row]
                 if done.margins is not None:
-                    assert done.margins[row, :limit].tolist() == pytest.approx(margins[row], abs=1e-5)
+                    assert done.margins[row, :limit].tolist() == pytest.approx(margins[row], abs=near)
                 right = [one == other for one, other in zip(drafts[row], tokens[row], strict=False)]
                 assert done.accepted[row] == [*right, False].index(False)
             assert sorted(done.collected) == collect

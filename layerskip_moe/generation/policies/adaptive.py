@@ -71,14 +71,13 @@ class Adaptive:
     All rows of a batch draft by the same layers, each as many tokens as pay: a draft that is right with probability p,
     as are those before it, adds p tokens, and the time of a place more; so it is kept where p is at least that time
     times the tokens per second of the best plan. How likely a draft is right is told by its margin (`MarginRule`);
-    where margins are not known, all rows draft a fixed number. Several rows wait for the one that drafts most, so that of
-    their drafts the number is limited, too. The plan is chosen anew every eighth round, and changed
-    for one that is 2% better, by what exits promise and by how much of their promises they have kept; drafting must
-    promise 3% more than plain decoding, 6% of two to four rows or by int8 copies, 20% of more, and less while costs are
-    in doubt. Every
-    now and then a round asks what other exits would have said. Where drafting does not pay, decoding is plain for 16
-    steps, then 32, and so on up to 256, from look to look. What was learnt of acceptance is kept from text to text, and
-    how long steps take beside what was reckoned, too: where it is in doubt which of the two is faster, the other one is
+    where margins are not known, all rows draft a fixed number. Several rows wait for the one that drafts most, so the
+    number of their drafts is limited, too. The plan is chosen anew every eighth round, and changed for one that is 2%
+    better, by what exits promise and by how much of their promises they have kept; drafting must promise 3% more than
+    plain decoding, 6% of two to four rows or by int8 copies, 20% of more, and less while costs are in doubt. Every now
+    and then a round asks what other exits would have said. Where drafting does not pay, decoding is plain for 16 steps,
+    then 32, and so on up to 256, from look to look. What was learnt of acceptance is kept from text to text, and how
+    long steps take beside what was reckoned, too: where it is in doubt which of the two is faster, the other one is
     tried.
 
     length: the most drafts of a row in a round, K; None: 7, or 31 int8 ones. Of several rows as many as make 64 places
