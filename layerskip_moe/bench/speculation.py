@@ -40,7 +40,7 @@ class SpeculationSettings:
         int8_draft_lengths: of fixed pairs whose drafts are int8, at the last of these layers and at the last of all
         wrong_tokens: decoded where no draft is ever right
         batch_size: prompts of the batch, whose lengths differ
-        batch_repeats: times that the batch is decoded
+        batch_repeats: batches, which are made of the prompts in turn
         seed: of prompts and of sampling
     """
 
@@ -52,7 +52,7 @@ class SpeculationSettings:
     int8_draft_lengths: tuple[int, ...] = (7, 15)
     wrong_tokens: int = 512
     batch_size: int = 8
-    batch_repeats: int = 5
+    batch_repeats: int = 10
     seed: int = 0
 
 
@@ -76,7 +76,7 @@ def speculation_benchmark(
         with drafts_never_right():
             compared = compare_decoding(
                 model,
-                prompts[: max(len(prompts) // 4, 1)],
+                prompts,
                 {"plain": Autoregressive(), "adaptive": SelfSpeculative()},
                 max_new_tokens=settings.wrong_tokens,
                 temperature=temperature,
@@ -163,14 +163,15 @@ def _batch_row(
     settings: SpeculationSettings,
     progress: bool,
 ) -> dict[str, Any]:
-    """A batch of prompts of different lengths: adaptive over plain, each decoded several times, in turn."""
-    batch = prompts[: settings.batch_size]
-    ragged = [prompt[: max(len(prompt) * (index + 1) // len(batch), 1)] for index, prompt in enumerate(batch)]
+    """Batches of prompts of different lengths: adaptive over plain, in turn."""
+    size = min(settings.batch_size, len(prompts))
     strategies: dict[str, Strategy] = {"plain": Autoregressive(), "adaptive": SelfSpeculative()}
     speeds: dict[str, list[float]] = {name: [] for name in strategies}
     identical = 0
     for turn in tqdm(range(-1, settings.batch_repeats), desc="batch", disable=not progress, leave=False):
-        outputs = {}
+        outputs, first = {}, max(turn, 0) * size
+        batch = [prompts[place % len(prompts)] for place in range(first, first + size)]
+        ragged = [prompt[: max(len(prompt) * (index + 1) // size, 1)] for index, prompt in enumerate(batch)]
         for name in in_turn(list(strategies), max(turn, 0), settings.batch_repeats):
             out = generate(
                 model,
@@ -186,13 +187,13 @@ def _batch_row(
         identical += sum(map(list.__eq__, outputs["plain"], outputs["adaptive"])) if turn >= 0 else 0
     return {
         "temperature": temperature,
-        "batch_size": len(ragged),
+        "batch_size": size,
         "repeats": settings.batch_repeats,
         "plain_tokens_per_second": median(speeds["plain"]),
         "tokens_per_second": median(speeds["adaptive"]),
         "speed_up": _ratios(speeds["adaptive"], speeds["plain"]),
         "identical": identical,
-        "outputs": len(ragged) * settings.batch_repeats,
+        "outputs": size * settings.batch_repeats,
     }
 
 

@@ -206,10 +206,11 @@ class Session:
         first, noise = self._noise.get(stream, (done, None))
         used = [now - then for now, then in zip(done, first, strict=True)]
         if noise is None or max(used) + count > noise.shape[1]:
-            vocab_size = self.model.config.vocab_size
-            ahead = max(count, min(MOST_AHEAD, MOST_NOISE // (len(done) * vocab_size)))
-            # What is left is kept; of rows that have come to different places all is drawn anew.
-            left = None if noise is None or min(used) < max(used) else noise[:, used[0] :]
+            vocab_size, together = self.model.config.vocab_size, min(used) == max(used)
+            # What is left is kept; of rows that go on by different steps all is drawn anew, and no more than is needed:
+            # what lies ahead of one would be used up before that of another.
+            ahead = max(count, min(MOST_AHEAD, MOST_NOISE // (len(done) * vocab_size)) if together else 0)
+            left = None if noise is None or not together else noise[:, used[0] :]
             there = 0 if left is None else left.shape[1]
             places = self.cache.lengths[:, None] + torch.arange(there + 1, ahead + 1, device=self.newest.device)
             noise = gumbel_noise(self.sampling.seed, self.rows, places, vocab_size, stream=stream)

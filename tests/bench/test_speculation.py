@@ -108,7 +108,7 @@ def test_rows_and_tables(network):
         assert row["best_fixed"]["speed_up"] == max(pair["speed_up"] for pair in row["grid"])
         assert row["identical_in_grid"] == row["outputs_in_grid"] == 4 * 9
         assert row["over_best_fixed"]["low"] <= row["over_best_fixed"]["median"] <= row["over_best_fixed"]["high"]
-    assert [row["prompts"] for row in result["wrong"]] == [1, 1] and result["wrong"][0]["tokens"] == 8
+    assert [row["prompts"] for row in result["wrong"]] == [4, 4] and result["wrong"][0]["tokens"] == 8
     for row in result["batch"]:
         assert (row["batch_size"], row["identical"], row["outputs"]) == (3, 6, 6)
     tables = speculation_text(result).split("\n\n")

@@ -39,7 +39,8 @@ _REST, _LONGEST_REST = 16, 256  # steps of plain decoding from one look to the n
 _KNOWN = 30  # drafts judged of each exit, after which a text may begin without a look
 _DOUBT = 0.15  # of a fitted cost model: how far drafting may be from what it says, beside plain steps
 _SURE = 0.08  # doubt beyond this is worth a try of what else may be best
-_SHARES = (0.25, 0.5, 1.0)  # of how likely one draft must be right to be worth its time
+# Of how likely one int8 draft must be right to be worth its time: of one row's, and of several's, beside `_LENGTHS`.
+_SHARES, _SHARES_OF_SEVERAL = (0.25, 0.5, 1.0), (0.5,)
 _SUREST = 0.98  # of how likely a draft must be right
 _TIMED = 8  # plain steps that are timed, at the end of a rest
 
@@ -253,7 +254,7 @@ class Adaptive:
         seconds = self._reckoning.seconds
         more = seconds(exit_layer, 2, 3 * n_rows, n_rows) - seconds(exit_layer, 1, 2 * n_rows, n_rows)
         least = min(worth * max(more, 0.0) / n_rows, _SUREST)
-        shares = _SHARES if self.int8_drafts else (1.0,)
+        shares = (1.0,) if not self.int8_drafts else _SHARES if n_rows == 1 else _SHARES_OF_SEVERAL
         return max((self._of_least(exit_layer, rows, share * least) for share in shares), key=lambda plan: plan.worth)
 
     def _of_least(self, exit_layer: int, rows: list[int], least: float) -> "_Plan":
