@@ -5,6 +5,7 @@ Everything is timed as `generate` times it, strategies in turn, prompt by prompt
 Knows nothing of files. Next: `decoding.py`, which times; `speculation_tables.py`, which tells.
 """
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -40,7 +41,7 @@ class SpeculationSettings:
         int8_draft_lengths: of fixed pairs whose drafts are int8, at the last of these layers and at the last of all
         wrong_tokens: decoded where no draft is ever right
         batch_size: prompts of the batch, whose lengths differ
-        batch_repeats: batches, which are made of the prompts in turn
+        batches: how many, each of other prompts
         seed: of prompts and of sampling
     """
 
@@ -52,7 +53,7 @@ class SpeculationSettings:
     int8_draft_lengths: tuple[int, ...] = (7, 15)
     wrong_tokens: int = 512
     batch_size: int = 8
-    batch_repeats: int = 10
+    batches: int = 10
     seed: int = 0
 
 
@@ -168,11 +169,10 @@ def _batch_row(
     strategies: dict[str, Strategy] = {"plain": Autoregressive(), "adaptive": SelfSpeculative()}
     speeds: dict[str, list[float]] = {name: [] for name in strategies}
     identical = 0
-    for turn in tqdm(range(-1, settings.batch_repeats), desc="batch", disable=not progress, leave=False):
-        outputs, first = {}, max(turn, 0) * size
-        batch = [prompts[place % len(prompts)] for place in range(first, first + size)]
+    for turn in tqdm(range(-1, settings.batches), desc="batch", disable=not progress, leave=False):
+        outputs, batch = {}, random.Random(settings.seed + turn).sample(prompts, size)
         ragged = [prompt[: max(len(prompt) * (index + 1) // size, 1)] for index, prompt in enumerate(batch)]
-        for name in in_turn(list(strategies), max(turn, 0), settings.batch_repeats):
+        for name in in_turn(list(strategies), max(turn, 0), settings.batches):
             out = generate(
                 model,
                 ragged,
@@ -188,12 +188,12 @@ def _batch_row(
     return {
         "temperature": temperature,
         "batch_size": size,
-        "repeats": settings.batch_repeats,
+        "batches": settings.batches,
         "plain_tokens_per_second": median(speeds["plain"]),
         "tokens_per_second": median(speeds["adaptive"]),
         "speed_up": _ratios(speeds["adaptive"], speeds["plain"]),
         "identical": identical,
-        "outputs": size * settings.batch_repeats,
+        "outputs": size * settings.batches,
     }
 
 

@@ -199,7 +199,8 @@ class Session:
 
     def noise(self, count: int, *, stream: int = 0) -> Tensor | None:
         """Noise [A, count, V] for choosing the next `count` tokens of each row; None when greedy. It is drawn for more
-        places at a time: the next rounds need them, and places whose drafts were rejected are needed again."""
+        places at a time, where rows go on by equal steps: the next rounds need them, and places whose drafts were
+        rejected are needed again."""
         if self.sampling.greedy:
             return None
         done = [len(self.outputs[row]) for row in self._active]

@@ -27,17 +27,17 @@ MOST_ROWS = 64  # beyond, matrix products that read weights more than once are f
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_BLOCK = 32  # outputs; as in cpp/whole_numbers.h
+_PANEL = 32  # outputs; as in cpp/packed.h
 
-# By the id of a weight what is read instead of it: blocks and scales.
+# By the id of a weight what is read instead of it: packed int8 and scales.
 _instead: ContextVar[Mapping[int, tuple[Tensor, Tensor]]] = ContextVar("read_instead", default=MappingProxyType({}))
 
 
 @contextmanager
 def reading(instead: Mapping[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
     """For a while, in this thread, let products of few rows read int8 copies instead of weights, by the weights' ids:
-    whole numbers `in_blocks`, and the scale of each output [..., O] in float32. Rows are rounded, too, to 16 bits.
-    Needs the kernels."""
+    `packed` ones, and the scale of each output [..., O] in float32. Rows are rounded, too, to int16. Needs the
+    kernels."""
     token = _instead.set(instead)
     try:
         yield
@@ -45,12 +45,18 @@ def reading(instead: Mapping[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
         _instead.reset(token)
 
 
-def in_blocks(values: Tensor) -> Tensor:
-    """Whole numbers [..., O, K] int8 in blocks of 32 outputs [..., B, P, 64], B = O / 32 and P = K / 2 rounded up: the
-    outputs of a block side by side, in pairs of inputs, zeros where there are no more."""
-    padded = F.pad(values, (0, values.shape[-1] % 2, 0, -values.shape[-2] % _BLOCK))
-    pairs = padded.unflatten(-1, (-1, 2)).unflatten(-3, (-1, _BLOCK))  # [..., B, 32, P, 2]
+def packed(values: Tensor) -> Tensor:
+    """int8 [..., O, K] as panels of 32 outputs [..., O / 32, K / 2, 64], rounded up: a panel's outputs side by side, in
+    pairs of inputs, zeros where there are no more."""
+    padded = F.pad(values, (0, values.shape[-1] % 2, 0, -values.shape[-2] % _PANEL))
+    pairs = padded.unflatten(-1, (-1, 2)).unflatten(-3, (-1, _PANEL))  # [..., O / 32, 32, K / 2, 2]
     return pairs.transpose(-3, -2).flatten(-2)
+
+
+def packed_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """That of `packed` values of this shape."""
+    *matrices, outputs, inputs = shape
+    return *matrices, -(-outputs // _PANEL), -(-inputs // 2), 2 * _PANEL
 
 
 def are_few(x: Tensor) -> bool:
@@ -80,7 +86,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wide: bool 
     """x [N, K] times weight [O, K] transposed, plus bias [O] -> [N, O] of x's type, or in float32 (wide); sums are
     float32. The weight may be int8 with a scale for each output row; one quantised in another way is dequantised."""
     if id(weight) in (instead := _instead.get()):
-        return torch.ops.layerskip_moe_few_rows.linear_in_blocks.default(x, *instead[id(weight)], bias, wide)
+        return torch.ops.layerskip_moe_few_rows.linear_packed.default(x, *instead[id(weight)], bias, wide)
     values, scale = _parts(weight)
     if has_kernels():
         return torch.ops.layerskip_moe_few_rows.linear.default(x, values.contiguous(), scale, bias, wide)
@@ -95,9 +101,9 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: T
     """For x [N, D] the sum of its chosen [N, K] experts' outputs, times their weights [N, K] -> [N, D]; gate_up
     [E, 2F, D], down [E, D, F]. An expert is read once, whatever the number of rows that chose it."""
     if id(gate_up) in (instead := _instead.get()):
-        (up_blocks, up_scales), (down_blocks, down_scales) = instead[id(gate_up)], instead[id(down)]
-        return torch.ops.layerskip_moe_few_rows.experts_in_blocks.default(
-            x, chosen.contiguous(), weights.float().contiguous(), up_blocks, down_blocks, up_scales, down_scales
+        (up, up_scales), (back, back_scales) = instead[id(gate_up)], instead[id(down)]
+        return torch.ops.layerskip_moe_few_rows.experts_packed.default(
+            x, chosen.contiguous(), weights.float().contiguous(), up, back, up_scales, back_scales
         )
     if has_kernels() and _is_read(gate_up) and _is_read(down):
         (gate_up, gate_up_scale), (down, down_scale) = _parts(gate_up), _parts(down)

@@ -8,6 +8,7 @@ O outputs, K inputs. Knows nothing of drafting. Next: `rounds.py`, which drafts 
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from weakref import WeakKeyDictionary
 
@@ -32,8 +33,8 @@ class Int8Copies:
     rounded logit is another expert, nor of what is looked up or added.
 
     Attributes:
-        parts: by the id of a weight [..., O, K] its whole numbers in blocks (`few_rows.in_blocks`), int8, and the scale
-            of each output [..., O], float32
+        parts: by the id of a weight [..., O, K] its whole numbers, int8, `few_rows.packed`, and the scale of each
+            output [..., O], float32
         number: tells them from all others
     """
 
@@ -46,22 +47,22 @@ class Int8Copies:
         self._kinds = [(weight.dtype, weight.device) for _, _, weight in self._from]
         self.parts: dict[int, tuple[Tensor, Tensor]] = {}
         for _, _, weight in self._from:
-            blocks = few_rows.in_blocks(weight.new_empty(weight.shape, dtype=torch.int8))
+            panels = weight.new_empty(few_rows.packed_shape(weight.shape), dtype=torch.int8)
             scale = weight.new_empty(weight.shape[:-1], dtype=torch.float32)
-            self.parts[id(weight)] = blocks, scale
-            _round_into(blocks, scale, weight)
+            self.parts[id(weight)] = panels, scale
+            _round_into(panels, scale, weight)
 
     def follow(self) -> bool:
         """Round again what was changed in place since; False where a weight was put in another's place, or is of
         another type or elsewhere by now. (What is written through `.data`, or to a weight that was made in inference
         mode, is not seen: drafts are then of weights of before.)"""
         for index, (module, name, weight) in enumerate(self._from):
-            blocks, scale = self.parts[id(weight)]
+            panels, scale = self.parts[id(weight)]
             if getattr(module, name) is not weight or (weight.dtype, weight.device) != self._kinds[index]:
                 return False
             stamp = _stamp(weight)
             if stamp != self._stamps[index]:
-                _round_into(blocks, scale, weight)
+                _round_into(panels, scale, weight)
                 self._stamps[index] = stamp
         return True
 
@@ -107,7 +108,8 @@ def why_no_int8(model: MoEDecoder) -> str | None:
 
 def copies_are_small(model: MoEDecoder) -> bool:
     """Whether they take so little that they may be made unasked."""
-    return sum(getattr(module, name).numel() for module, name in _weights(model)) <= MOST_BYTES
+    shapes = [few_rows.packed_shape(getattr(module, name).shape) for module, name in _weights(model)]
+    return sum(map(math.prod, shapes)) <= MOST_BYTES
 
 
 def _weights(model: MoEDecoder) -> Iterator[tuple[nn.Module, str]]:
@@ -128,17 +130,13 @@ def _stamp(weight: Tensor) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _round_into(blocks: Tensor, scale: Tensor, weight: Tensor) -> None:
-    of_block = blocks.shape[-1] // 2
-    some = max(_MOST_WRITTEN // (of_block * weight.shape[-1]), 1)  # blocks at a time
-    matrices = weight.detach().flatten(0, -3) if weight.dim() > 2 else weight.detach()[None]
-    for into, by, matrix in zip(
-        blocks.flatten(0, -4) if weight.dim() > 2 else blocks[None],
-        scale.view(len(matrices), -1),
-        matrices,
-        strict=True,
-    ):
-        parts = into.split(some), by.split(some * of_block), matrix.split(some * of_block)
-        for some_blocks, some_scales, rows in zip(*parts, strict=True):
-            rounded, by_row = nearest(rows, rows.shape[-1], bits=8)
-            some_blocks.copy_(few_rows.in_blocks(rounded)), some_scales.copy_(by_row[:, 0])
+def _round_into(panels: Tensor, scale: Tensor, weight: Tensor) -> None:
+    outputs = panels.shape[-1] // 2  # of a panel
+    some = max(_MOST_WRITTEN // (outputs * weight.shape[-1]), 1)  # panels at a time
+    matrices = weight.detach().reshape(-1, *weight.shape[-2:])
+    by_matrix = panels.view(-1, *panels.shape[-3:]), scale.view(-1, scale.shape[-1]), matrices
+    for into, by, matrix in zip(*by_matrix, strict=True):
+        parts = into.split(some), by.split(some * outputs), matrix.split(some * outputs)
+        for some_panels, some_scales, rows in zip(*parts, strict=True):
+            values, of_rows = nearest(rows, rows.shape[-1], bits=8)
+            some_panels.copy_(few_rows.packed(values)), some_scales.copy_(of_rows[:, 0])

@@ -50,26 +50,21 @@ def hash_uniform(*keys: int | Tensor) -> Tensor:
     device). Returns float64 of the broadcast shape. The order of the keys matters; equal keys give equal
     numbers on every device.
     """
-    bits = _state(*keys)
-    # 52 random bits, centred in their cells, so that neither 0 nor 1 can come out (log needs that); with 53
-    # the half would not fit into a float64, and the last cell would round to 1.
-    bits = bits if isinstance(bits, Tensor) else torch.tensor(bits)
-    return (_shift_right(bits, 12).to(torch.float64) + 0.5) * 2.0**-52
+    bits = _hash(*keys)
+    return _uniform(bits if isinstance(bits, Tensor) else torch.tensor(bits))
 
 
 def hash_uniform_up_to(count: int, *keys: int | Tensor) -> Tensor:
     """`hash_uniform` of these keys, one of them a tensor at least, and of 0 to count - 1 -> [..., count]: on a CPU in
     one pass, where the kernels are."""
-    state = _state(*keys)
-    assert isinstance(state, Tensor)
-    if few_rows.serves(state.device) and has_kernels():
-        return torch.ops.layerskip_moe_few_rows.uniforms.default(state.contiguous(), count)
-    return hash_uniform(
-        *(key[..., None] if isinstance(key, Tensor) else key for key in keys), torch.arange(count, device=state.device)
-    )
+    hashes = _hash(*keys)
+    assert isinstance(hashes, Tensor)
+    if few_rows.serves(hashes.device) and has_kernels():
+        return torch.ops.layerskip_moe_few_rows.uniforms.default(hashes.contiguous(), count)
+    return _uniform(_mix((hashes[..., None] ^ torch.arange(count, device=hashes.device)) + _GOLDEN))
 
 
-def _state(*keys: int | Tensor) -> int | Tensor:
+def _hash(*keys: int | Tensor) -> int | Tensor:
     """What the keys come to, as an int64."""
     state: int | Tensor = 0
     for key in keys:
@@ -80,3 +75,9 @@ def _state(*keys: int | Tensor) -> int | Tensor:
         else:
             state = _mix_int((state ^ _wrap(key)) + _GOLDEN)
     return state
+
+
+def _uniform(bits: Tensor) -> Tensor:
+    # 52 random bits, centred in their cells, so that neither 0 nor 1 can come out (log needs that); with 53
+    # the half would not fit into a float64, and the last cell would round to 1.
+    return (_shift_right(bits, 12).to(torch.float64) + 0.5) * 2.0**-52

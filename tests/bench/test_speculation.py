@@ -92,7 +92,7 @@ def test_shadows_and_prompts_are_wrong_too(network):
 
 def test_rows_and_tables(network):
     settings = SpeculationSettings(
-        max_new_tokens=6, draft_lengths=(1, 2), wrong_tokens=8, batch_size=3, batch_repeats=2, temperatures=(0.0, 0.7)
+        max_new_tokens=6, draft_lengths=(1, 2), wrong_tokens=8, batch_size=3, batches=2, temperatures=(0.0, 0.7)
     )
     result = speculation_benchmark(network, {"one": PROMPTS, "other": PROMPTS[::-1]}, settings, progress=False)
     assert [(row["text"], row["temperature"]) for row in result["rows"]] == [

@@ -13,6 +13,7 @@ from layerskip_moe.generation import Autoregressive, Sampling, SelfSpeculative, 
 from layerskip_moe.generation.cost_model import CostModel
 from layerskip_moe.generation.policies import DEL, Adaptive
 from layerskip_moe.generation.policies.adaptive import candidate_exits
+from layerskip_moe.generation.policies.plans import best_by_margin
 from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.sampling import gumbel_noise
 from layerskip_moe.nn import ModelConfig, MoEDecoder
@@ -171,6 +172,32 @@ def test_several_rows_draft_no_longer_than_pays_for_all():
     assert planned(1, 0) == (1, 7) == planned(4, 0)
     exit_layer, length = planned(2, 2)
     assert exit_layer and 0 < length < 7
+
+
+def test_the_others_draft_on_by_the_same_layers_as_a_row_ends():
+    """Unless others are better by 2%: what they draft by is recorded."""
+    model = MoEDecoder(ModelConfig(23, n_layers=4, d_model=16, n_heads=2, num_experts=0, d_ff=8))
+    policy, session = Adaptive(cost_model=cost_model()), OneText(model, row_numbers=[0, 1, 2])
+    policy.prepare(model, 3)
+    policy.plan(session)
+    for row in range(3):
+        for exit_layer in (1, 2):
+            policy._acceptance.see(row, exit_layer, [(1.0, True)] * 60)
+    policy._plan, policy._rows = replace(policy._plan, exit_layer=0), []
+    best = policy.plan(session)[0][0]
+    other = 3 - best
+    worth = {}
+    for rows in ([0, 1, 2], [0, 1]):
+        for exit_layer in (best, other):
+            worth[len(rows), exit_layer] = best_by_margin(
+                policy._acceptance, policy._reckoning, exit_layer, rows, 7, worth=1e6, int8=False
+            ).worth
+    assert worth[2, best] > 1.02 * worth[2, other], "what follows would tell nothing"
+    for factor, expected in ((1.0, best), (worth[2, other] / worth[2, best] * 1.01, other)):
+        policy._plan = replace(policy._plan, exit_layer=other)
+        policy._rows, session.row_numbers = [0, 1, 2], [0, 1]
+        policy._reckoning._promises[best] = [1e6 * factor, 1e6]  # so far its promises are to be trusted
+        assert policy.plan(session)[0][0] == expected
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

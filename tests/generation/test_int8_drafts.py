@@ -89,6 +89,18 @@ def test_adaptive_drafts_by_them_where_it_can(trained_model, drafted_by, monkeyp
     assert asked_for.policy.int8_drafts
 
 
+@pytest.mark.parametrize(("rows", "int8"), [(5, True), (32, True), (33, False)])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_so_it_does_for_as_many_rows_as_may_draft(trained_model, drafted_by, rows, int8, temperature):
+    model, strategy = trained_model(n_layers=3, max_seq_len=64), SelfSpeculative()
+    prompts = [[(3 * row + place) % 23 for place in range(1 + row % 4)] for row in range(rows)]
+    how = dict(max_new_tokens=24, temperature=temperature)
+    expected = generate(model, prompts, **how).tokens
+    for _ in range(2):  # it goes on learning
+        assert generate(model, prompts, strategy, **how).tokens == expected
+    assert strategy.policy.int8_drafts == int8 and {by for _, by in drafted_by} <= {int8}
+
+
 def test_a_strategy_takes_texts_of_both_kinds_in_turn(trained_model):
     model, strategy = trained_model(n_layers=3, max_seq_len=64), SelfSpeculative()
     for how in ({}, {"top_p": 0.9}, {}, {"compile": False}, {"top_k": 3}, {}):

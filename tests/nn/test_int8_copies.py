@@ -3,7 +3,7 @@ import torch
 
 from layerskip_moe.nn import int8_copies as file
 from layerskip_moe.nn.compiling import compiling
-from layerskip_moe.nn.few_rows import in_blocks
+from layerskip_moe.nn.few_rows import packed
 from layerskip_moe.nn.int8_copies import copies_are_small, int8_copies, why_no_int8
 from layerskip_moe.pretrained import quantize
 
@@ -26,14 +26,13 @@ def test_the_numbers_are_those_of_a_quantised_model(tiny_model, monkeypatch, nam
         parts = int8_copies(model).parts
     weights, expected = dict(model.named_parameters()), dict(quantize(model, "int8").named_parameters())
     copied = [key for key, weight in expected.items() if hasattr(weight, "qdata")]
-    inputs = {id(weight): weight.shape[-1] for weight in weights.values()}
     for key in copied:
-        blocks, scale = parts[id(weights[key])]
-        assert blocks.dtype == torch.int8 and torch.equal(blocks, in_blocks(expected[key].qdata))
+        panels, scale = parts[id(weights[key])]
+        assert panels.dtype == torch.int8 and torch.equal(panels, packed(expected[key].qdata))
         assert scale.dtype == torch.float32 and torch.equal(scale, expected[key].scale[..., 0].float())
     # A tied head is read as int8, too, which a quantised model's is not.
     assert len(parts) == len(copied) + model.config.tie_embeddings
-    monkeypatch.setattr(file, "MOST_BYTES", sum(scale.numel() * inputs[key] for key, (_, scale) in parts.items()))
+    monkeypatch.setattr(file, "MOST_BYTES", sum(panels.numel() for panels, _ in parts.values()))
     assert copies_are_small(model)
     monkeypatch.setattr(file, "MOST_BYTES", file.MOST_BYTES - 1)
     assert not copies_are_small(model)
@@ -44,14 +43,14 @@ def test_weights_are_followed(tiny_model):
     with compiling(model):
         copies = int8_copies(model)
         weight, other = model.blocks[0].attention.qkv.weight, model.blocks[1].attention.qkv.weight
-        (blocks, scale), untouched = copies.parts[id(weight)], copies.parts[id(other)][0].clone()
+        (panels, scale), untouched = copies.parts[id(weight)], copies.parts[id(other)][0].clone()
         with torch.no_grad():
             weight.mul_(2.0)
             weight[0] = 1.0
         before = scale.clone()
         assert int8_copies(model) is copies
         torch.testing.assert_close(scale[1:], 2 * before[1:])
-        assert (blocks[0, :, :2] == 127).all() and scale[0].item() == pytest.approx(1 / 127.5)
+        assert (panels[0, :, :2] == 127).all() and scale[0].item() == pytest.approx(1 / 127.5)
         assert torch.equal(copies.parts[id(other)][0], untouched)
 
         model.blocks[0].attention.qkv.weight = torch.nn.Parameter(weight.detach().clone())

@@ -1,13 +1,13 @@
 """Adaptive: drafts as much as promises most tokens per second, by what is seen of this text and timed on this machine.
 
-Expected tokens come from `acceptance.py`, seconds from `reckoning.py`.
+Expected tokens come from `acceptance.py`, seconds from `reckoning.py`, and what both come to from `plans.py`.
 
 A rows, K drafts at most, L layers. Knows nothing of how a round is made. Next: `../self_speculative.py`.
 """
 
 import math
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from layerskip_moe.generation.fit_cost_model import fit_cost_model
 from layerskip_moe.generation.policies.acceptance import Acceptance
 from layerskip_moe.generation.policies.fixed import check_length
 from layerskip_moe.generation.policies.new_text import NewText
+from layerskip_moe.generation.policies.plans import PLAIN, best_by_margin, best_length
 from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.policies.reckoning import Reckoning
 from layerskip_moe.generation.session import MOST_NOISE, Session
@@ -31,7 +32,6 @@ _PAYS, _PAYS_FOR_SEVERAL, _PAYS_IN_BATCHES = 1.03, 1.06, 1.2
 _FEW = 4  # rows whose weights are waited for longer than their sums
 _MOST_ROWS_INT8 = few_rows.MOST_ROWS // 2  # of which each may have a draft
 _MOST, _MOST_INT8 = 7, 31  # drafts of a row in a round, of the weights themselves and of int8 copies
-_LENGTHS = (1, 2, 3, 5)  # of several rows' drafts that are weighed, beside the most
 _RETHINK = 8  # rounds from one choice of a plan to the next
 # Rounds from one look at what other exits would have said to the next, times the rows: at first, and later.
 _LOOK, _LOOK_LATER = 10, 96
@@ -39,30 +39,7 @@ _REST, _LONGEST_REST = 16, 256  # steps of plain decoding from one look to the n
 _KNOWN = 30  # drafts judged of each exit, after which a text may begin without a look
 _DOUBT = 0.15  # of a fitted cost model: how far drafting may be from what it says, beside plain steps
 _SURE = 0.08  # doubt beyond this is worth a try of what else may be best
-# Of how likely one int8 draft must be right to be worth its time: of one row's, and of several's, beside `_LENGTHS`.
-_SHARES, _SHARES_OF_SEVERAL = (0.25, 0.5, 1.0), (0.5,)
-_SUREST = 0.98  # of how likely a draft must be right
 _TIMED = 8  # plain steps that are timed, at the end of a rest
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Tokens per second that are promised, layers that draft (0: none), the most drafts of a row, how likely they must
-    all be right for the last one to be kept, and how far the exit's promises are to be trusted (`Reckoning.trust`)."""
-
-    worth: float
-    exit_layer: int
-    length: int
-    least: float
-    trust: float = 1.0
-
-    @property
-    def truly(self) -> float:
-        """Tokens per second that are expected, all told."""
-        return self.worth * self.trust
-
-
-_PLAIN = _Plan(0.0, 0, 0, 0.0)
 
 
 class Adaptive:
@@ -119,7 +96,7 @@ class Adaptive:
         self._last: tuple[int, int] | None = None  # what the last round was: exit layer and rows; None: none
         self._rounds = self._rest = self._looks = 0
         self._to_look, self._next_rest = _LOOK, 0
-        self._plan, self._rows = _PLAIN, list[int]()
+        self._plan, self._rows = PLAIN, list[int]()
         self._n_layers, self._most_int8 = 0, _MOST_INT8
         self._has_room = False  # whether texts end after the longest drafts of this round
         self._tells_margins, self._filters = True, False  # whether rounds do; whether this text is filtered
@@ -142,7 +119,7 @@ class Adaptive:
             raise ValueError("the cost model is of another network; fit one to this model, or leave it out.")
         if self._prepared_for is None or self._prepared_for() is not model:
             self._acceptances, self._looks, self._to_look = {}, 0, _LOOK
-            self._is_new_text, self._plan, self._rest, self._rows = NewText(), _PLAIN, 0, []
+            self._is_new_text, self._plan, self._rest, self._rows = NewText(), PLAIN, 0, []
         if cost is not self.cost_model:
             self._reckoning = Reckoning(cost, doubt=_DOUBT)
         self.cost_model, self._prepared_for, self._prepared_how = cost, weakref.ref(model), (rows, one_call)
@@ -185,7 +162,7 @@ class Adaptive:
             self._acceptances[kind] = Acceptance(self.exits, sure=whole)
         self._acceptance = self._acceptances[kind]
         self._acceptance.begin()
-        self._rest, self._next_rest, self._plan, self._last = 0, 0, _PLAIN, None
+        self._rest, self._next_rest, self._plan, self._last = 0, 0, PLAIN, None
         self._rows = list[int]()
         self._filters = session.sampling.filters
         if not self._acceptance.seen:  # people's text is harder than the model's own, and no measure of it for long
@@ -232,61 +209,24 @@ class Adaptive:
         pays = _PAYS if len(rows) == 1 else several
         # What is not done now is tried where it may well be better.
         tried = math.exp(max(reckoning.doubt - _SURE, 0.0) * (1 if self._plan.exit_layer else -1))
-        plain = replace(_PLAIN, worth=len(rows) / reckoning.seconds(0, 0, len(rows), len(rows)))
+        plain = replace(PLAIN, worth=len(rows) / reckoning.seconds(0, 0, len(rows), len(rows)))
         same = rows == self._rows
         known = max(plain.worth, self._plan.truly if self._plan.exit_layer and same else 0.0)
         plans = [replace(plain, worth=plain.worth * tried * pays)]
+        length = self._most_drafts(len(rows))
         for exit_layer in self._acceptance.exits:
-            plans.append(replace(self._best(exit_layer, rows, known), trust=reckoning.trust(exit_layer)))
+            of_exit = self._acceptance, reckoning, exit_layer, rows, length
+            if self._knows_margins:
+                plan = best_by_margin(*of_exit, worth=known, int8=self.int8_drafts)
+            else:
+                plan = best_length(*of_exit)
+            plans.append(replace(plan, trust=reckoning.trust(exit_layer)))
         best = max(plans, key=lambda plan: plan.truly)
         present = next(plan for plan in plans if plan.exit_layer == self._plan.exit_layer)
-        self._plan = best if best.truly > _BETTER * present.truly or not (same or present.exit_layer) else present
+        # (Where a row has ended, what the others draft by is recorded; another exit would have to be, at first.)
+        goes_on = same or bool(self._rows and present.exit_layer)
+        self._plan = present if goes_on and best.truly <= _BETTER * present.truly else best
         self._rows = rows
-
-    def _best(self, exit_layer: int, rows: list[int], worth: float) -> "_Plan":
-        """The best plan for that exit, where so many tokens per second are known to be possible."""
-        n_rows = len(rows)
-        if not self._knows_margins:
-            return self._of_least(exit_layer, rows, 0.0)
-        assert self._reckoning is not None
-        # What it costs that every row keeps one more is to run them through all layers. (Of int8 drafts, also to make
-        # the next one, which is worth something, too.)
-        seconds = self._reckoning.seconds
-        more = seconds(exit_layer, 2, 3 * n_rows, n_rows) - seconds(exit_layer, 1, 2 * n_rows, n_rows)
-        least = min(worth * max(more, 0.0) / n_rows, _SUREST)
-        shares = (1.0,) if not self.int8_drafts else _SHARES if n_rows == 1 else _SHARES_OF_SEVERAL
-        return max((self._of_least(exit_layer, rows, share * least) for share in shares), key=lambda plan: plan.worth)
-
-    def _of_least(self, exit_layer: int, rows: list[int], least: float) -> "_Plan":
-        """The best plan for that exit, and drafts kept while they are so likely to be right."""
-        assert self._acceptance is not None and self._reckoning is not None
-        n_rows, seconds = len(rows), self._reckoning.seconds
-        length = self._most_drafts(n_rows)
-        by_draft = [*zip(*(self._acceptance.course(row, exit_layer, least, length) for row in rows), strict=True)]
-        best, tokens = _Plan(0.0, exit_layer, 0, least), float(n_rows)
-        if (
-            self._knows_margins and by_draft
-        ):  # they end drafts, and the length those of several rows, which wait for one
-            # The shares of rounds in which some row keeps so many, and so makes one more.
-            some = [1 - math.prod([1 - kept for kept, _ in of_rows]) for of_rows in by_draft]
-            places, longest, most = float(n_rows), 0.0, 1.0
-            for drafts, of_rows in enumerate(by_draft, start=1):
-                places += sum([kept for kept, _ in of_rows])
-                tokens += sum([kept * right for kept, right in of_rows])
-                longest += some[drafts - 1]
-                if drafts == length or (n_rows > 1 and drafts in _LENGTHS):
-                    found = tokens / seconds(exit_layer, longest, places, n_rows, most)
-                    if found > best.worth:
-                        best = replace(best, worth=found, length=drafts)
-                most += some[drafts - 1]
-            return best
-        for drafts, of_rows in enumerate(by_draft, start=1):  # of which all are kept
-            tokens += sum([right for _, right in of_rows])
-            found = tokens / seconds(exit_layer, drafts, n_rows * (drafts + 1), n_rows)
-            if found <= best.worth:
-                break
-            best = replace(best, worth=found, length=drafts)
-        return best
 
     def _most_drafts(self, n_rows: int) -> int:
         """Of each of so many rows. Verification of more than 64 places is another kind of work than that of fewer."""

@@ -56,7 +56,7 @@ inline void softmax(Numbers& scores) {
   for (int64_t s = 0; s < whole; s += WIDTH) totals += load(score + s);
   total = sum(totals);
   for (int64_t s = whole; s < length; ++s) total += score[s];
-  const float share = 1.0f / total;
+  const float share = 1.0f / total;  // one division for all
   for_each(score, score, length, [&](Floats values, Floats) { return values * share; });
 }
 
@@ -103,8 +103,9 @@ void attend_to_row(const Cached* keys, const Cached* values, std::vector<Reader>
     const Cached* block[SLOTS];
     for (int s = 0; s < SLOTS; ++s) block[s] = keys + std::min(slot + s, last - 1) * head_dim;
     // What is read next is asked for while this is scored, values too: they are wanted as soon as all keys were.
-    for (int64_t d = 0; d < SLOTS * head_dim; d += LINE)
-      __builtin_prefetch(keys + (slot + AHEAD * SLOTS) * head_dim + d), __builtin_prefetch(values + slot * head_dim + d, 0, 2);
+    const int64_t later = slot + AHEAD * SLOTS;
+    for (int64_t d = later * head_dim; d < std::min(later + SLOTS, last) * head_dim; d += LINE) __builtin_prefetch(keys + d);
+    for (int64_t d = slot * head_dim; d < std::min(slot + SLOTS, last) * head_dim; d += LINE) __builtin_prefetch(values + d, 0, 2);
     for (Reader& reader : readers) score(block, reader, slot, head_dim, scale);
   }
   for (Reader& reader : readers) softmax(reader.weights);

@@ -6,12 +6,13 @@
 //
 // N rows, K inputs, O outputs, D width, F expert hidden size, E experts, H query heads, G key-value heads, C slots.
 // Weights and states may be float32, bfloat16 or float16, weights also int8 with a scale per output row; sums are
-// float32. What drafts read instead of weights are int8 blocks (whole_numbers.h). Knows nothing of the network. Next: few_rows.py, which says what each operator is; numbers.h, and what
-// includes it.
+// float32. What drafts read instead of weights is packed int8 (packed.h). Knows nothing of the network. Next:
+// few_rows.py, which says what each operator is; numbers.h, and what includes it.
 
 #include <torch/csrc/stable/library.h>
 
 #include "attention.h"
+#include "noise.h"
 #include "rounds.h"
 
 STABLE_TORCH_LIBRARY(layerskip_moe_few_rows, library) {
@@ -19,9 +20,9 @@ STABLE_TORCH_LIBRARY(layerskip_moe_few_rows, library) {
   library.def(
       "experts(Tensor x, Tensor chosen, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_scale, "
       "Tensor? down_scale) -> Tensor");
-  library.def("linear_in_blocks(Tensor x, Tensor weight, Tensor scale, Tensor? bias, bool wide) -> Tensor");
+  library.def("linear_packed(Tensor x, Tensor weight, Tensor scale, Tensor? bias, bool wide) -> Tensor");
   library.def(
-      "experts_in_blocks(Tensor x, Tensor chosen, Tensor weights, Tensor gate_up, Tensor down, Tensor gate_up_scale, "
+      "experts_packed(Tensor x, Tensor chosen, Tensor weights, Tensor gate_up, Tensor down, Tensor gate_up_scale, "
       "Tensor down_scale) -> Tensor");
   library.def("embed(Tensor tokens, Tensor table) -> Tensor");
   library.def("norm(Tensor x, Tensor weight, float epsilon) -> Tensor");
@@ -32,7 +33,7 @@ STABLE_TORCH_LIBRARY(layerskip_moe_few_rows, library) {
   library.def("route(Tensor logits, Tensor? bias, int top_k, bool normalize) -> (Tensor, Tensor)");
   library.def(
       "remember(Tensor logits, Tensor(a!) memory, Tensor rows, Tensor positions, float[] weights, int hold) -> Tensor");
-  library.def("uniforms(Tensor states, int count) -> Tensor");
+  library.def("uniforms(Tensor hashes, int count) -> Tensor");
   library.def("choose(Tensor logits, Tensor? noise) -> (Tensor, Tensor)");
   library.def(
       "attend(Tensor queries, Tensor new_keys, Tensor new_values, Tensor(a!) keys, Tensor(b!) values, Tensor rows, "
@@ -52,8 +53,8 @@ STABLE_TORCH_LIBRARY(layerskip_moe_few_rows, library) {
 STABLE_TORCH_LIBRARY_IMPL(layerskip_moe_few_rows, CPU, library) {
   library.impl("linear", TORCH_BOX(&few_rows::linear));
   library.impl("experts", TORCH_BOX(&few_rows::experts));
-  library.impl("linear_in_blocks", TORCH_BOX(&few_rows::linear_in_blocks));
-  library.impl("experts_in_blocks", TORCH_BOX(&few_rows::experts_in_blocks));
+  library.impl("linear_packed", TORCH_BOX(&few_rows::linear_packed));
+  library.impl("experts_packed", TORCH_BOX(&few_rows::experts_packed));
   library.impl("embed", TORCH_BOX(&few_rows::embed));
   library.impl("norm", TORCH_BOX(&few_rows::norm));
   library.impl("rotate", TORCH_BOX(&few_rows::rotate));

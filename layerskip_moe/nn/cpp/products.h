@@ -28,10 +28,10 @@ inline void give_some(Count count, const float* products, const Column& scales, 
   for (int i = 0; scales.there() && i < count.value; ++i) out[i] = products[i] * scales[first + i];
 }
 
-// The products of a block, by their scales: out [outputs].
-inline void give_block(const float* products, const float* scales, int64_t block, int64_t outputs, float* out) {
-  const int64_t first = block * BLOCK, count = std::min(BLOCK, outputs - first);
-  if (count == BLOCK) for (int64_t i = 0; i < BLOCK; ++i) out[first + i] = products[i] * scales[first + i];
+// The products of a panel, by their scales: out [outputs]. (A count that is known makes vectors of the loop.)
+inline void give_panel(const float* products, const float* scales, int64_t panel, int64_t outputs, float* out) {
+  const int64_t first = panel * PANEL, count = std::min(PANEL, outputs - first);
+  if (count == PANEL) for (int64_t i = 0; i < PANEL; ++i) out[first + i] = products[i] * scales[first + i];
   else for (int64_t i = 0; i < count; ++i) out[first + i] = products[i] * scales[first + i];
 }
 
@@ -54,27 +54,27 @@ inline void linear_into(
   });
 }
 
-inline void check_blocks(const Tensor& weight, const Tensor& scale, int64_t matrices, int64_t outputs, int64_t inputs) {
+inline void check_packed(const Tensor& weight, const Tensor& scale, int64_t matrices, int64_t outputs, int64_t inputs) {
   check_dense(weight), check_dense(scale);
-  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char && scale.scalar_type() == ScalarType::Float, "blocks are int8, their scales float32");
-  check_sizes(weight.numel() == matrices * blocks_of(outputs) * block_bytes(inputs) && scale.numel() == matrices * outputs);
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char && scale.scalar_type() == ScalarType::Float, "packed weights are int8, their scales float32");
+  check_sizes(weight.numel() == matrices * panels_of(outputs) * panel_bytes(inputs) && scale.numel() == matrices * outputs);
 }
 
-// The same of a weight in blocks [B, pairs, 64], as many outputs as there are scales.
-inline void linear_in_blocks_into(
+// The same of a packed weight [panels, pairs, 64], of as many outputs as there are scales.
+inline void linear_packed_into(
     const Tensor& y, const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias) {
   const int64_t rows = present_rows(x), inputs = x.size(1), outputs = scale.numel();
-  const auto* blocks = static_cast<const int8_t*>(weight.data_ptr());
+  const auto* panels = static_cast<const int8_t*>(weight.data_ptr());
   const float* scales = static_cast<const float*>(scale.data_ptr());
   const Column biases(bias);
   const Reading floats(x);
   Writing products(y, rows * outputs);
   const RoundedRows rounded(floats.data(), rows, inputs);
-  torch::stable::parallel_for(0, weight.size(0), grain(block_bytes(inputs)), [&](int64_t begin, int64_t end) {
-    multiply_blocks(blocks, begin, end, rounded.rows(), inputs, [&](int64_t block, int64_t n, const float* some) {
+  torch::stable::parallel_for(0, panels_of(outputs), grain(panel_bytes(inputs)), [&](int64_t begin, int64_t end) {
+    multiply_panels(panels, begin, end, rounded.rows(), inputs, [&](int64_t panel, int64_t n, const float* some) {
       float* out = products.data() + n * outputs;
-      give_block(some, scales, block, outputs, out);
-      for (int64_t o = block * BLOCK; biases.there() && o < std::min(outputs, (block + 1) * BLOCK); ++o) out[o] += biases[o];
+      give_panel(some, scales, panel, outputs, out);
+      for (int64_t o = panel * PANEL; biases.there() && o < std::min(outputs, (panel + 1) * PANEL); ++o) out[o] += biases[o];
     });
   });
 }
@@ -90,11 +90,12 @@ inline Tensor linear(
   return y;
 }
 
-inline Tensor linear_in_blocks(const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias, bool wide) {
-  check_blocks(weight, scale, 1, scale.numel(), x.size(1));
-  check_sizes(x.dim() == 2 && (!bias || bias->numel() == scale.numel()));
+inline Tensor linear_packed(const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias, bool wide) {
+  check_sizes(x.dim() == 2);
+  check_packed(weight, scale, 1, scale.numel(), x.size(1));
+  check_sizes(!bias || bias->numel() == scale.numel());
   Tensor y = torch::stable::new_empty(x, {x.size(0), scale.numel()}, wide ? ScalarType::Float : x.scalar_type());
-  perform([=] { linear_in_blocks_into(y, x, weight, scale, bias); });
+  perform([=] { linear_packed_into(y, x, weight, scale, bias); });
   return y;
 }
 
@@ -149,17 +150,17 @@ void multiply_needed(
   });
 }
 
-// The same for matrices in blocks.
-inline void multiply_needed_blocks(
+// The same for packed matrices.
+inline void multiply_needed_packed(
     const Tensor& w, const std::vector<Needed>& needed, int64_t outputs, int64_t inputs, const float* x, int64_t sharing, int64_t pairs,
     const Tensor& scale, Numbers& out) {
-  const auto* blocks = static_cast<const int8_t*>(w.data_ptr());
+  const auto* panels = static_cast<const int8_t*>(w.data_ptr());
   const float* scales = static_cast<const float*>(scale.data_ptr());
-  const int64_t units = blocks_of(outputs);
+  const int64_t units = panels_of(outputs);
   const RoundedRows rounded(x, pairs / sharing, inputs);
-  for_needed(needed, units, grain(block_bytes(inputs)), rounded.rows(), sharing, [&](const Needed& one, const auto& x_of, int64_t first, int64_t last) {
-    multiply_blocks(blocks + one.expert * units * block_bytes(inputs), first, last, x_of, inputs, [&](int64_t block, int64_t n, const float* some) {
-      give_block(some, scales + one.expert * outputs, block, outputs, out.data() + one.pairs[n] * outputs);
+  for_needed(needed, units, grain(panel_bytes(inputs)), rounded.rows(), sharing, [&](const Needed& one, const auto& x_of, int64_t first, int64_t last) {
+    multiply_panels(panels + one.expert * units * panel_bytes(inputs), first, last, x_of, inputs, [&](int64_t panel, int64_t n, const float* some) {
+      give_panel(some, scales + one.expert * outputs, panel, outputs, out.data() + one.pairs[n] * outputs);
     });
   });
 }
@@ -215,24 +216,25 @@ inline Tensor experts(
   return y;
 }
 
-// The same of matrices in blocks, of so many experts; scales [E, outputs].
-inline Tensor experts_in_blocks(
+// The same of packed matrices [E, panels, pairs, 64]; scales [E, outputs].
+inline Tensor experts_packed(
     const Tensor& x, const Tensor& chosen, const Tensor& weights, const Tensor& gate_up, const Tensor& down, const Tensor& gate_up_scale,
     const Tensor& down_scale) {
+  check_sizes(x.dim() == 2 && chosen.dim() == 2 && gate_up.size(0) > 0);
   const int64_t n_experts = gate_up.size(0), width = x.size(1), top_k = chosen.size(1), hidden = gate_up_scale.numel() / n_experts / 2;
   check_dense(chosen, ScalarType::Long), check_dense(weights, ScalarType::Float);
   check_sizes(chosen.size(0) == x.size(0) && weights.numel() == chosen.numel());
-  check_blocks(gate_up, gate_up_scale, n_experts, 2 * hidden, width), check_blocks(down, down_scale, n_experts, width, hidden);
+  check_packed(gate_up, gate_up_scale, n_experts, 2 * hidden, width), check_packed(down, down_scale, n_experts, width, hidden);
   Tensor y = torch::stable::new_empty(x, x.sizes());
   perform([=] {
     const int64_t pairs = present_rows(x) * top_k;
     experts_into(
         y, x, chosen, weights, n_experts, hidden,
         [&](const auto& needed, const float* states, Numbers& out) {
-          multiply_needed_blocks(gate_up, needed, 2 * hidden, width, states, top_k, pairs, gate_up_scale, out);
+          multiply_needed_packed(gate_up, needed, 2 * hidden, width, states, top_k, pairs, gate_up_scale, out);
         },
         [&](const auto& needed, const float* activations, Numbers& out) {
-          multiply_needed_blocks(down, needed, width, hidden, activations, 1, pairs, down_scale, out);
+          multiply_needed_packed(down, needed, width, hidden, activations, 1, pairs, down_scale, out);
         });
   });
   return y;

@@ -175,30 +175,6 @@ inline Tensor remember(
   return y;
 }
 
-inline uint64_t mix_bits(uint64_t bits) {
-  bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9u;
-  bits = (bits ^ bits >> 27) * 0x94D049BB133111EBu;
-  return bits ^ bits >> 31;
-}
-
-// noise.py's `hash_uniform` of keys 0..count - 1, after those that its states [...] come of -> [..., count] float64.
-inline Tensor uniforms(const Tensor& states, int64_t count) {
-  check_dense(states, ScalarType::Long);
-  std::vector<int64_t> sizes(states.sizes().begin(), states.sizes().end());
-  sizes.push_back(count);
-  Tensor y = torch::stable::new_empty(states, sizes, ScalarType::Double);
-  const auto* state = static_cast<const uint64_t*>(states.data_ptr());
-  auto* number = static_cast<double*>(y.data_ptr());
-  torch::stable::parallel_for(0, states.numel(), std::max<int64_t>(1, NUMBERS_PER_THREAD / std::max<int64_t>(1, count)), [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n)
-      for (uint64_t key = 0; key < static_cast<uint64_t>(count); ++key) {
-        const uint64_t bits = mix_bits((key ^ state[n]) + 0x9E3779B97F4A7C15u);
-        number[n * count + key] = (static_cast<double>(bits >> 12) + 0.5) * 0x1p-52;
-      }
-  });
-  return y;
-}
-
 // What a row says, and by how much it is larger than what is largest but for it.
 struct Choice {
   int64_t token;

@@ -11,7 +11,7 @@
 #include <exception>
 #include <optional>
 
-#include "whole_numbers.h"
+#include "packed.h"
 
 namespace few_rows {
 
