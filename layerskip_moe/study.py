@@ -24,7 +24,7 @@ from layerskip_moe.generation import (
 )
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.nn.compiling import compiling
-from layerskip_moe.nn.int8_copies import copies_are_small, why_no_int8
+from layerskip_moe.nn.int8_copies import are_made_unasked, why_no_int8
 from layerskip_moe.training import TrainResult
 
 
@@ -136,7 +136,7 @@ def study(
         "self-speculative, adaptive": SelfSpeculative(),
     }
     with compiling(model):
-        if why_no_int8(model) is None and copies_are_small(model):  # else that is what it does
+        if why_no_int8(model) is None and are_made_unasked(model):  # else that is what it does
             strategies["self-speculative, adaptive, no int8"] = SelfSpeculative(int8_drafts=False)
     settings: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "seed": config.seed, "progress": progress}
     greedy = compare_decoding(model, prompts, strategies, **settings)

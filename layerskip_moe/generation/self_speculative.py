@@ -71,8 +71,9 @@ class SelfSpeculative:
             time: the whole model may draft then, exit_layer=L. On a CPU, compiled, in rounds of one call: without
             `should_stop`, `top_k`, `top_p` and penalties, with shared noise, of at most 64 places, prompts times
             drafts + 1. True refuses what cannot be. None: where `SelfSpeculative()` is left to find its own settings,
-            of up to 32 prompts, where they can be, and take 1 GiB or less. They stay as long as the model, and follow
-            its weights, but for what is written through `.data`, or to weights made in inference mode.
+            of up to 32 prompts, where they can be, on a processor with AVX2 or AVX-512, and where they take 1 GiB or
+            less. They stay as long as the model, and follow its weights, but for what is written through `.data`, or to
+            weights made in inference mode.
     """
 
     exit_layer: int | None = None

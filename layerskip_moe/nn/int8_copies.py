@@ -106,8 +106,11 @@ def why_no_int8(model: MoEDecoder) -> str | None:
     return None if has_kernels() else "there are no kernels here"
 
 
-def copies_are_small(model: MoEDecoder) -> bool:
-    """Whether they take so little that they may be made unasked."""
+def are_made_unasked(model: MoEDecoder) -> bool:
+    """Whether they are made where nobody asked for them: where the processor has instructions for their products (AVX2
+    or AVX-512; elsewhere they may take longer than the weights do), and they take little."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return False
     shapes = [few_rows.packed_shape(getattr(module, name).shape) for module, name in _weights(model)]
     return sum(map(math.prod, shapes)) <= MOST_BYTES
 

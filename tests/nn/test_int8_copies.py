@@ -4,7 +4,7 @@ import torch
 from layerskip_moe.nn import int8_copies as file
 from layerskip_moe.nn.compiling import compiling
 from layerskip_moe.nn.few_rows import packed
-from layerskip_moe.nn.int8_copies import copies_are_small, int8_copies, why_no_int8
+from layerskip_moe.nn.int8_copies import are_made_unasked, int8_copies, why_no_int8
 from layerskip_moe.pretrained import quantize
 
 NETWORKS = {
@@ -32,10 +32,15 @@ def test_the_numbers_are_those_of_a_quantised_model(tiny_model, monkeypatch, nam
         assert scale.dtype == torch.float32 and torch.equal(scale, expected[key].scale[..., 0].float())
     # A tied head is read as int8, too, which a quantised model's is not.
     assert len(parts) == len(copied) + model.config.tie_embeddings
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(file, "MOST_BYTES", sum(panels.numel() for panels, _ in parts.values()))
-    assert copies_are_small(model)
+    assert are_made_unasked(model)
     monkeypatch.setattr(file, "MOST_BYTES", file.MOST_BYTES - 1)
-    assert not copies_are_small(model)
+    assert not are_made_unasked(model)
+    monkeypatch.setattr(file, "MOST_BYTES", 2**30)
+    assert are_made_unasked(model)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert not are_made_unasked(model)
 
 
 def test_weights_are_followed(tiny_model):

@@ -1,11 +1,16 @@
 """Products with int8 panels in the place of weights, as drafts are computed: against the formula, and row by row."""
 
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip_moe.nn import few_rows
+from layerskip_moe.nn import few_rows, kernels
 from layerskip_moe.nn.kernels import has_kernels
 from layerskip_moe.nn.rounding import nearest
 
@@ -123,3 +128,50 @@ def test_packed_weights_of_other_sizes_are_refused():
     gate_up, other = torch.zeros(2, 48, 24), torch.zeros(2, 24, 24)
     with few_rows.reading({id(gate_up): both, id(other): down}), pytest.raises(RuntimeError, match="fit together"):
         few_rows.experts(x, torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), gate_up, other)
+
+
+PROGRAM = r"""
+#include "packed.h"
+#include <cstdio>
+using namespace few_rows;
+int main() {  // products of 1 to 9 rows of 37 inputs with 64 outputs, then a sum
+  constexpr int64_t INPUTS = 37;
+  std::vector<int8_t> panels(2 * panel_bytes(INPUTS));
+  std::vector<float> x(9 * INPUTS);
+  uint32_t state = 1;
+  const auto draw = [&] { return (state = state * 1664525u + 1013904223u) >> 16; };
+  for (auto& weight : panels) weight = static_cast<int8_t>(draw());
+  for (float& value : x) value = static_cast<float>(draw()) / 4096.0f - 8.0f;
+  for (int64_t rows = 1; rows <= 9; ++rows) {
+    const RoundedRows rounded(x.data(), rows, INPUTS);
+    multiply_panels(panels.data(), 0, 2, rounded.rows(), INPUTS, [&](int64_t panel, int64_t n, const float* products) {
+      for (int64_t o = 0; o < PANEL; ++o) std::printf("%ld %ld %ld %a\n", (long)n, (long)panel, (long)o, products[o]);
+    });
+  }
+  Floats registers[WIDTH];
+  for (int64_t i = 0; i < WIDTH * WIDTH; ++i) registers[i / WIDTH][i % WIDTH] = static_cast<float>(i);
+  const Floats sums = sum_each(registers);
+  for (int64_t i = 0; i < WIDTH; ++i) {
+    const float expected = static_cast<float>(i * WIDTH * WIDTH + WIDTH * (WIDTH - 1) / 2);
+    if (sums[i] != expected) return 1;
+  }
+}
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="there are others of one kind only")
+@pytest.mark.parametrize("processor", ["x86-64", "haswell"])
+def test_another_processor_computes_the_same(tmp_path, processor):
+    """By the instructions it has: of sums of whole numbers the order does not matter."""
+    if processor == "haswell" and "AVX" not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("this one has fewer")
+    source, said = tmp_path / "program.cpp", []
+    source.write_text(PROGRAM)
+    includes = [Path(kernels.__file__).with_name("cpp"), Path(torch.__file__).parent / "include"]
+    flags = [flag for flag in kernels._FLAGS if flag not in ("-O3", "-shared") and "march" not in flag]
+    for march in ("native", processor):
+        compiler = shutil.which("c++") or shutil.which("g++")
+        command = [compiler, "-O1", f"-march={march}", *flags, *(f"-I{folder}" for folder in includes)]
+        subprocess.run([*command, str(source), "-o", str(tmp_path / march)], check=True)
+        said.append(subprocess.run([tmp_path / march], check=True, capture_output=True, text=True).stdout)
+    assert said[0] == said[1] and said[0].count("\n") == 64 * sum(range(1, 10))

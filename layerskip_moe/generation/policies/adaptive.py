@@ -21,7 +21,7 @@ from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.policies.reckoning import Reckoning
 from layerskip_moe.generation.session import MOST_NOISE, Session
 from layerskip_moe.nn import MoEDecoder, few_rows
-from layerskip_moe.nn.int8_copies import copies_are_small, why_no_int8
+from layerskip_moe.nn.int8_copies import are_made_unasked, why_no_int8
 from layerskip_moe.nn.ragged import Judged, MarginRule
 from layerskip_moe.refusals import shown
 
@@ -62,9 +62,10 @@ class Adaptive:
         together, of 33 to 64 none
     cost_model: seconds of a round, which are taken as they are; None: fitted to the model when first needed, see
         `fit_cost_model`, and corrected by how long steps take
-    int8_drafts: whether drafts are made from int8 copies of the weights; None: of up to 32 rows, where they can be, and
-        take 1 GiB or less; with a cost model, as that has it. Then exits are up to the last layer. (What is told of
-        other exits is of the weights themselves, which is nearly the same.)
+    int8_drafts: whether drafts are made from int8 copies of the weights; None: of up to 32 rows, where they can be, on
+        a processor with AVX2 or AVX-512, and where they take 1 GiB or less; with a cost model, as that has it. Then
+        exits are up to the last layer. (What is told of other exits is of the weights themselves, which is nearly the
+        same.)
     """
 
     should_stop = None
@@ -107,7 +108,7 @@ class Adaptive:
         cost, config = self.cost_model, model.config
         if not self._given:
             wants = (
-                rows <= _MOST_ROWS_INT8 and copies_are_small(model) if self._wants_int8 is None else self._wants_int8
+                rows <= _MOST_ROWS_INT8 and are_made_unasked(model) if self._wants_int8 is None else self._wants_int8
             )
             self.int8_drafts = wants and one_call and why_no_int8(model) is None
         self.exits = candidate_exits(config.n_layers, deep=self.int8_drafts)
