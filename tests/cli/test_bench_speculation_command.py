@@ -3,7 +3,7 @@
 import json
 
 SMALL = ["--num-prompts", 2, "--prompt-length", 3, "--max-new-tokens", 4, "--wrong-tokens", 5, "--batch-size", 2]
-SMALL += ["--batch-repeats", 1, "--draft-lengths", 1, "--device", "cpu"]
+SMALL += ["--batches", 1, "--draft-lengths", 1, "--device", "cpu"]
 
 
 def test_tables_and_a_file(shell, checkpoint, text, tmp_path):
