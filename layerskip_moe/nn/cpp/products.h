@@ -138,8 +138,8 @@ void for_needed(const std::vector<Needed>& needed, int64_t units, int64_t least,
 // which so many pairs share.
 template <class Weight>
 void multiply_needed(
-    const Weight* w, const std::vector<Needed>& needed, int64_t outputs, int64_t inputs, const float* x, int64_t sharing, int64_t pairs,
-    const Column& scales, Numbers& out) {
+    const Weight* w, const Column& scales, const std::vector<Needed>& needed, int64_t outputs, int64_t inputs, const float* x,
+    int64_t sharing, int64_t pairs, Numbers& out) {
   std::vector<const float*> rows;
   for (int64_t n = 0; n < pairs / sharing; ++n) rows.push_back(x + n * inputs);
   for_needed(needed, outputs, grain(inputs * sizeof *w), rows, sharing, [&](const Needed& one, const auto& x_of, int64_t first, int64_t last) {
@@ -152,8 +152,8 @@ void multiply_needed(
 
 // The same for packed matrices.
 inline void multiply_needed_packed(
-    const Tensor& w, const std::vector<Needed>& needed, int64_t outputs, int64_t inputs, const float* x, int64_t sharing, int64_t pairs,
-    const Tensor& scale, Numbers& out) {
+    const Tensor& w, const Tensor& scale, const std::vector<Needed>& needed, int64_t outputs, int64_t inputs, const float* x,
+    int64_t sharing, int64_t pairs, Numbers& out) {
   const auto* panels = static_cast<const int8_t*>(w.data_ptr());
   const float* scales = static_cast<const float*>(scale.data_ptr());
   const int64_t units = panels_of(outputs);
@@ -165,7 +165,7 @@ inline void multiply_needed_packed(
   });
 }
 
-// into(needed experts, rows' inputs, gates_and_ups) and back(needed experts, pairs' activations, result) are the two products.
+// into and back are the two products: by all that follows the scales in `multiply_needed`.
 template <class Into, class Back>
 void experts_into(
     const Tensor& y, const Tensor& x, const Tensor& chosen, const Tensor& weights, int64_t n_experts, int64_t hidden, const Into& into,
@@ -177,9 +177,9 @@ void experts_into(
   const std::vector<Needed> needed = experts_needed(static_cast<const int64_t*>(chosen.data_ptr()), pairs, n_experts);
   // Threads share out the outputs of all needed experts, first of gate_up and then of down, and read them as they lie:
   // going through gate and up side by side is slower, a fifth on the machine this was measured on.
-  into(needed, floats.data(), gates_and_ups);
+  into(needed, 2 * hidden, width, floats.data(), top_k, pairs, gates_and_ups);
   activate_rows(gates_and_ups.data(), pairs, hidden, activation.data());
-  back(needed, activation.data(), result);
+  back(needed, width, hidden, activation.data(), 1, pairs, result);
   Writing total(y, rows * width);
   std::fill_n(total.data(), rows * width, 0.0f);
   for (int64_t pair = 0; pair < pairs; ++pair)  // a row's experts are added in the order of its choice
@@ -196,21 +196,15 @@ inline Tensor experts(
   check_sizes(!gate_up_scale || gate_up_scale->numel() == gate_up.size(0) * gate_up.size(1));
   check_sizes(!down_scale || down_scale->numel() == down.size(0) * down.size(1));
   Tensor y = torch::stable::new_empty(x, x.sizes());
-  const int64_t n_experts = gate_up.size(0), hidden = down.size(2), width = x.size(1), top_k = chosen.size(1);
+  const int64_t n_experts = gate_up.size(0), hidden = down.size(2);
   perform([=] {
     const Column gate_up_scales(gate_up_scale), down_scales(down_scale);
-    const int64_t pairs = present_rows(x) * top_k;
     with_weight_type(gate_up.scalar_type(), [&](auto type) {
       const auto* up = static_cast<decltype(type)>(gate_up.data_ptr());
       const auto* back = static_cast<decltype(type)>(down.data_ptr());
       experts_into(
-          y, x, chosen, weights, n_experts, hidden,
-          [&](const auto& needed, const float* states, Numbers& out) {
-            multiply_needed(up, needed, 2 * hidden, width, states, top_k, pairs, gate_up_scales, out);
-          },
-          [&](const auto& needed, const float* activations, Numbers& out) {
-            multiply_needed(back, needed, width, hidden, activations, 1, pairs, down_scales, out);
-          });
+          y, x, chosen, weights, n_experts, hidden, [&](auto&&... rest) { multiply_needed(up, gate_up_scales, rest...); },
+          [&](auto&&... rest) { multiply_needed(back, down_scales, rest...); });
     });
   });
   return y;
@@ -221,21 +215,15 @@ inline Tensor experts_packed(
     const Tensor& x, const Tensor& chosen, const Tensor& weights, const Tensor& gate_up, const Tensor& down, const Tensor& gate_up_scale,
     const Tensor& down_scale) {
   check_sizes(x.dim() == 2 && chosen.dim() == 2 && gate_up.size(0) > 0);
-  const int64_t n_experts = gate_up.size(0), width = x.size(1), top_k = chosen.size(1), hidden = gate_up_scale.numel() / n_experts / 2;
+  const int64_t n_experts = gate_up.size(0), width = x.size(1), hidden = gate_up_scale.numel() / n_experts / 2;
   check_dense(chosen, ScalarType::Long), check_dense(weights, ScalarType::Float);
   check_sizes(chosen.size(0) == x.size(0) && weights.numel() == chosen.numel());
   check_packed(gate_up, gate_up_scale, n_experts, 2 * hidden, width), check_packed(down, down_scale, n_experts, width, hidden);
   Tensor y = torch::stable::new_empty(x, x.sizes());
   perform([=] {
-    const int64_t pairs = present_rows(x) * top_k;
     experts_into(
-        y, x, chosen, weights, n_experts, hidden,
-        [&](const auto& needed, const float* states, Numbers& out) {
-          multiply_needed_packed(gate_up, needed, 2 * hidden, width, states, top_k, pairs, gate_up_scale, out);
-        },
-        [&](const auto& needed, const float* activations, Numbers& out) {
-          multiply_needed_packed(down, needed, width, hidden, activations, 1, pairs, down_scale, out);
-        });
+        y, x, chosen, weights, n_experts, hidden, [&](auto&&... rest) { multiply_needed_packed(gate_up, gate_up_scale, rest...); },
+        [&](auto&&... rest) { multiply_needed_packed(down, down_scale, rest...); });
   });
   return y;
 }
