@@ -3,6 +3,10 @@
 Each prompt is decoded alone, step by step, by the very calls of plain decoding, so that what is recorded is what
 drafting would meet, to the last bit. Prompts and held-out text are run whole, as prompts are.
 
+Drafts made from int8 copies of the weights go by keys and values that are int8's, too, from the round's first place on.
+So what they say at a place depends on where the round began, and all rounds there may be are asked, from the last place
+to the first: each writes over the cache behind it, which the next ones do not read.
+
 L layers, M MoE layers, K experts chosen, N states, D width, V vocabulary.
 Knows nothing of files. Next: `trace.py`, what is recorded.
 """
@@ -20,8 +24,12 @@ from layerskip_moe.analysis.held_out import LIVE_LOGITS, run_layers
 from layerskip_moe.analysis.trace import TracedText
 from layerskip_moe.generation import Sampling, Session, check_prompts, generate
 from layerskip_moe.generation.sampling import choose, choose_by_margin, choose_with_confidence, gumbel_noise
-from layerskip_moe.nn import ModelConfig, MoEDecoder, RunOutput
+from layerskip_moe.nn import ModelConfig, MoEDecoder, RunOutput, few_rows
+from layerskip_moe.nn.compiling import compiling
+from layerskip_moe.nn.int8_copies import int8_copies, why_no_int8
 from layerskip_moe.nn.modes import evaluating
+
+MOST_INT8 = 31  # drafts of a round of int8 ones, which is as many as `Adaptive` makes
 
 
 def record_texts(
@@ -32,6 +40,7 @@ def record_texts(
     max_new_tokens: int,
     temperatures: Sequence[float] = (0.0, 0.8),
     seed: int = 0,
+    int8_length: int = MOST_INT8,
     compile: bool = True,
     progress: bool = True,
 ) -> list[TracedText]:
@@ -40,10 +49,14 @@ def record_texts(
     prompts: token ids; prompt i is decoded alone, for exactly max_new_tokens tokens, with seed + i, as
     `compare_decoding` does. A prompt's own positions are asked too, with the temperature and noise of the continuation.
     held_out: texts of 2 tokens or more. compile: as in `generate`.
+    int8_length: drafts of a round that are recorded of int8 copies, 0 to 63; they are left out where there can be no
+    copies, see `why_no_int8`.
 
-    Raises ValueError for what `generate` refuses, temperatures that repeat, and held-out texts that are too short, too
-    long or of other tokens.
+    Raises ValueError for what `generate` refuses, temperatures that repeat, held-out texts that are too short, too long
+    or of other tokens, and another int8_length.
     """
+    if not 0 <= int8_length < few_rows.MOST_ROWS:
+        raise ValueError(f"int8_length={int8_length} must be 0 to {few_rows.MOST_ROWS - 1}.")
     if len(set(temperatures)) != len(temperatures):
         raise ValueError(f"temperatures={list(temperatures)} must differ from each other.")
     samplings = [Sampling(temperature, seed=seed + i) for temperature in temperatures for i, _ in enumerate(prompts)]
@@ -64,7 +77,7 @@ def record_texts(
     with tqdm(total=len(samplings) + len(held_out), desc="tracing", disable=not progress, leave=False) as bar:
         for index, sampling in enumerate(samplings):
             prompt = prompts[index % len(prompts)]
-            texts.append(_continued(model, list(prompt), sampling, max_new_tokens, compile))
+            texts.append(_continued(model, list(prompt), sampling, max_new_tokens, int8_length, compile))
             bar.update()
         for text in held_out:
             texts.append(_read(model, list(text)))
@@ -75,13 +88,18 @@ def record_texts(
 @dataclass
 class _Recording:
     """A strategy, plain decoding of one prompt, that keeps what every layer says: each list's parts are of a few
-    states, one after the other."""
+    states, one after the other.
 
+    int8_length: drafts of each round that int8 copies are asked for"""
+
+    int8_length: int = 0
     said: list[Tensor] = field(default_factory=list)  # [L, N] each, as the next three
     second: list[Tensor] = field(default_factory=list)
     confidence: list[Tensor] = field(default_factory=list)
     margin: list[Tensor] = field(default_factory=list)
     experts: list[Tensor] = field(default_factory=list)  # [M, N, K] each
+    int8_right: Tensor | None = None  # [L, N, D], as the next, where there are copies
+    int8_margin: Tensor | None = None
 
     def check(self, config: ModelConfig) -> None:
         """Any model will do."""
@@ -100,6 +118,8 @@ class _Recording:
     def step(self, session: Session) -> None:
         """One token, and what the other layers would have said."""
         self._run(session, session.newest, session.positions(1), session.noise(1))
+        if session.remaining == [1]:
+            self._ask_copies(session)
         session.append(self.said[-1][-1:])
 
     def _run(self, session: Session, tokens: Tensor, positions: Tensor, noise: Tensor | None) -> None:
@@ -107,6 +127,37 @@ class _Recording:
         hidden, cache = model.embed(tokens), session.cache
         output = model.run(hidden, layers, positions=positions, cache=cache, collect=layers, choices=True)
         self.keep(model, output, session.sampling, noise)
+
+    def _ask_copies(self, session: Session) -> None:
+        """All rounds of int8 drafts that there may be, at the end of the text."""
+        model, layers, sampling = session.model, range(session.model.config.n_layers), session.sampling
+        if not self.int8_length or why_no_int8(model) is not None:
+            return
+        copies = int8_copies(model)
+        assert copies is not None, "nothing stands against them"
+        newest = int(session.cache.lengths)
+        begin = newest + 1 - session.max_new_tokens
+        tokens, positions = session.tokens[:, : newest + 1], torch.arange(newest + 1, device=model.device)[None]
+        noise = None
+        if not sampling.greedy:
+            noise = gumbel_noise(sampling.seed, session.rows, positions[:, begin:] + 1, model.config.vocab_size)[0]
+        text = torch.cat([tokens[0, begin + 1 :], self.said[-1][-1].to(model.device)])
+        shape = len(layers), len(text), self.int8_length
+        right, margins = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
+        with few_rows.reading(copies.parts), compiling(model, False):  # what is recorded is the weights' own
+            for place in reversed(range(len(text))):
+                count = min(self.int8_length, len(text) - place)
+                at = slice(begin + place, begin + place + count)
+                output = model.run(
+                    model.embed(tokens[:, at]), layers, positions=positions[:, at], cache=session.cache, collect=layers
+                )
+                there = slice(place, place + count)
+                for layer in layers:
+                    logits = model.unembed(output.collected[layer][0])
+                    drafts, by = choose_by_margin(logits, sampling, None if noise is None else noise[there])
+                    right[layer, place, :count] = (drafts == text[there]).cpu()
+                    margins[layer, place, :count] = by.float().cpu()
+        self.int8_right, self.int8_margin = right, margins
 
     def keep(self, model: MoEDecoder, output: RunOutput, sampling: Sampling, noise: Tensor | None) -> None:
         """Ask the states of one row at N positions, with their noise [1, N, V]."""
@@ -128,14 +179,18 @@ class _Recording:
 
     def text(self, tokens: Sequence[int], prompt_length: int, sampling: Sampling) -> TracedText:
         """What was kept, of these tokens."""
-        parts = {name: torch.cat(getattr(self, name), dim=1).numpy() for name in vars(self)}
-        return TracedText(np.array(tokens), prompt_length, sampling.temperature, sampling.seed, **parts)
+        asked = self.said, self.second, self.confidence, self.margin, self.experts
+        parts = [torch.cat(some, dim=1).numpy() for some in asked]
+        none = torch.zeros(len(self.said[0]), len(tokens) - prompt_length, 0)
+        right = none.bool() if self.int8_right is None else self.int8_right
+        parts += [right.numpy(), (none if self.int8_margin is None else self.int8_margin).numpy()]
+        return TracedText(np.array(tokens), prompt_length, sampling.temperature, sampling.seed, *parts)
 
 
 def _continued(
-    model: MoEDecoder, prompt: list[int], sampling: Sampling, max_new_tokens: int, compile: bool
+    model: MoEDecoder, prompt: list[int], sampling: Sampling, max_new_tokens: int, int8_length: int, compile: bool
 ) -> TracedText:
-    recording = _Recording()
+    recording = _Recording(int8_length)
     [new] = generate(
         model,
         [prompt],

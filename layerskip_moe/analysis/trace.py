@@ -3,7 +3,8 @@
 On a text that the model wrote itself, drafts are that very text up to the first one that is refused. So how many drafts
 a round accepts, whatever drafted them, can be read off, and drafting policies can be compared without decoding again.
 
-L layers, M MoE layers, K experts chosen, T tokens of a text; state p, one of T - 1, is asked for token p + 1.
+L layers, M MoE layers, K experts chosen, T tokens of a text, N of them new, D drafts; state p, one of T - 1, is asked
+for token p + 1.
 Knows nothing of models or policies. Next: `record_trace.py`, which makes one; `bench/replay.py`, which reads it.
 """
 
@@ -23,10 +24,16 @@ from layerskip_moe.refusals import require_whole, shortened, shown
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
-_VERSION = 3  # of the file
+_VERSION = 4  # of the file
 _MOST_BYTES = 2**32  # of its arrays, unpacked
 _PER_STATE = ("said", "second", "confidence", "margin", "experts")
-_REAL = ("confidence", "margin")
+_PER_DRAFT = ("int8_right", "int8_margin")
+_KINDS = {
+    "confidence": "f",
+    "margin": "f",
+    "int8_right": "b",
+    "int8_margin": "f",
+}  # of arrays; others are whole numbers
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,10 @@ class TracedText:
         margin: [L, T - 1] float32, by how much what it says was chosen before `second`, in logits and noise
             (`nn/ragged.py`)
         experts: [M, T - 1, K] the experts chosen, by MoE layer, rising
+        int8_right: [L, N, D] bool: of a round at each new token's place, and D drafts made from int8 copies of the
+            weights, whether each layer would draft the text, behind drafts that are. False beyond the text's end. D is
+            0 where that was not recorded
+        int8_margin: [L, N, D] float32, their margins; 0 beyond the text's end
     """
 
     tokens: Array
@@ -56,6 +67,8 @@ class TracedText:
     confidence: Array
     margin: Array
     experts: Array
+    int8_right: Array
+    int8_margin: Array
 
     @property
     def is_own(self) -> bool:
@@ -111,6 +124,9 @@ def save_trace(trace: Trace, path: str | Path) -> None:
     arrays: dict[str, Any] = {"tokens": np.concatenate([text.tokens for text in trace.texts])}
     for name in _PER_STATE:
         arrays[name] = np.concatenate([getattr(text, name) for text in trace.texts], axis=1)
+    own = [text for text in trace.texts if text.is_own] or trace.texts[:1]  # (which then have no new tokens)
+    for name in _PER_DRAFT:
+        arrays[name] = np.concatenate([getattr(text, name) for text in own], axis=1)
     counts = {"tokens": config.vocab_size, "said": config.vocab_size, "second": config.vocab_size}
     for name, count in (counts | {"experts": config.num_experts}).items():
         arrays[name] = arrays[name].astype(np.min_scalar_type(max(count - 1, 0)))
@@ -137,7 +153,7 @@ def load_trace(path: str | Path) -> Trace:
         config = ModelConfig(**header["config"])
         for entry in header["texts"]:
             _check_entry(entry)
-        lengths = [entry["tokens"] for entry in header["texts"]]
+        lengths = [(entry["tokens"], entry["prompt_length"]) for entry in header["texts"]]
         about = {**header["about"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({shortened(str(error)).rstrip('.')}); record it anew.") from None
@@ -151,7 +167,7 @@ def _read_arrays(file: IO[bytes]) -> dict[str, Array]:
             raise ValueError("unpacked it would fill the memory")
     file.seek(0)
     with np.load(file, allow_pickle=False) as archive:
-        arrays = {name: archive[name] for name in ("header", "tokens", *_PER_STATE)}
+        arrays = {name: archive[name] for name in ("header", "tokens", *_PER_STATE, *_PER_DRAFT)}
     if not all(isinstance(array, np.ndarray) for array in arrays.values()):  # a member that is no array comes as bytes
         raise ValueError("not all of it are arrays")
     return arrays
@@ -173,33 +189,40 @@ def _check_entry(entry: Any) -> None:
         raise ValueError(f"temperature={shown(temperature)} must be 0 or more")
 
 
-def _check_arrays(path: str | Path, arrays: dict[str, Array], config: ModelConfig, lengths: list[int]) -> None:
-    """Raise ValueError unless the arrays hold texts of these lengths, in tokens and experts of this network."""
+def _check_arrays(
+    path: str | Path, arrays: dict[str, Array], config: ModelConfig, lengths: list[tuple[int, int]]
+) -> None:
+    """Raise ValueError unless the arrays hold texts of these lengths, and prompts, in tokens and experts of this
+    network."""
     moe_layers = sum(map(config.is_moe, range(config.n_layers)))
-    states = sum(lengths) - len(lengths)
+    tokens, given = (sum(some) for some in zip(*lengths, strict=True)) if lengths else (0, 0)
+    states, drafts = tokens - len(lengths), arrays["int8_right"].shape[-1:]
     expected: dict[str, tuple[int, ...]] = {
-        "tokens": (sum(lengths),),
+        "tokens": (tokens,),
         "experts": (moe_layers, states, config.top_k if moe_layers else 0),
         **{name: (config.n_layers, states) for name in _PER_STATE[:-1]},
+        **{name: (config.n_layers, tokens - given, *drafts) for name in _PER_DRAFT},
     }
     for name, shape in expected.items():
         found = arrays[name]
         if found.shape != shape:
             raise ValueError(f"{path} is damaged: its {name} have shape {found.shape}, not {shape}.")
-        if found.dtype.kind not in ("f" if name in _REAL else "iu"):
+        if found.dtype.kind not in _KINDS.get(name, "iu"):
             raise ValueError(f"{path} is damaged: its {name} are of type {found.dtype}; record it anew.")
-        if name == "margin" and not (found >= 0).all():  # (nor are they what is no number)
-            raise ValueError(f"{path} is damaged: its margins are not all 0 or more; record it anew.")
+        if name.endswith("margin") and not (found >= 0).all():  # (nor are they what is no number)
+            raise ValueError(f"{path} is damaged: its {name}s are not all 0 or more; record it anew.")
         count = config.num_experts if name == "experts" else config.vocab_size
-        if name not in _REAL and found.size and not 0 <= found.min() <= found.max() < count:
+        if name not in _KINDS and found.size and not 0 <= found.min() <= found.max() < count:
             raise ValueError(f"{path} is damaged: its {name} are not all among 0 to {count - 1}; record it anew.")
 
 
 def _texts(entries: list[dict[str, Any]], arrays: dict[str, Array]) -> Iterator[TracedText]:
     """The arrays cut into texts."""
-    token = state = 0
+    token = state = new = 0
     for entry in entries:
         length = entry.pop("tokens")
+        end = new + length - entry["prompt_length"]
         parts: dict[str, Any] = {name: arrays[name][:, state : state + length - 1] for name in _PER_STATE}
+        parts |= {name: arrays[name][:, new:end] for name in _PER_DRAFT}
         yield TracedText(tokens=arrays["tokens"][token : token + length], **entry, **parts)
-        token, state = token + length, state + length - 1
+        token, state, new = token + length, state + length - 1, end

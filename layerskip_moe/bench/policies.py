@@ -5,10 +5,11 @@ are a sample, which the intervals are about: percentiles of the figures of promp
 same draws for all policies. What is chosen on these prompts (the fixed pair, a published policy's exit layer) is not
 chosen anew.
 
-Knows nothing of files or models. Next: `replay.py`, `oracle.py`; `policy_tables.py`, which tells the result.
+Knows nothing of files or models. Next: `contenders.py`, `replay.py`, `oracle.py`; `policy_tables.py`, which tells the
+result.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
@@ -19,34 +20,14 @@ from tqdm.auto import tqdm
 
 from layerskip_moe.analysis.margins import told_by_margin
 from layerskip_moe.analysis.trace import Array, TracedText
+from layerskip_moe.bench.contenders import PUBLISHED, MakePolicy, contenders
 from layerskip_moe.bench.oracle import fixed_seconds, oracle
 from layerskip_moe.bench.replay import ReplayedRound, replay
 from layerskip_moe.bench.rounds import RoundCost, TextRounds
 from layerskip_moe.bench.trees import best_tree
 from layerskip_moe.generation.cost_model import CostModel
-from layerskip_moe.generation.policies import DEL, Adaptive, Cascade, DraftVerify, Fixed, Heuristic
-from layerskip_moe.generation.policies.policy import Policy
+from layerskip_moe.generation.policies import Fixed
 from layerskip_moe.nn import ModelConfig
-
-# Makes a policy that has learnt nothing yet.
-MakePolicy = Callable[[], Policy]
-
-PUBLISHED = ("Heuristic", "DraftVerify", "DEL", "Cascade")
-
-
-def contenders(n_layers: int, cost: RoundCost) -> dict[str, list[MakePolicy]]:
-    """The policies that are compared, by name; of several settings of one, the fastest is shown. `Adaptive` is among
-    them where it can reckon with the cost model itself."""
-    exits = range(1, n_layers)
-    ours: dict[str, list[MakePolicy]] = {}
-    if isinstance(cost, CostModel):
-        ours["Adaptive"] = [partial(Adaptive, cost_model=cost)]
-    return ours | {
-        "Heuristic": [partial(Heuristic, n) for n in exits],
-        "DraftVerify": [partial(DraftVerify, n) for n in exits],
-        "DEL": [DEL],
-        "Cascade": [partial(Cascade, n) for n in exits],
-    }
 
 
 @dataclass(frozen=True)
@@ -81,6 +62,8 @@ class PolicyComparison:
         exit_layers: of the fixed pairs
         draft_lengths: likewise, from 0
         fixed_seconds: [exit layers, draft lengths] of all prompts together
+        int8_exit_layers, int8_draft_lengths, int8_fixed_seconds: likewise, of int8 drafts; none where these were not
+            recorded
         runs: plain, best fixed, then the policies, the best tree, then the oracles of one exit layer and of all
         told: how well exits tell where they are right, as `told_by_margin` has it
         resamples: of the prompts, for the intervals
@@ -92,6 +75,9 @@ class PolicyComparison:
     exit_layers: list[int]
     draft_lengths: list[int]
     fixed_seconds: Array
+    int8_exit_layers: list[int]
+    int8_draft_lengths: list[int]
+    int8_fixed_seconds: Array
     runs: list[PolicyRun]
     told: list[dict[str, Any]]
     resamples: int
@@ -133,6 +119,9 @@ class PolicyComparison:
             "exit_layers": self.exit_layers,
             "draft_lengths": self.draft_lengths,
             "speed_up": (totals[plain] / self.fixed_seconds).tolist(),
+            "int8_exit_layers": self.int8_exit_layers,
+            "int8_draft_lengths": self.int8_draft_lengths,
+            "int8_speed_up": (totals[plain] / self.int8_fixed_seconds).tolist(),
             "rows": rows,
             "told": self.told,
             "resamples": self.resamples,
@@ -146,6 +135,7 @@ def compare_policies(
     cost: RoundCost,
     policies: Mapping[str, Sequence[MakePolicy]] | None = None,
     *,
+    int8_cost: RoundCost | None = None,
     max_draft_length: int = 10,
     resamples: int = 10_000,
     seed: int = 0,
@@ -153,11 +143,12 @@ def compare_policies(
 ) -> PolicyComparison:
     """Replay every policy on continuations of one temperature, in their order; each is new at the first.
 
-    policies: by name, as `contenders`, which None takes; max_draft_length: of the fixed pairs that are tried, at every
-    exit layer below the last; resamples, seed: of the intervals.
+    policies: by name, as `contenders`, which None takes; int8_cost: of rounds of int8 drafts, for texts that have some;
+    max_draft_length: of the fixed pairs that are tried, at every exit layer below the last; of int8 ones all lengths
+    are that are recorded, at every exit layer; resamples, seed: of the intervals.
 
-    Raises ValueError without texts, for texts that are no continuations or of several temperatures, and for a model
-    of one layer.
+    Raises ValueError without texts, for texts that are no continuations or of several temperatures, for a model of one
+    layer, and where a policy plans what `replay` refuses.
     """
     temperatures = {text.temperature for text in texts}
     if len(temperatures) != 1 or not all(text.is_own for text in texts):
@@ -168,50 +159,65 @@ def compare_policies(
     for name, value in (("max_draft_length", max_draft_length), ("resamples", resamples)):
         if value < 1:
             raise ValueError(f"{name}={value} must be 1 or more.")
-    exits, lengths = list(range(1, config.n_layers)), list(range(max_draft_length + 1))
+    exits, lengths = list(range(1, config.n_layers)), range(max_draft_length + 1)
     if not exits:
         raise ValueError("a model of one layer has none that could draft for the others.")
-    rounds = [TextRounds(text, config, cost) for text in texts]
-    tried = contenders(config.n_layers, cost) if policies is None else policies
-    total = 2 + 2 * len(exits) + sum(map(len, tried.values()))
+    rounds = [TextRounds(text, config, cost, int8_cost) for text in texts]
+    most_int8 = min(text.most_int8 for text in rounds)
+    int8_exits, int8_lengths = ([*exits, config.n_layers], range(most_int8 + 1)) if most_int8 else ([], range(0))
+    tried = contenders(config.n_layers, cost, int8_cost if most_int8 else None) if policies is None else policies
+    total = 2 + 2 * len(exits) + len(int8_exits) + sum(map(len, tried.values()))
     with tqdm(total=total, desc="replaying policies", disable=not progress, leave=False) as bar:
-        grid = []
-        for exit_layer in exits:
-            grid.append([sum(fixed_seconds(text, exit_layer, length) for text in rounds) for length in lengths])
-            bar.update()
-        seconds = np.array(grid)
-        place, best_length = divmod(int(seconds.argmin()), len(lengths))
+
+        def grid(layers: Sequence[int], lengths: Sequence[int], *, int8: bool) -> Array:
+            """Seconds of every pair."""
+            found = np.zeros((len(layers), len(lengths)))
+            for at, exit_layer in enumerate(layers):
+                found[at] = [sum(fixed_seconds(text, exit_layer, n, int8=int8) for text in rounds) for n in lengths]
+                bar.update()
+            return found
 
         def run_of(name: str, make: MakePolicy, setting: str | None = None) -> PolicyRun:
             policy = make()
             exit_layer = getattr(policy, "exit_layer", None)
             if setting is None and exit_layer is not None:
-                setting = f"exit layer {exit_layer}"
+                setting = f"exit layer {exit_layer}" + ", int8" * getattr(policy, "int8_drafts", False)
             bar.update()
             return PolicyRun(name, make, setting, replay(rounds, policy, config))
 
-        def oracle_of(name: str, layers: Sequence[int], setting: str | None = None) -> PolicyRun:
+        def oracle_of(name: str, layers: Sequence[int], int8_layers: Sequence[int], setting: str | None) -> PolicyRun:
             bar.update()
-            return PolicyRun(name, None, setting, [_as_rounds(text, oracle(text, layers)) for text in rounds])
+            return PolicyRun(
+                name, None, setting, [_as_rounds(text, oracle(text, layers, int8_layers)) for text in rounds]
+            )
 
-        best = f"exit layer {exits[place]}, {best_length} drafts"
+        seconds, int8_seconds = grid(exits, lengths, int8=False), grid(int8_exits, int8_lengths, int8=True)
+        fixed = _best_pair(exits, seconds, int8=False)
+        if int8_exits and int8_seconds.min() < seconds.min():
+            fixed = _best_pair(int8_exits, int8_seconds, int8=True)
+        best = f"exit layer {fixed[0]}, {fixed[1]} drafts" + ", int8" * fixed[2]
         runs = [
             PolicyRun("plain", partial(Fixed, 1, 0), None, replay(rounds, Fixed(1, 0), config)),
-            run_of("best fixed", partial(Fixed, exits[place], best_length), best),
+            run_of("best fixed", partial(Fixed, *fixed), best),
         ]
         for name, settings in tried.items():
             runs.append(_fastest([run_of(name, make) for make in settings]))
         if isinstance(cost, CostModel):
             setting, tree = best_tree(rounds, cost, exits, lengths)
             runs.append(PolicyRun("best tree", None, setting, tree))
-        runs.append(_fastest([oracle_of("oracle of one", [layer], f"exit layer {layer}") for layer in exits]))
-        runs.append(oracle_of("oracle", exits))
+        ones = [oracle_of("oracle of one", [layer], [], f"exit layer {layer}") for layer in exits]
+        ones += [oracle_of("oracle of one", [], [layer], f"exit layer {layer}, int8") for layer in int8_exits]
+        runs.append(_fastest(ones))
+        runs.append(oracle_of("oracle", exits, int8_exits, None))
     return PolicyComparison(
         temperature=texts[0].temperature,
         tokens=[text.length for text in rounds],
         exit_layers=exits,
-        draft_lengths=lengths,
+        draft_lengths=list(lengths),
         fixed_seconds=seconds,
+        int8_exit_layers=int8_exits,
+        int8_draft_lengths=list(int8_lengths),
+        int8_fixed_seconds=int8_seconds,
         runs=runs,
         told=told_by_margin(texts),
         resamples=resamples,
@@ -219,17 +225,24 @@ def compare_policies(
     )
 
 
+def _best_pair(exits: Sequence[int], seconds: Array, *, int8: bool) -> tuple[int, int, bool]:
+    """Exit layer and draft length of the least of seconds [exits, lengths from 0]."""
+    place, length = divmod(int(seconds.argmin()), seconds.shape[1])
+    return exits[place], length, int8
+
+
 def _fastest(runs: Sequence[PolicyRun]) -> PolicyRun:
     return min(runs, key=lambda run: sum(run.seconds))
 
 
-def _as_rounds(text: TextRounds, pairs: Sequence[tuple[int, int]]) -> list[ReplayedRound]:
+def _as_rounds(text: TextRounds, rounds_of: Sequence[tuple[int, int, bool]]) -> list[ReplayedRound]:
     """Rounds whose drafts are all accepted, from the first place on."""
     rounds: list[ReplayedRound] = []
     place = 0
-    for exit_layer, drafted in pairs:
-        experts, seconds = text.experts(place, exit_layer, drafted), text.seconds(place, exit_layer, drafted)
-        rounds.append(ReplayedRound(exit_layer, drafted, drafted, experts, seconds))
+    for exit_layer, drafted, int8 in rounds_of:
+        experts = text.experts(place, exit_layer, drafted, int8=int8)
+        seconds = text.seconds(place, exit_layer, drafted, int8=int8)
+        rounds.append(ReplayedRound(exit_layer, drafted, drafted, experts, seconds, int8))
         place += drafted + 1
     return rounds
 
@@ -249,6 +262,7 @@ def _counts(rounds_by_prompt: Sequence[Sequence[ReplayedRound]], tokens: int) ->
         "experts_per_token": sum(experts) / tokens if experts else None,
         "mean_exit_layer": fmean(round.exit_layer for round in drafting) if drafting else None,
         "mean_draft_length": drafted / len(rounds),
+        "int8_share": fmean(round.int8 for round in drafting) if drafting else None,
     }
 
 

@@ -5,6 +5,7 @@
     experts / token  different experts that verification read in a MoE layer, by new token; plain decoding reads K
     exit             layers that drafted, mean over the rounds that did
     drafts           tokens drafted and verified, mean over all rounds
+    int8             share of the rounds that drafted whose drafts are made from int8 copies
     way              from the best fixed pair's tokens/s, 0%, to the oracle's, 100%
     agrees           share of tokens at which an exit says what the last layer says
     told by margin   how often it is larger where they agree than where not: area under the ROC curve, 0.50 is chance
@@ -18,7 +19,7 @@ from typing import Any
 
 from layerskip_moe.analysis.findings import decoding_label
 from layerskip_moe.analysis.report_text.markdown import code, figure, number, percent, table
-from layerskip_moe.bench.policies import PUBLISHED
+from layerskip_moe.bench.contenders import PUBLISHED
 from layerskip_moe.bench.tables import aligned
 
 _HEAD = (
@@ -31,6 +32,7 @@ _HEAD = (
     "experts / token",
     "exit",
     "drafts",
+    "int8",
     "way",
     "95%",
 )
@@ -93,6 +95,7 @@ def _cells(row: Mapping[str, Any]) -> Sequence[str]:
         number(row["experts_per_token"], 2),
         number(row["mean_exit_layer"], 1),
         number(row["mean_draft_length"], 1),
+        _whole_percent(row["int8_share"]),
         _whole_percent(way["value"]),
         "-" if way["low"] is None else f"{_whole_percent(way['low'])} to {_whole_percent(way['high'])}",
     )

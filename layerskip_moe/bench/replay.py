@@ -5,7 +5,8 @@ own. How many drafts are accepted is exact; a round lasts as long as a cost mode
 Three things that a policy may see are not in a trace: what is drafted after the first refused draft, where the text's
 own places stand in (so `should_stop` or a margin rule may end a round's last, refused drafts elsewhere); the model
 itself, of which a session here has the config alone; and the clock. What it costs to ask is not in a round's seconds
-either: rounds with `shadow` or `should_stop` take longer than they do here, which `policies_check.py` shows.
+either: rounds with `shadow` or `should_stop` take longer than they do here, which `policies_check.py` shows. As in
+decoding, drafts are int8 in rounds that are one call alone: not of a policy with `should_stop`.
 
 L layers, T places of a round.
 Knows nothing of how policies are compared. Next: `policies.py`, which does; `rounds.py`.
@@ -37,6 +38,7 @@ class ReplayedRound:
         accepted: of them
         experts: how many different ones verification read, by MoE layer
         seconds: by the cost model
+        int8: whether drafts were made from int8 copies
     """
 
     exit_layer: int
@@ -44,6 +46,7 @@ class ReplayedRound:
     accepted: int
     experts: list[int]
     seconds: float
+    int8: bool = False
 
 
 @dataclass
@@ -73,7 +76,7 @@ class ReplaySession:
 def replay(texts: Sequence[TextRounds], policy: Policy, config: ModelConfig) -> list[list[ReplayedRound]]:
     """The rounds of each text, one after another, by a policy that goes on learning.
 
-    Raises ValueError for a plan that `SelfSpeculative` would refuse.
+    Raises ValueError for a plan that `SelfSpeculative` would refuse, and for int8 drafts that the trace does not have.
     """
     return [_replay_text(text, policy, config) for text in texts]
 
@@ -104,13 +107,20 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
             )
         limit = min(length, session.remaining[0] - 1)
         exit_layer = exit_layer if limit else 0
-        drafted, confidences = _draft(text, place, exit_layer, limit, policy)
         stop = policy.should_stop
+        int8 = bool(limit and stop is None and getattr(policy, "int8_drafts", False))
+        if int8 and limit > text.most_int8:
+            raise ValueError(
+                f"the policy planned {limit} int8 drafts, and the trace has {text.most_int8} at most; plan fewer, or "
+                "record a trace where int8 copies can be made."
+            )
+        drafted, confidences = _draft(text, place, exit_layer, limit, policy, int8)
         made = min(drafted + 1, limit) if stop is None else drafted
-        accepted = text.accepted(place, exit_layer, drafted)
-        experts, seconds = text.experts(place, exit_layer, drafted), text.seconds(place, exit_layer, drafted, made)
+        accepted = text.accepted(place, exit_layer, drafted, int8=int8)
+        experts = text.experts(place, exit_layer, drafted, int8=int8)
+        seconds = text.seconds(place, exit_layer, drafted, made, int8=int8)
         places = slice(place, place + drafted + 1)
-        judged = _judged(text, place, exit_layer, min(accepted + 1, made)) if limit and stop is None else None
+        judged = _judged(text, place, exit_layer, min(accepted + 1, made), int8) if limit and stop is None else None
         shadow = _shadow(text, places, policy, config) if policy.shadow else None
         place += accepted + 1
         session.remaining, session.newest = [text.length - place], _tokens(text.tokens[place - 1 : place])
@@ -129,17 +139,20 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
             shadow_margins=None if shadow is None else _shadow_margins(text, places, shadow),
         )
         policy.observe(report)
-        rounds.append(ReplayedRound(exit_layer, drafted, accepted, experts, seconds))
+        rounds.append(ReplayedRound(exit_layer, drafted, accepted, experts, seconds, int8))
     return rounds
 
 
-def _draft(text: TextRounds, place: int, exit_layer: int, limit: int, policy: Policy) -> tuple[int, list[float]]:
+def _draft(
+    text: TextRounds, place: int, exit_layer: int, limit: int, policy: Policy, int8: bool
+) -> tuple[int, list[float]]:
     """How many drafts are verified, of at most `limit`; their confidences where the policy asks."""
     should_stop, rule = policy.should_stop, getattr(policy, "margin_rule", None)
     confidences: list[float] = []
     if should_stop is None:
         if rule is not None and limit:
-            [limit] = rule.kept(torch.from_numpy(text.margin[exit_layer - 1, None, place : place + limit]), [limit])
+            margins = text.margins(place, exit_layer, limit, int8=int8)
+            [limit] = rule.kept(torch.from_numpy(margins[None]), [limit])
         return limit, confidences
     for draft in range(limit):
         confidence = torch.from_numpy(text.confidence[exit_layer - 1, place + draft, None].copy())
@@ -149,11 +162,12 @@ def _draft(text: TextRounds, place: int, exit_layer: int, limit: int, policy: Po
     return limit, confidences
 
 
-def _judged(text: TextRounds, place: int, exit_layer: int, count: int) -> list[list[Judged]]:
-    """As in a report: so many places' margins, and whether the exit is right there."""
-    there = slice(place, place + count)
-    right = text.said[exit_layer - 1, there] == text.tokens[there]
-    return [[*zip(text.margin[exit_layer - 1, there].tolist(), right.tolist(), strict=True)]]
+def _judged(text: TextRounds, place: int, exit_layer: int, count: int, int8: bool) -> list[list[Judged]]:
+    """As in a report: so many places' margins, and whether the exit is right there, of which all but the last are
+    known to be."""
+    right = text.accepted(place, exit_layer, count, int8=int8)
+    margins = text.margins(place, exit_layer, count, int8=int8).tolist()
+    return [[(margin, draft < right) for draft, margin in enumerate(margins)]]
 
 
 def _shadow(text: TextRounds, places: slice, policy: Policy, config: ModelConfig) -> torch.Tensor:

@@ -5,7 +5,9 @@ the full model refuses; what is drafted after that, no trace has. Which experts 
 to be what the text's own tokens at their places are, and how many of them a margin rule keeps is what it would keep of
 these; everything else here is exact.
 
-L layers, M MoE layers, N tokens of a continuation, E experts, K chosen.
+Drafts are made from the weights themselves, or from int8 copies of them (int8), and then all layers verify.
+
+L layers, M MoE layers, N tokens of a continuation, D drafts, E experts, K chosen.
 Knows nothing of policies. Next: `replay.py`, which asks one for every round; `oracle.py`, which knows the future.
 """
 
@@ -14,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from layerskip_moe.analysis.trace import TracedText
+from layerskip_moe.analysis.trace import Array, TracedText
 from layerskip_moe.nn import ModelConfig
 
 
@@ -37,13 +39,17 @@ class TextRounds:
 
     text:       it and its prompt
     agreeing:   [L, N + 1] from each place on, how many tokens in a row each layer would say right
+    int8_agreeing: [L, N] of int8 drafts of a round there likewise, D at most
     confidence: [L, N] of what each layer says at each place, as in `TracedText`, whose prompt is left out here
     second, margin: [L, N], likewise
     """
 
-    def __init__(self, text: TracedText, config: ModelConfig, cost: RoundCost) -> None:
+    def __init__(
+        self, text: TracedText, config: ModelConfig, cost: RoundCost, int8_cost: RoundCost | None = None
+    ) -> None:
+        """cost, int8_cost: of rounds of either kind of drafts; None: there are no int8 ones"""
         assert text.is_own, "rounds are of what the model wrote"
-        self.text, self._config, self._cost = text, config, cost
+        self.text, self._config, self._costs = text, config, (cost, int8_cost)
         first = text.prompt_length - 1
         self.said, self.second, self.confidence, self.margin = (
             part[:, first:] for part in (text.said, text.second, text.confidence, text.margin)
@@ -55,6 +61,7 @@ class TextRounds:
         for place in reversed(range(self.length)):
             right = self.said[:, place] == self.tokens[place]
             self.agreeing[:, place] = np.where(right, self.agreeing[:, place + 1] + 1, 0)
+        self.int8_agreeing = np.logical_and.accumulate(text.int8_right, axis=2).sum(axis=2)
         self._moe_layers = [layer for layer in range(config.n_layers) if config.is_moe(layer)]
         chosen = text.experts[:, first:]
         sent = (chosen[..., None] == np.arange(config.num_experts)).any(axis=2)  # [M, N, E]
@@ -63,26 +70,42 @@ class TextRounds:
             np.logical_or.accumulate(sent[:, place:], axis=1).sum(axis=-1, dtype=np.uint16)
             for place in range(self.length)
         ]
-        self._seconds: dict[tuple[int, int, int, int], float] = {}
+        self._seconds: dict[tuple[int, int, int, int, bool], float] = {}
 
-    def accepted(self, place: int, exit_layer: int, drafted: int) -> int:
+    @property
+    def most_int8(self) -> int:
+        """D: the most int8 drafts of a round that are told of; 0 where there are none."""
+        return 0 if self._costs[1] is None else self.text.int8_right.shape[2]
+
+    def margins(self, place: int, exit_layer: int, drafted: int, *, int8: bool = False) -> Array:
+        """[drafted] of that many drafts of that layer."""
+        if int8:
+            return self.text.int8_margin[exit_layer - 1, place, :drafted]
+        return self.margin[exit_layer - 1, place : place + drafted]
+
+    def accepted(self, place: int, exit_layer: int, drafted: int, *, int8: bool = False) -> int:
         """How many of that many drafts of that layer the full model agrees with."""
-        return min(int(self.agreeing[exit_layer - 1, place]), drafted) if drafted else 0
+        agreeing = self.int8_agreeing if int8 else self.agreeing
+        return min(int(agreeing[exit_layer - 1, place]), drafted) if drafted else 0
 
-    def experts(self, place: int, exit_layer: int, drafted: int) -> list[int]:
-        """By MoE layer, how many different experts verification reads. The layers that drafted run over the last place
-        alone, the others over the newest token and all drafts."""
+    def experts(self, place: int, exit_layer: int, drafted: int, *, int8: bool = False) -> list[int]:
+        """By MoE layer, how many different experts verification reads. Layers that drafted run over the last place
+        alone, where the draft's states are the model's; the others over the newest token and all drafts."""
         union = self._union[place][:, drafted].tolist()
         return [
-            self._config.top_k if layer < exit_layer else read
+            self._config.top_k if layer < exit_layer and not int8 else read
             for layer, read in zip(self._moe_layers, union, strict=True)
         ]
 
-    def seconds(self, place: int, exit_layer: int, drafted: int, made: int | None = None) -> float:
+    def seconds(
+        self, place: int, exit_layer: int, drafted: int, made: int | None = None, *, int8: bool = False
+    ) -> float:
         """By the cost model; exit_layer 0 with no drafts is a step of plain decoding. made: the drafts that were made,
         where one more was than is verified."""
-        key = place, exit_layer, drafted, drafted if made is None else made
+        key = place, exit_layer, drafted, drafted if made is None else made, int8
         if key not in self._seconds:
-            experts = self.experts(place, exit_layer, drafted) if self._moe_layers else None
-            self._seconds[key] = self._cost.round_seconds([exit_layer], [drafted], experts, [key[3]])
+            experts = self.experts(place, exit_layer, drafted, int8=int8) if self._moe_layers else None
+            cost = self._costs[int8]
+            assert cost is not None, "there are int8 drafts"
+            self._seconds[key] = cost.round_seconds([exit_layer], [drafted], experts, [key[3]])
         return self._seconds[key]

@@ -18,6 +18,7 @@ from typing import Any
 
 from layerskip_moe.analysis.figures import policy_map, save_figure
 from layerskip_moe.analysis.trace import Trace, load_trace
+from layerskip_moe.bench.contenders import fit_costs
 from layerskip_moe.bench.machine import describe_machine
 from layerskip_moe.bench.policies import compare_policies
 from layerskip_moe.bench.policies_check import check_policies
@@ -26,9 +27,7 @@ from layerskip_moe.cli.flags import parse
 from layerskip_moe.cli.options import Precision, load_network
 from layerskip_moe.files import plain, replacing
 from layerskip_moe.generation.cost_model import CostModel
-from layerskip_moe.generation.fit_cost_model import fit_cost_model
 from layerskip_moe.nn import MoEDecoder
-from layerskip_moe.nn.compiling import can_compile, compiling
 from layerskip_moe.nn.fingerprint import model_fingerprint
 
 
@@ -41,7 +40,7 @@ class Options:
         checkpoint: the trace's model: the cost model is fitted anew, on this machine; None: the trace's own, of the
             machine that it was recorded on
         check: decode the trace's prompts for real, with every policy; takes a checkpoint
-        max_draft_length: of the fixed pairs, which are tried at every exit layer
+        max_draft_length: of the fixed pairs, which are tried at every exit layer; int8 ones as far as they are recorded
         resamples: of the prompts, for the 95% intervals
         seed: of these
         out: folder for policies.json, policies.md and policies.png
@@ -69,16 +68,13 @@ def run(arguments: list[str]) -> None:
     if not trace.continuations():
         raise ValueError(f"{options.trace} holds no continuations, on which policies are compared; record some.")
     model = None if options.checkpoint is None else _model(options, trace)
-    if model is None:
-        cost = _recorded_cost(options, trace)
-    else:
-        with compiling(model, can_compile(model.device)):
-            cost = fit_cost_model(model)
+    cost, int8_cost = _recorded_costs(options, trace) if model is None else fit_costs(model)
     result: dict[str, Any] = {
         "command": shlex.join(["layerskip-moe", "bench", "policies", *arguments]),
         "machine": trace.about["machine"] if model is None else describe_machine(model.device),
         "trace": trace.about,
         "cost_model": asdict(cost),
+        "int8_cost_model": None if int8_cost is None else asdict(int8_cost),
         "comparisons": [],
     }
     for texts in trace.continuations().values():
@@ -86,6 +82,7 @@ def run(arguments: list[str]) -> None:
             texts,
             trace.config,
             cost,
+            int8_cost=int8_cost,
             max_draft_length=options.max_draft_length,
             resamples=options.resamples,
             seed=options.seed,
@@ -101,15 +98,19 @@ def run(arguments: list[str]) -> None:
         _write(Path(options.out), result)
 
 
-def _recorded_cost(options: Options, trace: Trace) -> CostModel:
+def _recorded_costs(options: Options, trace: Trace) -> tuple[CostModel, CostModel | None]:
     """What recording measured; ValueError where the trace does not tell."""
-    told, names = trace.about.get("cost_model"), {field.name for field in fields(CostModel)}
-    if not isinstance(trace.about.get("machine"), dict) or not isinstance(told, dict) or told.keys() != names:
+    names = {field.name for field in fields(CostModel)}
+    costs: list[CostModel | None] = []
+    for name in ("cost_model", "int8_cost_model"):
+        told = trace.about.get(name)
+        costs.append(CostModel(**told) if isinstance(told, dict) and told.keys() == names else None)
+    if not isinstance(trace.about.get("machine"), dict) or costs[0] is None:
         raise ValueError(
             f"{options.trace} does not tell what its model's rounds cost, and on which machine; give --checkpoint, to "
             "measure it."
         )
-    return CostModel(**told)
+    return costs[0], costs[1]
 
 
 def _model(options: Options, trace: Trace) -> MoEDecoder:

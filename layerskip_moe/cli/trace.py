@@ -5,7 +5,8 @@
     layerskip-moe bench policies --trace runs/trace.npz
 
 Held-out prompts are continued plainly, greedily and sampled, and held-out text is read as it stands: at each position,
-for each layer, the token it says, how sure it is, and where the routers sent it.
+for each layer, the token it says, how sure it is, and where the routers sent it. Where drafts can be made from int8
+copies of the weights, what those would draft is recorded, too.
 """
 
 # Next: `analysis/record_trace.py`, which does it; `bench_policies.py`, which reads the file.
@@ -16,11 +17,10 @@ from typing import TYPE_CHECKING
 
 from layerskip_moe.analysis.record_trace import record_texts
 from layerskip_moe.analysis.trace import Trace, save_trace
+from layerskip_moe.bench.contenders import fit_costs
 from layerskip_moe.bench.machine import describe_machine
 from layerskip_moe.cli.flags import parse
 from layerskip_moe.cli.options import Precision, Text, cut_prompts, load_network, load_text
-from layerskip_moe.generation.fit_cost_model import fit_cost_model
-from layerskip_moe.nn.compiling import can_compile, compiling
 from layerskip_moe.nn.fingerprint import model_fingerprint
 from layerskip_moe.pretrained import load_tokenizer
 
@@ -80,8 +80,7 @@ def run(arguments: list[str]) -> None:
         temperatures=options.temperatures,
         seed=options.seed,
     )
-    with compiling(model, can_compile(model.device)):
-        cost_model = fit_cost_model(model)
+    cost_model, int8_cost_model = fit_costs(model)
     about = {
         "command": shlex.join(["layerskip-moe", "trace", *arguments]),
         "checkpoint": options.checkpoint,
@@ -89,6 +88,7 @@ def run(arguments: list[str]) -> None:
         "text": options.prompts or text.dataset,
         "machine": describe_machine(model.device),
         "cost_model": asdict(cost_model),
+        "int8_cost_model": None if int8_cost_model is None else asdict(int8_cost_model),
     }
     save_trace(Trace(texts, model.config, about), options.out)
     print(

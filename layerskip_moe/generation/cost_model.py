@@ -10,7 +10,7 @@ L layers, E experts, K chosen. Knows nothing of acceptance. Next: `fit_cost_mode
 import operator
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from layerskip_moe.nn import ModelConfig
 
@@ -41,6 +41,12 @@ class CostModel:
             moe_layers(config),
             config.num_experts,
         )
+
+    def beside(self, other: "CostModel") -> "CostModel":
+        """The same in proportion, with plain decoding as fast as the other's: the two were timed at different times,
+        and a machine is not always as fast."""
+        ours, others = (cost.round_seconds([0], [0]) for cost in (self, other))
+        return replace(self, seconds=tuple(others / ours * seconds for seconds in self.seconds)) if ours else self
 
     def round_seconds(
         self,

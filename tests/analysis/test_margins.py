@@ -23,6 +23,7 @@ def test_areas_are_shares_of_pairs(places):
 def test_only_what_the_model_wrote_counts():
     said = np.array([[9, 1, 2, 9, 9], [5, 1, 2, 3, 4]])
     margin = np.array([[9.0, 3.0, 0.5, 1.0, 0.1], [1.0] * 5], dtype=np.float32)
-    text = TracedText(np.arange(6), 2, 0.0, 0, said, said, margin / 10, margin, np.zeros((0, 5, 0)))
+    none = np.zeros((2, 4, 0))
+    text = TracedText(np.arange(6), 2, 0.0, 0, said, said, margin / 10, margin, np.zeros((0, 5, 0)), none > 0, none)
     [told] = told_by_margin([text])
     assert told == {"exit_layer": 1, "agreement": 0.5, "by_margin": 0.75, "by_probability": 0.75}

@@ -1,15 +1,17 @@
 """Traces: what is recorded is what drafting would say, to the last bit; and the file gives it back."""
 
 import json
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 
 from layerskip_moe.analysis.record_trace import record_texts
-from layerskip_moe.analysis.trace import Trace, load_trace, save_trace
+from layerskip_moe.analysis.trace import Trace, TracedText, load_trace, save_trace
 from layerskip_moe.generation import Sampling, generate
 from layerskip_moe.generation.sampling import gumbel_noise, log_probabilities
+from layerskip_moe.nn.kernels import has_kernels
 
 PROMPTS = [[3, 1, 4, 1, 5], [9]]
 
@@ -59,6 +61,19 @@ def test_every_layer_is_asked_at_every_position(model, temperature):
         assert np.sort(text.experts[index]).tolist() == output.chosen[layer].sort(-1).values.tolist()
 
 
+def test_int8_drafts_are_told_of_where_there_are_copies(model):
+    """What they are is `tests/bench/test_replay.py`'s to compare, with real rounds."""
+    how = {"max_new_tokens": 5, "temperatures": [0.6], "progress": False}
+    [text] = record_texts(model, PROMPTS[:1], int8_length=3, **how)
+    drafts = 3 if has_kernels() else 0
+    assert text.int8_right.shape == text.int8_margin.shape == (3, 5, drafts)
+    assert not text.int8_right[:, 3:, 2:].any() and not text.int8_margin[:, 4:, 1:].any(), "beyond the text's end"
+    assert (text.int8_margin[:, :3] > 0).all()
+    for none in ({"int8_length": 0}, {"compile": False}):
+        [text] = record_texts(model, PROMPTS[:1], **how, **none)
+        assert text.int8_right.shape == (3, 5, 0)
+
+
 def test_held_out_text_is_read_as_it_stands(model, tokens):
     given = tokens(20).tolist()
     text = record_texts(model, PROMPTS, [given], max_new_tokens=1, progress=False)[-1]
@@ -87,6 +102,7 @@ def test_a_dense_model_has_no_experts(decoder):
         ({"prompts": PROMPTS, "held_out": [[1]]}, "a held-out text has 1 tokens; it takes 2 at least"),
         ({"prompts": PROMPTS, "held_out": [[1] * 33]}, "max_seq_len=32 at most"),
         ({"prompts": PROMPTS, "held_out": [[1, 17]]}, "holds token id 17, but the vocabulary has ids 0 to 16"),
+        ({"prompts": PROMPTS, "int8_length": 64}, "int8_length=64 must be 0 to 63"),
         ({"prompts": [], "held_out": [[1, 2]]}, "there are no prompts"),
     ],
 )
@@ -109,8 +125,9 @@ def test_a_file_gives_back_the_trace(trace, tmp_path):
     assert len(again.texts) == 5 and [len(texts) for texts in again.continuations().values()] == [2, 2]
     for one, other in zip(again.texts, trace.texts, strict=True):
         assert (one.prompt_length, one.temperature, one.seed) == (other.prompt_length, other.temperature, other.seed)
-        for name in ("tokens", "said", "second", "confidence", "margin", "experts"):
-            assert np.array_equal(getattr(one, name), getattr(other, name)), name
+        for name in (field.name for field in fields(TracedText)):
+            if one.is_own or not name.startswith("int8"):  # (of none the shape is the others')
+                assert np.array_equal(getattr(one, name), getattr(other, name)), name
     assert again.texts[0].said.dtype == again.texts[0].experts.dtype == np.uint8
     assert [file.name for file in path.parent.iterdir()] == ["trace.npz"]
 
@@ -140,5 +157,5 @@ def test_files_that_are_no_trace(trace, tmp_path):
     header = json.loads(arrays["header"].tobytes())
     words = json.dumps({**header, "version": 7}).encode()
     np.savez(path, **{**arrays, "header": np.frombuffer(words, dtype=np.uint8)})
-    with pytest.raises(ValueError, match="of version 7, and this library reads version 3; record it anew"):
+    with pytest.raises(ValueError, match="of version 7, and this library reads version 4; record it anew"):
         load_trace(path)

@@ -23,10 +23,10 @@ def small_model():
 
 @pytest.fixture(scope="session")
 def invented_text():
-    """invented_text(config, right, seed=0) -> a text of len(right[0]) tokens after a prompt of 2; layer i + 1 is right
-    where right[i] says so, the last layer everywhere."""
+    """invented_text(config, right, seed=0, int8_drafts=0) -> a text of len(right[0]) tokens after a prompt of 2; layer
+    i + 1 is right where right[i] says so, the last layer everywhere. Of so many int8 drafts some are right."""
 
-    def build(config, right, seed=0):
+    def build(config, right, seed=0, int8_drafts=0):
         draws = np.random.default_rng(seed)
         right = np.array([*right, [True] * len(right[0])], dtype=bool)
         states = right.shape[1] + 1
@@ -38,25 +38,32 @@ def invented_text():
         second = (said + draws.integers(1, config.vocab_size, size=said.shape)) % config.vocab_size
         confidence = draws.random(said.shape).astype(np.float32)
         margin = draws.exponential(size=said.shape).astype(np.float32)
-        return TracedText(tokens, 2, 0.0, seed, said, second, confidence, margin, experts)
+        drafts = len(right), states - 1, int8_drafts
+        places = np.arange(drafts[1])[:, None] + np.arange(int8_drafts)
+        int8_right = (draws.random(drafts) < 0.8) & (places < drafts[1])
+        int8_margin = (draws.exponential(size=drafts) * (places < drafts[1])).astype(np.float32)
+        return TracedText(tokens, 2, 0.0, seed, said, second, confidence, margin, experts, int8_right, int8_margin)
 
     return build
 
 
 class _Cost:
     """1 for each layer a draft or a place runs through, 0.5 for each pass of the head, 0.1 for each expert read. One
-    that is let go takes a pass of the head."""
+    that is let go takes a pass of the head. int8: what a layer and the head take of drafts by copies, where it is of
+    them; then all layers verify."""
 
-    def __init__(self, n_layers):
-        self.n_layers = n_layers
+    def __init__(self, n_layers, int8=None):
+        self.n_layers, self.int8 = n_layers, int8
 
     def round_seconds(self, exit_layers, drafted, experts=None, made=None):
         [exit_layer], [drafts], [chosen] = exit_layers, drafted, made or drafted
+        if self.int8 is not None:
+            return self.int8 * chosen * (exit_layer + 0.5) + self.n_layers + 0.5 + 0.1 * sum(experts or [])
         drafting = (drafts + 1) * exit_layer + 0.5 * chosen
         return drafting + self.n_layers - exit_layer + 0.5 + 0.1 * sum(experts or [])
 
 
 @pytest.fixture(scope="session")
 def cost_of():
-    """cost_of(n_layers) -> a cost model."""
+    """cost_of(n_layers, int8=None) -> a cost model."""
     return _Cost

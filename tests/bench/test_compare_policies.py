@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from layerskip_moe.analysis.figures.policies import policy_map
-from layerskip_moe.bench.policies import PUBLISHED, compare_policies, contenders
+from layerskip_moe.bench.contenders import PUBLISHED, contenders
+from layerskip_moe.bench.policies import compare_policies
 from layerskip_moe.bench.policy_tables import policies_markdown, policies_text
 from layerskip_moe.files import plain
 from layerskip_moe.generation.policies import DEL, Fixed, Heuristic
@@ -47,6 +48,32 @@ def test_ends_and_what_lies_between(small_model, cost_of, texts):
     assert faster["low"] < faster["value"] < faster["high"]
     assert rows["plain"]["experts_per_token"] == 2 and rows["plain"]["acceptance_rate"] is None
     assert rows["oracle"]["acceptance_rate"] == 1 and rows["oracle"]["experts_per_token"] < 2
+
+
+def test_int8_drafts_are_compared_where_they_were_recorded(small_model, invented_text, cost_of):
+    config, draws = small_model().config, np.random.default_rng(2)
+    texts = [invented_text(config, draws.random((3, 24)) < 0.5, seed, int8_drafts=7) for seed in range(4)]
+    how = {"max_draft_length": 5, "resamples": 50, "progress": False}
+    report = compare_policies(texts, config, cost_of(4), int8_cost=cost_of(4, 0.1), **how).as_report()
+    rows, grid = {row["name"]: row for row in report["rows"]}, np.array(report["int8_speed_up"])
+    assert report["int8_exit_layers"] == [1, 2, 3, 4] and report["int8_draft_lengths"] == list(range(8))
+    assert grid.shape == (4, 8) and grid[:, 0] == pytest.approx(1) and grid.max() > np.max(report["speed_up"])
+    layer, length = np.unravel_index(grid.argmax(), grid.shape)
+    assert rows["best fixed"]["setting"] == f"exit layer {layer + 1}, {length} drafts, int8"
+    assert rows["best fixed"]["speed_up"]["value"] == pytest.approx(grid.max())
+    assert rows["best fixed"]["int8_share"] == 1 and rows["Heuristic"]["int8_share"] == 0
+    assert rows["Cascade"]["setting"].endswith(", int8") and rows["oracle of one"]["setting"].endswith(", int8")
+    assert "100%" in policies_text({"comparisons": [plain(report)]})
+    panels = policy_map([report]).axes
+    assert [axes.get_title() for axes in panels] == [
+        f"Speed-up over plain decoding, greedy{of}" for of in ("", ", int8 drafts")
+    ]
+    named = [{text.get_text() for text in axes.get_legend().get_texts()} for axes in panels]
+    for row in report["rows"]:
+        if row["mean_exit_layer"] is not None:
+            assert f"{row['name']}, {row['speed_up']['value']:.2f} x" in named[row["int8_share"] > 0.5]
+    with_none = compare_policies(texts, config, cost_of(4), **how).as_report()
+    assert with_none["int8_exit_layers"] == with_none["int8_speed_up"] == []
 
 
 def test_the_same_numbers_every_time(small_model, cost_of, texts):

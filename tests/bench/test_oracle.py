@@ -18,7 +18,7 @@ def rows(length):
     return st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=3, max_size=3)
 
 
-def by_brute_force(text, exit_layers):
+def by_brute_force(text, drafters):
     """Least seconds, over drafts of all lengths, longer than what is accepted too."""
 
     @functools.cache
@@ -26,10 +26,10 @@ def by_brute_force(text, exit_layers):
         if place == text.length:
             return 0.0
         found = [text.seconds(place, 0, 0) + least(place + 1)]
-        for layer in exit_layers:
-            for drafted in range(1, text.length - place):
-                after = place + text.accepted(place, layer, drafted) + 1
-                found.append(text.seconds(place, layer, drafted) + least(after))
+        for layer, int8 in drafters:
+            for drafted in range(1, min(text.length - place, text.most_int8 + 1 if int8 else text.length)):
+                after = place + text.accepted(place, layer, drafted, int8=int8) + 1
+                found.append(text.seconds(place, layer, drafted, int8=int8) + least(after))
         return min(found)
 
     return least(0)
@@ -39,17 +39,21 @@ def by_brute_force(text, exit_layers):
 @given(
     right=st.integers(1, 12).flatmap(rows),
     seed=st.integers(0, 99),
-    exits=st.sampled_from([[1, 2, 3], [2], [3, 1]]),
+    exits=st.sampled_from([[1, 2, 3], [2], [3, 1], []]),
+    int8_exits=st.sampled_from([[], [4], [2, 4]]),
 )
-def test_oracle_is_the_best_of_all_ways(small_model, invented_text, cost_of, right, seed, exits):
-    text = TextRounds(invented_text(small_model().config, right, seed), small_model().config, cost_of(4))
-    rounds, place, seconds = oracle(text, exits), 0, 0.0
-    for layer, drafted in rounds:
-        assert layer in (exits if drafted else [0]) and text.accepted(place, layer, drafted) == drafted
-        seconds += text.seconds(place, layer, drafted)
+def test_oracle_is_the_best_of_all_ways(small_model, invented_text, cost_of, right, seed, exits, int8_exits):
+    invented = invented_text(small_model().config, right, seed, int8_drafts=6)
+    text = TextRounds(invented, small_model().config, cost_of(4), cost_of(4, 0.3))
+    rounds, place, seconds = oracle(text, exits, int8_exits), 0, 0.0
+    for layer, drafted, int8 in rounds:
+        assert layer in ((int8_exits if int8 else exits) if drafted else [0])
+        assert text.accepted(place, layer, drafted, int8=int8) == drafted
+        seconds += text.seconds(place, layer, drafted, int8=int8)
         place += drafted + 1
     assert place == text.length
-    assert seconds == pytest.approx(by_brute_force(text, exits))
+    drafters = [(layer, False) for layer in exits] + [(layer, True) for layer in int8_exits]
+    assert seconds == pytest.approx(by_brute_force(text, drafters))
 
 
 @settings(deadline=None, max_examples=30)
@@ -57,12 +61,14 @@ def test_oracle_is_the_best_of_all_ways(small_model, invented_text, cost_of, rig
     right=rows(9),
     layer=st.integers(1, 3),
     length=st.integers(0, 12),
+    int8=st.booleans(),
 )
-def test_fixed_pairs_take_what_their_replay_takes(small_model, invented_text, cost_of, right, layer, length):
+def test_fixed_pairs_take_what_their_replay_takes(small_model, invented_text, cost_of, right, layer, length, int8):
     config = small_model().config
-    text = TextRounds(invented_text(config, right), config, cost_of(4))
-    [rounds] = replay([text], Fixed(layer, length), config)
-    assert fixed_seconds(text, layer, length) == pytest.approx(sum(round.seconds for round in rounds))
+    text = TextRounds(invented_text(config, right, int8_drafts=12), config, cost_of(4), cost_of(4, 0.3))
+    [rounds] = replay([text], Fixed(layer, length, int8), config)
+    assert fixed_seconds(text, layer, length, int8=int8) == pytest.approx(sum(round.seconds for round in rounds))
+    assert all(round.int8 == (int8 and round.drafted > 0) for round in rounds)
     assert sum(round.accepted + 1 for round in rounds) == 9
 
 

@@ -3,6 +3,7 @@
 import itertools
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,8 +15,10 @@ from layerskip_moe.bench.rounds import TextRounds
 from layerskip_moe.generation import SelfSpeculative, generate
 from layerskip_moe.generation.cost_model import CostModel
 from layerskip_moe.generation.policies import DEL, Adaptive, DraftVerify, Fixed, Heuristic
+from layerskip_moe.nn.kernels import has_kernels
 from layerskip_moe.nn.ragged import MarginRule
 
+needs_kernels = pytest.mark.skipif(not has_kernels(), reason="int8 drafts are made by kernels")
 PROMPTS = [[3, 9, 21], [5], [7, 7, 2, 1]]
 NEW = 16
 
@@ -48,7 +51,7 @@ def really(model, texts, policy):
 def replayed(model, texts, policy, cost):
     """What it is told in a replay, and the rounds."""
     watched = WatchedPolicy(policy)
-    rounds = replay([TextRounds(text, model.config, cost) for text in texts], watched, model.config)
+    rounds = replay([TextRounds(text, model.config, cost, cost) for text in texts], watched, model.config)
     reports = iter(watched.rounds)
     return [[next(reports) for _ in of_text] for of_text in rounds], rounds
 
@@ -65,6 +68,38 @@ def test_fixed_pairs_have_the_very_rounds_of_decoding(small_model, texts, cost_o
         assert [report.accepted for report in copy] == [report.accepted for report in real]
         assert [report.drafted for report in copy] == [report.drafted for report in real]
         assert [report.exit_layers for report in copy] == [report.exit_layers for report in real]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("exit_layer", "length"), [(1, 1), (1, 4), (2, 9), (3, 3), (4, 1), (4, 6), (4, 15)], ids=str)
+def test_so_have_fixed_pairs_of_int8_drafts(small_model, texts, cost_of, exit_layer, length):
+    """Also where a draft is chosen by what drafts before it left in the cache."""
+    model = small_model()
+    policy = Fixed(exit_layer, length, int8_drafts=True)
+    told, (again, rounds) = really(model, texts, policy), replayed(model, texts, policy, cost_of(4, 0.3))
+    for real, copy in zip(itertools.chain(*told), itertools.chain(*again), strict=True):
+        assert (copy.accepted, copy.drafted, copy.exit_layers) == (real.accepted, real.drafted, real.exit_layers)
+        if not real.drafted[0]:
+            continue
+        assert [right for _, right in copy.judged[0]] == [right for _, right in real.judged[0]]
+        margins = [margin for margin, _ in real.judged[0]]
+        assert [margin for margin, _ in copy.judged[0]] == [np.float32(margin) for margin in margins]
+    flat = list(itertools.chain(*rounds))
+    assert any(round.int8 for round in flat)
+    assert exit_layer == 4 or any(round.accepted < round.drafted for round in flat)
+
+
+@needs_kernels
+def test_copies_say_other_things_than_the_weights(texts):
+    """Or the test above shows nothing."""
+    own = [np.stack([text.agreement[:, text.prompt_length - 1 :]], axis=2)[..., 0] for text in texts]
+    assert any((text.int8_right[..., 0] != right).any() for text, right in zip(texts, own, strict=True))
+
+
+def test_int8_drafts_that_were_not_recorded(small_model, texts, cost_of):
+    model, policy = small_model(), Fixed(4, 2, int8_drafts=True)
+    with pytest.raises(ValueError, match="planned 2 int8 drafts, and the trace has 0 at most; plan fewer"):
+        replay([TextRounds(texts[0], model.config, cost_of(4))], policy, model.config)
 
 
 def test_there_is_something_to_tell_apart(small_model, texts, cost_of):

@@ -26,7 +26,7 @@ class Cost:
 def cost_model(monkeypatch):
     monkeypatch.setattr(bench_policies, "CostModel", Cost)
     for command in (trace, bench_policies):
-        monkeypatch.setattr(command, "fit_cost_model", lambda model: Cost())
+        monkeypatch.setattr(command, "fit_costs", lambda model: (Cost(), Cost(0.0005)))
 
 
 @pytest.fixture
@@ -48,6 +48,7 @@ def test_a_trace_says_what_it_is_of(recorded, checkpoint):
     assert [len(text.tokens) for text in found.texts] == [9] * 6 + [5] * 2
     assert found.about["command"].startswith("layerskip-moe trace --checkpoint")
     assert found.about["checkpoint"] == str(checkpoint) and found.about["cost_model"] == {"layer": 0.001}
+    assert found.about["int8_cost_model"] == {"layer": 0.0005}
     assert found.about["machine"]["device"] == "cpu" and found.config.n_layers == 5
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -171,3 +172,14 @@ def test_where_rounds_take_long_few_are_timed(tiny_model, monkeypatch):
     found = fit_cost_model(tiny_model())
     assert 1 <= len(blocks) <= 4 and next(clock) < 40
     assert all(math.isfinite(cost) and cost >= 0 for cost in found.seconds)
+
+
+def test_costs_beside_others_have_plain_decoding_in_common():
+    """And all else in proportion, so that a busy machine's are not taken for slow drafts."""
+    one = replace(SPARSE, seconds=(1.0, 0.1, 0.2, 0.3, 0.0, 0.5, 0.05, 0.02, 0.01), int8_drafts=True)
+    other = replace(SPARSE, seconds=(3.0, 0.0, 0.2, 0.3, 0.0, 0.5, 0.05, 0.02, 0.01))
+    beside = one.beside(other)
+    assert beside.round_seconds([0], [0]) == pytest.approx(other.round_seconds([0], [0]))
+    ratio = one.round_seconds([3], [4]) / one.round_seconds([0], [0])
+    assert beside.round_seconds([3], [4]) / beside.round_seconds([0], [0]) == pytest.approx(ratio)
+    assert beside.int8_drafts and SPARSE.beside(other) == SPARSE
