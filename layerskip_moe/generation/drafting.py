@@ -21,7 +21,7 @@ from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.verification import Round
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.nn.int8_copies import Int8Copies
-from layerskip_moe.nn.ragged import Judged, MarginRule, as_index, by_row, in_turn
+from layerskip_moe.nn.ragged import Judged, MarginRule, Stage, Staged, as_index, by_row, in_turn
 from layerskip_moe.nn.rounds import Speculated, speculate
 
 
@@ -78,11 +78,20 @@ def go_together(session: Session, round_: Round, exit_layers: list[int], drafter
 
 
 def draft_and_verify(
-    session: Session, round_: Round, exit_layer: int, watch: Watch, rule: MarginRule | None, copies: Int8Copies | None
-) -> tuple[Tensor, list[int], list[list[Judged]] | None]:
+    session: Session,
+    round_: Round,
+    exit_layer: int,
+    watch: Watch,
+    rule: MarginRule | None,
+    copies: Int8Copies | None,
+    stage: Stage | None,
+) -> tuple[Tensor, list[int], list[list[Judged]] | None, Staged | None]:
     """Draft, from copies of the weights where there are some, verify and choose in one call: tokens and how many drafts
-    were accepted, as `Round.settle` has them, and what is known of drafts, see `RoundReport.judged`. Where a rule keeps
-    fewer drafts, `round_` gets lower limits."""
+    were accepted, as `Round.settle` has them, what is known of drafts, see `RoundReport.judged`, and what was done in
+    stages, which only drafts of one row from copies are made in. Where a rule keeps fewer drafts, `round_` gets lower
+    limits."""
+    if copies is None or len(round_.limits) > 1 or (stage is not None and stage.exit_layer >= exit_layer):
+        stage = None
     done = speculate(
         session.model,
         session.newest,
@@ -95,6 +104,8 @@ def draft_and_verify(
         collect=watch.collect(range(session.model.config.n_layers)),
         choices=watch.choices,
         copies=copies,
+        stage=stage,
+        history=None if stage is None else session.tokens[0, : int(session.cache.lengths) + 1],
     )
     watch.chosen |= done.chosen
     judged = None if done.margins is None else _judged(done, done.margins, round_.limits)
@@ -102,7 +113,7 @@ def draft_and_verify(
     if watch.shadow:
         rows, places = in_turn([range(limit + 1) for limit in round_.limits])
         watch.seen += [(layer, States(rows, places, states[:, None])) for layer, states in done.collected.items()]
-    return done.tokens, done.accepted, judged
+    return done.tokens, done.accepted, judged, done.staged
 
 
 def _judged(done: Speculated, margins: Tensor, limits: Sequence[int]) -> list[list[Judged]]:

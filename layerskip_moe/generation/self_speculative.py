@@ -173,6 +173,7 @@ class SelfSpeculative:
             plan = policy.plan(session)
             shadow, experts = policy.shadow, getattr(policy, "experts", False)
             rule, int8 = getattr(policy, "margin_rule", None), getattr(policy, "int8_drafts", False)
+            stage = getattr(policy, "stage", None)
         _check_plan(plan, session)
         if rule is not None and not isinstance(rule, MarginRule):
             raise ValueError(f"the policy's margin_rule={shown(rule)} is no rule; give a MarginRule, or None.")
@@ -187,10 +188,11 @@ class SelfSpeculative:
         round_ = Round.begin(session, [length for _, length in plan], self.coupling, confident=stop is not None)
         exit_layers = [layer if limit else 0 for (layer, _), limit in zip(plan, round_.limits, strict=True)]
         confidences: list[list[float]] = [[] for _ in plan]
-        judged, wanted = None, round_.limits
+        judged, staged, wanted = None, None, round_.limits
         if go_together(session, round_, exit_layers, drafter):
             copies = kept_copies(session.model) if int8 else None
-            tokens, accepted, judged = draft_and_verify(session, round_, max(exit_layers), watch, rule, copies)
+            how = watch, rule, copies, stage
+            tokens, accepted, judged, staged = draft_and_verify(session, round_, max(exit_layers), *how)
         else:
             drafted, confidences = draft(session, round_, exit_layers, stop, drafter, watch)
             tokens, accepted = round_.settle(verify(session, round_, drafted, watch))
@@ -216,6 +218,7 @@ class SelfSpeculative:
             if rule is not None and judged is not None
             else round_.limits,
             shadow_margins=margins,
+            staged=staged,
         )
         with _asking:
             policy.observe(report)

@@ -18,7 +18,7 @@ from layerskip_moe.nn.attention import Places, locate_within
 from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.checks import check_positions, check_run
 from layerskip_moe.nn.graphs import Graph
-from layerskip_moe.nn.ragged import MarginRule
+from layerskip_moe.nn.ragged import MarginRule, Stage
 from layerskip_moe.nn.replay import Recording, drafts_of, round_of
 from layerskip_moe.nn.run_blocks import recordable
 from layerskip_moe.nn.steps import (
@@ -171,6 +171,8 @@ def repeat_round(
     limits: Sequence[int],
     rule: MarginRule | None,
     copies: "Int8Copies | None",
+    stage: Stage | None,
+    history: Tensor | None,
 ) -> list[Tensor] | None:
     """Drafts, their verification and the full model's choices in one call, see `replay.round_of`; None where that
     cannot be recorded: on a GPU, and where an operator is not of the few rows'.
@@ -178,7 +180,9 @@ def repeat_round(
     wanted: layers of drafting and of verification whose states are
     copies: of weights, that drafts are made from; verification then begins with the tokens, and writes over what drafts
         left in the cache
+    stage, history: of drafts of one row made from copies
     """
+    assert stage is None or (copies is not None and len(newest) == 1 and stage.exit_layer < exit_layer)
     if not few_rows.serves(newest.device):
         return None
     check_positions(positions, model.config, cache)
@@ -186,15 +190,23 @@ def repeat_round(
     rooms = room_for(len(newest)), room_for(most)
     first = exit_layer if copies is None else 0  # of the layers that verify
     of = None if copies is None else copies.number
-    key = *weights_of(model), "round", of, exit_layer, *map(tuple, wanted), choices, noise is None, *rooms
+    proposing = exit_layer if stage is None else stage.exit_layer
+    key = *weights_of(model), "round", of, proposing, exit_layer, *map(tuple, wanted), choices, noise is None, *rooms
     found = cache.recordings.get(key)
     if found is None:
         layers = list(range(exit_layer)), list(range(first, model.config.n_layers))
         for some, states in zip(layers, wanted, strict=True):
             check_run(some, model.config, len(positions), cache, collect=states)
-        step, step_key = recordable(model, layers[0], cache, None, wanted[0])
+        step, step_key = recordable(model, layers[0][:proposing], cache, None, wanted[0])
         run = by_rows(step, model.config, cache)
         drafting = _drafting(model, run, newest, positions, cache, noise, step_key, copies)
+        deepen = list[Recording | Graph]()
+        if stage is not None and copies is not None:
+            step, step_key = recordable(model, layers[0][proposing:], cache, None, ())
+            run, hidden = by_rows(step, model.config, cache), torch.zeros(1, model.config.d_model, dtype=model.dtype)
+            with few_rows.reading(copies.parts):
+                begin = [hidden, cache.rows, positions[:, 0]]
+                deepen = [recording_of(model, run, begin, cache, ("deepen", of, *step_key))[0]]
         step, step_key = recordable(model, layers[1], cache, None, wanted[1], choices=choices, heads=True)
         start = torch.zeros(most, dtype=torch.int64)  # tokens, or states
         if copies is None:
@@ -202,9 +214,10 @@ def repeat_round(
         inputs = [start, *(numbers[:1].expand(most) for numbers in (cache.rows, positions[:, 0]))]
         # (What is written here is written again, at the first repetition.)
         verification, _ = recording_of(model, by_rows(step, model.config, cache), inputs, cache, step_key)
-        found = RecordedRound(_complete(*drafting, verification))
+        found = RecordedRound(_complete(*drafting, verification, *deepen))
         keep_recording(cache, key, found)
     assert isinstance(found, RecordedRound)
     if not found.complete:
         return None
-    return round_of(found.recordings, newest, cache.rows, positions, noise, torch.tensor(limits), rule)
+    text = newest[0] if history is None else history
+    return round_of(found.recordings, newest, cache.rows, positions, noise, torch.tensor(limits), rule, stage, text)

@@ -9,6 +9,7 @@ N places of any rows, A rows, T places of the row that has most, V vocabulary. K
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +52,39 @@ class MarginRule:
                 count += 1
             found.append(count)
         return found
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How drafts are made in two stages: the first layers propose tokens one after another while they are sure, and the
+    other layers that draft run over all of these at once, at most 8, and choose. The drafts are the same, in fewer runs
+    of the later layers (staged speculative decoding, Spector and Re, arXiv 2308.04623). Where the text's last tokens
+    stood in it before, what followed them there is proposed instead, for nothing.
+
+    Attributes:
+        exit_layer: the layers that propose, fewer than draft
+        sure: the least margin of a proposal that is followed, 0 or more
+        lookup: how many last tokens must have stood in the text before, 1 or more; 0: what followed is not asked
+    """
+
+    exit_layer: int
+    sure: float
+    lookup: int = 4
+
+    def __post_init__(self) -> None:
+        if not (self.exit_layer >= 1 and self.sure >= 0 and self.lookup >= 0):
+            raise ValueError(
+                f"exit_layer={self.exit_layer} must be 1 or more, sure={self.sure} and lookup={self.lookup} 0 or more."
+            )
+
+
+class Staged(NamedTuple):
+    """What was done to make drafts in stages: runs of the layers that propose, runs of the others, and places that
+    either ran over."""
+
+    proposing: int
+    choosing: int
+    places: int
 
 
 def in_turn(places: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:

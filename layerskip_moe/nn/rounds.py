@@ -17,7 +17,7 @@ from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.decoder import MoEDecoder
 from layerskip_moe.nn.drafts import repeat_round
 from layerskip_moe.nn.int8_copies import Int8Copies
-from layerskip_moe.nn.ragged import MarginRule, as_index, before_the_first_wrong, by_row, in_turn
+from layerskip_moe.nn.ragged import MarginRule, Stage, Staged, as_index, before_the_first_wrong, by_row, in_turn
 from layerskip_moe.nn.steps import can_repeat
 
 
@@ -29,6 +29,7 @@ class Speculated:
                beyond the drafts that a row kept
     drafts:    [A, T - 1] int64, of no meaning beyond those that were made
     margins:   [A, T - 1] float64, of the drafts, likewise; None where the round was not one call
+    staged:    what was done where drafts were made in stages; None elsewhere
     drafted:   how many drafts of each row were kept, and verified; one more was made where a rule let it go
     accepted:  how many of them the full model agreed with before the first that it did not
     collected: layer index -> its states [N, D], of newest token and drafts, row by row
@@ -38,6 +39,7 @@ class Speculated:
     tokens: Tensor
     drafts: Tensor
     margins: Tensor | None
+    staged: Staged | None
     drafted: list[int]
     accepted: list[int]
     collected: dict[int, Tensor]
@@ -57,6 +59,8 @@ def speculate(
     collect: Sequence[int] = (),
     choices: bool = False,
     copies: Int8Copies | None = None,
+    stage: Stage | None = None,
+    history: Tensor | None = None,
 ) -> Speculated:
     """Draft by the first layers, verify by the rest, and choose.
 
@@ -68,21 +72,25 @@ def speculate(
     collect: layers whose states are wanted; choices: whether `Speculated.chosen` is
     copies: of the model's weights, which drafts are made from where the round is one call. All layers verify then, for
         what the draft computed is not what they would
+    stage: how drafts of one row made from copies are made in two stages
+    history: [.] int64, the row's text up to the newest token, where proposals are looked for; None: in no text
     """
     first = exit_layer if copies is None else 0  # of the layers that verify
     wanted, most, made = _parted(collect, first), sum(limits) + len(limits), None
     if model.compiled and can_repeat(most, model.dtype, newest.device):
-        made = repeat_round(model, exit_layer, wanted, choices, newest, positions, cache, noise, limits, rule, copies)
+        how = noise, limits, rule, copies, stage, history
+        made = repeat_round(model, exit_layer, wanted, choices, newest, positions, cache, *how)
     if made is None:
         wanted = _parted(collect, exit_layer)
         return _in_two_steps(model, exit_layer, wanted, choices, newest, positions, cache, noise, limits)
-    tokens, drafts, margins, kept, accepted, *states = made
+    tokens, drafts, margins, kept, accepted, counts, *states = made
     early, late = states[: len(wanted[0])], states[len(wanted[0]) + 1 :]  # (between them, the last layer's)
     drafted = kept.tolist()
     collected = _present(wanted[0], early, drafted) | dict(zip(wanted[1], late, strict=False))
     routed = [layer for layer in range(first, model.config.n_layers) if choices and model.config.is_moe(layer)]
     chosen = dict(zip(routed, late[len(wanted[1]) :], strict=True))
-    return Speculated(tokens, drafts, margins, drafted, accepted.tolist(), collected, chosen)
+    staged = None if stage is None else Staged(*counts.tolist())
+    return Speculated(tokens, drafts, margins, staged, drafted, accepted.tolist(), collected, chosen)
 
 
 def _in_two_steps(
@@ -120,7 +128,7 @@ def _in_two_steps(
     if not ragged:
         by_place = {layer: experts.view(*positions.shape, -1) for layer, experts in output.chosen.items()}
         chosen = {layer: experts[rows, places] for layer, experts in by_place.items()}
-    return Speculated(tokens, drafts, None, list(limits), accepted, collected, chosen)
+    return Speculated(tokens, drafts, None, None, list(limits), accepted, collected, chosen)
 
 
 def _parted(layers: Sequence[int], first: int) -> tuple[list[int], list[int]]:

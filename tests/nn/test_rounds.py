@@ -1,15 +1,17 @@
 """`speculate`: a round in one call is what drafting, decoding and choosing one after the other are."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from layerskip_moe.nn import KVCache, rounds
+from layerskip_moe.nn import KVCache, few_rows, rounds
 from layerskip_moe.nn.compiling import compiling
 from layerskip_moe.nn.int8_copies import int8_copies
 from layerskip_moe.nn.kernels import has_kernels
-from layerskip_moe.nn.ragged import MarginRule
+from layerskip_moe.nn.ragged import MarginRule, Stage
 from layerskip_moe.nn.rounds import speculate
 from layerskip_moe.pretrained import quantize
 
@@ -98,6 +100,83 @@ def test_one_call_is_many(model, data, rows, exit_layer, longest, temperature, i
             assert {layer: experts.shape[0] for layer, experts in done.chosen.items()} == dict.fromkeys(
                 routed, sum(limits) + rows
             )
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    longest=st.integers(1, 11),
+    exit_layer=st.integers(2, 4),
+    proposing=st.integers(1, 3),
+    temperature=st.sampled_from([0.0, 0.7]),
+    least=st.sampled_from([None, 0.0, 0.2, 0.9]),
+    sure=st.sampled_from([0.0, 0.05, 0.3, math.inf]),
+    lookup=st.integers(0, 3),
+    seed=st.integers(0, 999),
+)
+def test_drafts_in_stages_are_the_same_drafts(
+    model, longest, exit_layer, proposing, temperature, least, sure, lookup, seed
+):
+    """To the last bit, in fewer runs of the later layers."""
+    assume(proposing < exit_layer)
+    generator = torch.Generator().manual_seed(seed)
+    newest = torch.randint(23, (1, 1), generator=generator)
+    noise = temperature * torch.randn(1, longest + 1, 23, generator=generator).double() if temperature else None
+    rule = None if least is None else MarginRule([0.2], least)
+    with torch.no_grad(), compiling(model):
+        cache, copies = begun(model, 1), int8_copies(model)
+        if copies is None:  # (without a C++ compiler)
+            return
+        positions = cache.lengths[:, None] + torch.arange(longest + 1)
+        how = dict(positions=positions, cache=cache, noise=noise, limits=[longest], rule=rule, copies=copies)
+        whole = speculate(model, newest, exit_layer, **how)
+        # A text in which some of the drafts are found, and some are not.
+        history = torch.cat([newest[0], whole.drafts[0, : longest // 2], torch.arange(5), newest[0]])
+        for _ in range(2):
+            stage = Stage(proposing, sure, lookup)
+            done = speculate(model, newest, exit_layer, stage=stage, history=history, **how)
+            assert (done.drafted, done.accepted) == (whole.drafted, whole.accepted) and whole.staged is None
+            made = min(done.drafted[0] + 1, longest) if rule is not None else longest
+            assert done.drafts[0, :made].tolist() == whole.drafts[0, :made].tolist()
+            assert done.margins[0, :made].tolist() == whole.margins[0, :made].tolist()
+            assert done.tokens[0, : done.drafted[0] + 1].tolist() == whole.tokens[0, : done.drafted[0] + 1].tolist()
+            assert done.staged.places >= made >= done.staged.choosing
+            assert done.staged.places >= done.staged.proposing >= done.staged.choosing
+            if not lookup and sure == math.inf:
+                assert done.staged == (made, made, made)
+            if not lookup and sure == 0.0:  # every proposal is followed, up to 8 at a time
+                assert done.staged.choosing <= -(-made // 8) + sum(whole_differs(done, model, proposing, how, newest))
+
+
+def test_text_that_repeats_itself_proposes(model):
+    """What followed its last tokens before is run over at once; where it is right, a run makes several drafts."""
+    with torch.no_grad(), compiling(model):
+        cache, copies = begun(model, 1), int8_copies(model)
+        if copies is None:
+            return
+        how = dict(
+            positions=cache.lengths[:, None] + torch.arange(12), cache=cache, noise=None, limits=[11], copies=copies
+        )
+        newest = torch.tensor([[3]])
+        drafts = speculate(model, newest, 4, **how).drafts[0]
+        right, wrong = torch.cat([newest[0], drafts]), torch.cat([newest[0], (drafts + 1) % 23])
+        counts = []
+        for text, lookup in ((right, 1), (wrong, 1), (right, 0)):
+            history = torch.cat([text, newest[0]])
+            done = speculate(model, newest, 4, stage=Stage(2, math.inf, lookup), history=history, **how)
+            assert done.drafts[0].tolist() == drafts.tolist()
+            counts.append(done.staged)
+        assert counts[0].choosing <= 5 and counts[2] == (11, 11, 11)
+        assert counts[1].places > counts[0].places, "a wrong proposal was run over for nothing"
+
+
+def whole_differs(done, model, proposing, how, newest):
+    """At which of the drafts the layers that propose would say something else, one by one."""
+    drafts = done.drafts[0].tolist()
+    with few_rows.reading(how["copies"].parts), compiling(model, False):
+        text, cache = torch.cat([newest, done.drafts], dim=1), how["cache"]
+        hidden = model.run(model.embed(text), range(proposing), positions=how["positions"], cache=cache).hidden
+        scores = model.unembed(hidden)[0].double() + (0 if how["noise"] is None else how["noise"][0])
+    return [int(said) != draft for said, draft in zip(scores.argmax(-1), drafts, strict=False)]
 
 
 @settings(deadline=None, max_examples=40)

@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from layerskip_moe.generation.session import Session
-from layerskip_moe.nn.ragged import Judged
+from layerskip_moe.nn.ragged import Judged, Staged
 
 
 @dataclass  # (not frozen: one is made each round, which takes thrice as long for frozen ones)
@@ -42,6 +42,7 @@ class RoundReport:
             that is known: up to the first wrong one, and of one that was let go behind right ones. Known of rounds
             that are one call: where all rows draft by the same layers, the policy has no `should_stop`, and sampling
             has neither filters nor coupling="rejection". None elsewhere.
+        staged: what was done to make one row's int8 drafts in stages; None of rounds that were not
         shadow_margins: [A, L, T] float64, the margins of `shadow`; nan where there are none, and where sampling filters
             or penalises. None where `shadow` is.
     """
@@ -58,6 +59,7 @@ class RoundReport:
     made: list[int] = field(default_factory=list)
     judged: list[list[Judged]] | None = None
     shadow_margins: Tensor | None = None
+    staged: Staged | None = None
 
 
 class Policy(Protocol):
@@ -74,6 +76,8 @@ class Policy(Protocol):
         is left aside in rounds of which nothing would be `judged`
     int8_drafts: asked after each `plan`: whether drafts are made from int8 copies of the weights, as `SelfSpeculative`
         says, where the round is one call; elsewhere it is left aside
+    stage: asked after each `plan`: how int8 drafts of one row are made in two stages, a `Stage`, or None; where fewer
+        layers are to draft than it says, or the same, it is left aside
     rests: a method of the session, asked first: where it returns True, this step is one of plain decoding, without
         `plan` and `observe`
     rested: a method of (rows, seconds), called after such a step: of how many rows it was, and how long it took, as in
