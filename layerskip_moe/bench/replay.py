@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 
 from layerskip_moe.bench.rounds import TextRounds
+from layerskip_moe.bench.staging import staged_rounds
 from layerskip_moe.generation import Sampling, Session
 from layerskip_moe.generation.policies.policy import Policy, RoundReport
 from layerskip_moe.generation.self_speculative import watched_exits
@@ -118,7 +119,10 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
         made = min(drafted + 1, limit) if stop is None else drafted
         accepted = text.accepted(place, exit_layer, drafted, int8=int8)
         experts = text.experts(place, exit_layer, drafted, int8=int8)
-        seconds = text.seconds(place, exit_layer, drafted, made, int8=int8)
+        stage, staged = getattr(policy, "stage", None) if int8 else None, None
+        if stage is not None and stage.exit_layer < exit_layer:
+            staged = staged_rounds(text, place, exit_layer, limit, made, stage)
+        seconds = text.seconds(place, exit_layer, drafted, made, int8=int8, staged=staged)
         places = slice(place, place + drafted + 1)
         judged = _judged(text, place, exit_layer, min(accepted + 1, made), int8) if limit and stop is None else None
         shadow = _shadow(text, places, policy, config) if policy.shadow else None
@@ -137,6 +141,7 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
             judged=judged,
             made=[made],
             shadow_margins=None if shadow is None else _shadow_margins(text, places, shadow),
+            staged=staged,
         )
         policy.observe(report)
         rounds.append(ReplayedRound(exit_layer, drafted, accepted, experts, seconds, int8))

@@ -18,6 +18,7 @@ import numpy as np
 
 from layerskip_moe.analysis.trace import Array, TracedText
 from layerskip_moe.nn import ModelConfig
+from layerskip_moe.nn.ragged import Staged
 
 
 class RoundCost(Protocol):
@@ -29,9 +30,11 @@ class RoundCost(Protocol):
         drafted: Sequence[int],
         experts: Sequence[float] | None = None,
         made: Sequence[int] | None = None,
+        staged: Staged | None = None,
     ) -> float:
         """Seconds of a round. By row: the layers that drafted (0: none) and the drafts that are verified; by MoE layer:
-        how many different experts verification reads; by row the drafts that are made, where more are."""
+        how many different experts verification reads; by row the drafts that are made, where more are; what was done to
+        make them in stages."""
 
 
 class TextRounds:
@@ -70,7 +73,7 @@ class TextRounds:
             np.logical_or.accumulate(sent[:, place:], axis=1).sum(axis=-1, dtype=np.uint16)
             for place in range(self.length)
         ]
-        self._seconds: dict[tuple[int, int, int, int, bool], float] = {}
+        self._seconds: dict[tuple[int, int, int, int, bool, Staged | None], float] = {}
 
     @property
     def most_int8(self) -> int:
@@ -98,14 +101,22 @@ class TextRounds:
         ]
 
     def seconds(
-        self, place: int, exit_layer: int, drafted: int, made: int | None = None, *, int8: bool = False
+        self,
+        place: int,
+        exit_layer: int,
+        drafted: int,
+        made: int | None = None,
+        *,
+        int8: bool = False,
+        staged: Staged | None = None,
     ) -> float:
         """By the cost model; exit_layer 0 with no drafts is a step of plain decoding. made: the drafts that were made,
-        where one more was than is verified."""
-        key = place, exit_layer, drafted, drafted if made is None else made, int8
+        where one more was than is verified; staged: what was done to make them."""
+        key = place, exit_layer, drafted, drafted if made is None else made, int8, staged
         if key not in self._seconds:
             experts = self.experts(place, exit_layer, drafted, int8=int8) if self._moe_layers else None
             cost = self._costs[int8]
             assert cost is not None, "there are int8 drafts"
-            self._seconds[key] = cost.round_seconds([exit_layer], [drafted], experts, [key[3]])
+            how = {} if staged is None else {"staged": staged}
+            self._seconds[key] = cost.round_seconds([exit_layer], [drafted], experts, [key[3]], **how)
         return self._seconds[key]

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from layerskip_moe.nn import ModelConfig
+from layerskip_moe.nn.ragged import Staged
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,12 @@ class CostModel:
         drafted: Sequence[int],
         experts: Sequence[float] | None = None,
         made: Sequence[int] | None = None,
+        staged: Staged | None = None,
     ) -> float:
         """Seconds of a round. By row: the layers that draft (0: none) and the drafts that are verified; by MoE layer:
         how many different experts verification reads, by default as many as independent choices would be; by row the
-        drafts that are made, where more are than are verified."""
-        return self.seconds_of(self.features(exit_layers, drafted, experts, made))
+        drafts that are made, where more are than are verified; what was done to make one row's in stages."""
+        return self.seconds_of(self.features(exit_layers, drafted, experts, made, staged))
 
     def seconds_of(self, features: Sequence[float]) -> float:
         """Seconds of a round that does so much."""
@@ -71,6 +73,7 @@ class CostModel:
         drafted: Sequence[int],
         experts: Sequence[float] | None = None,
         made: Sequence[int] | None = None,
+        staged: Staged | None = None,
     ) -> list[float]:
         """What a round does: one round; drafting at all; tokens chosen while drafting; layers run while drafting, and
         further rows of them; layers run while verifying, further rows of them, further experts of them; further rows
@@ -78,22 +81,37 @@ class CostModel:
         rows, places, most = len(drafted), sum(drafted) + len(drafted), max(made or drafted)
         exit_layer = max(exit_layers) if most else 0
         later = self.more_experts(exit_layer, places) if experts is None else self.later_experts(exit_layer, experts)
-        return self.amounts(exit_layer, max(drafted), most, rows, places, later)
+        return self.amounts(exit_layer, max(drafted), most, rows, places, later, staged)
 
-    def amounts(self, exit_layer: int, longest: int, most: int, rows: int, places: int, later: float) -> list[float]:
+    def amounts(
+        self,
+        exit_layer: int,
+        longest: int,
+        most: int,
+        rows: int,
+        places: int,
+        later: float,
+        staged: Staged | None = None,
+    ) -> list[float]:
         """`features` of a round of so many rows and places, where the longest draft that is verified has so many
         tokens, and the longest that is made has `most`, whose verification reads `later` more experts than one row
-        would."""
+        would; in stages, where so much was done for it."""
         first = self.first_to_verify(exit_layer)
         # (The last draft's own early layers are run where verification goes on from them.)
-        early, late = exit_layer * (most if self.int8_drafts else longest + 1), self.n_layers - first
+        early, late = float(exit_layer * (most if self.int8_drafts else longest + 1)), self.n_layers - first
+        chosen, more_early = float(most), early * (rows - 1)
+        if staged is not None and most:
+            then = exit_layer - staged.exit_layer
+            chosen = staged.proposing + staged.choosing  # (how many each time is among what further rows cost)
+            early = staged.exit_layer * staged.proposing + then * staged.choosing
+            more_early = exit_layer * staged.places - early
         further = float(places - 1)
         return [
             1.0,
             float(most > 0),
-            float(most),
-            float(early),
-            float(early * (rows - 1)),
+            chosen,
+            early,
+            more_early,
             float(late),
             late * further,
             later,

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -21,11 +22,12 @@ from layerskip_moe.generation.session import Session
 from layerskip_moe.nn import ModelConfig, MoEDecoder, few_rows
 from layerskip_moe.nn.int8_copies import int8_copies
 from layerskip_moe.nn.modes import evaluating
-from layerskip_moe.nn.ragged import MarginRule
+from layerskip_moe.nn.ragged import MarginRule, Stage, Staged
 
 _SECONDS = 1.5  # for timing rounds
 _MOST_SECONDS = 4.0  # where other work holds the processors, and a round may take as long
 _BLOCKS, _STEPS = 5, 3  # of each kind, while there is time, and of each block
+_STAGED = 6  # drafts in stages
 _COLD = 8  # places that come before: what a kind of step reads is not near at first
 
 _fitted: "WeakKeyDictionary[MoEDecoder, dict[object, CostModel]]" = WeakKeyDictionary()
@@ -55,6 +57,7 @@ class _Block:
 
     exit_layer, drafted, made: 0, 0 and 0 of plain decoding; by row
     experts: as `RoundReport` has them, of one of the steps; None of plain decoding
+    staged: of drafts in stages, mean of those steps; None of others
     greedy: whether the text is
     seconds: of the last few; of the last, where a text has room for no more
     """
@@ -63,17 +66,20 @@ class _Block:
     drafted: tuple[int, ...]
     made: tuple[int, ...]
     experts: list[int] | None
+    staged: Staged | None
     greedy: bool
     seconds: list[float]
 
 
 class _Kind(NamedTuple):
-    """A kind of round: layers that draft, drafts of each row, and whether the first is to be let go, and none verified,
-    where a margin rule holds: this tells what choosing a draft costs from what verifying one does."""
+    """A kind of round: layers that draft, drafts of each row, whether the first is to be let go, and none verified,
+    where a margin rule holds: this tells what choosing a draft costs from what verifying one does; and how drafts are
+    made in stages."""
 
     exit_layer: int
     drafts: int
     let_go: bool = False
+    stage: Stage | None = None
 
 
 class _OneAfterAnother:
@@ -84,12 +90,14 @@ class _OneAfterAnother:
     def __init__(self, int8_drafts: bool) -> None:
         self.kind, self.experts, self.int8_drafts = _Kind(0, 0), False, int8_drafts
         self.margin_rule: MarginRule | None = None
+        self.stage: Stage | None = None
         self.report: RoundReport | None = None
 
     def plan(self, session: Session) -> list[tuple[int, int]]:
         """The same for every row."""
         rows = len(session.row_numbers)
         self.margin_rule = MarginRule([math.inf] * rows, 1.0) if self.kind.let_go else None
+        self.stage = self.kind.stage
         return [(self.kind.exit_layer, self.kind.drafts)] * rows
 
     def observe(self, round: RoundReport) -> None:
@@ -100,6 +108,11 @@ class _OneAfterAnother:
 def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int], int8_drafts: bool) -> CostModel:
     config = model.config
     kinds = _kinds(config, batch_size, exits, 11 if int8_drafts else 5)
+    if int8_drafts and batch_size == 1 and (proposing := proposing_layers(config.n_layers)):
+        # Every proposal is followed, most in vain: this tells what further places of a run cost.
+        kinds.append(
+            _Kind(config.n_layers, min(_STAGED, max(kind.drafts for kind in kinds)), False, Stage(proposing, 0.0, 0))
+        )
     # Rows of a batch end one by one, and what fewer take cannot be told from what all do. (All come last: their
     # recordings serve the batch.)
     sizes = [batch_size] if batch_size == 1 else [-(-batch_size // 4), batch_size]
@@ -110,6 +123,12 @@ def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int], int8_drafts: 
     top_k = config.top_k * bool(config.num_experts)
     empty = CostModel(config.n_layers, moe_layers(config), config.num_experts, top_k, (), int8_drafts)
     return _fitted_to(empty, blocks, head=_head_over_layer(model))
+
+
+def proposing_layers(n_layers: int) -> int:
+    """How many layers propose where the whole model drafts in stages: a quarter of them, which is enough to be mostly
+    right; none of a model of one layer."""
+    return max(n_layers // 4, 1) if n_layers > 1 else 0
 
 
 def _head_over_layer(model: MoEDecoder) -> float:
@@ -159,8 +178,8 @@ def _run(
     longest = max(kind.drafts for kind in kinds)
     session.prefill()
     while len(session.row_numbers) == rows and min(session.remaining) > longest and not is_over():
-        policy.kind = exit_layer, drafts, _ = kinds[len(blocks) % len(kinds)]
-        seconds, experts = list[float](), None
+        policy.kind = exit_layer, drafts, _, stage = kinds[len(blocks) % len(kinds)]
+        seconds, experts, staged = list[float](), None, list[Staged]()
         cold = max(math.ceil(_COLD / (rows * (drafts + 1))), 2)  # the first tells of experts, which is another step
         for turn in range(cold + _STEPS):
             if turn and (len(session.row_numbers) < rows or min(session.remaining) <= longest or is_over()):
@@ -171,10 +190,16 @@ def _run(
             seconds.append(time.perf_counter() - began)  # a GPU was waited for: it was asked for the tokens
             if policy.experts and drafts and policy.report is not None:
                 experts = policy.report.experts
+            if stage and policy.report is not None and policy.report.staged is not None:
+                staged.append(policy.report.staged)
         made = (drafts,) * rows
         drafted = tuple(policy.report.drafted) if drafts and policy.report is not None else made
         timed = seconds[cold:] or seconds[-1:]
-        blocks.append(_Block(exit_layer, drafted, made, experts, session.sampling.greedy, timed))
+        mean = None
+        if stage and staged:
+            _, *did = zip(*staged[-len(timed) :], strict=True)
+            mean = Staged(stage.exit_layer, *map(fmean, did))
+        blocks.append(_Block(exit_layer, drafted, made, experts, mean, session.sampling.greedy, timed))
 
 
 def _kinds(config: ModelConfig, batch_size: int, exits: Sequence[int], most: int) -> list[_Kind]:
@@ -200,11 +225,13 @@ def _fitted_to(empty: CostModel, blocks: Sequence[_Block], *, head: float) -> Co
     seconds: dict[object, list[float]] = {}
     did: dict[object, list[list[float]]] = {}
     for block in blocks:
-        kind = block.exit_layer, block.drafted, block.made, block.greedy
+        kind = block.exit_layer, block.drafted, block.made, block.greedy, block.staged is None
         exit_layers = [block.exit_layer] * len(block.drafted)
         # (A plain step of several rows: as many experts as independent choices read.)
         seconds.setdefault(kind, []).extend(block.seconds)
-        did.setdefault(kind, []).append(empty.features(exit_layers, block.drafted, block.experts, block.made))
+        did.setdefault(kind, []).append(
+            empty.features(exit_layers, block.drafted, block.experts, block.made, block.staged)
+        )
     medians = torch.tensor([sorted(some)[len(some) // 2] for some in seconds.values()], dtype=torch.float64)
     features = torch.stack([torch.tensor(some, dtype=torch.float64).mean(dim=0) for some in did.values()])
     free = [feature for feature in range(features.shape[1]) if feature not in _TIED]

@@ -79,12 +79,13 @@ class Stage:
 
 
 class Staged(NamedTuple):
-    """What was done to make drafts in stages: runs of the layers that propose, runs of the others, and places that
-    either ran over."""
+    """What was done to make drafts in stages: how many layers propose, how often they ran, how often the others that
+    draft did, and the places that either ran over. Of what is expected, not whole numbers."""
 
-    proposing: int
-    choosing: int
-    places: int
+    exit_layer: int
+    proposing: float
+    choosing: float
+    places: float
 
 
 def in_turn(places: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:

@@ -89,7 +89,7 @@ def speculate(
     collected = _present(wanted[0], early, drafted) | dict(zip(wanted[1], late, strict=False))
     routed = [layer for layer in range(first, model.config.n_layers) if choices and model.config.is_moe(layer)]
     chosen = dict(zip(routed, late[len(wanted[1]) :], strict=True))
-    staged = None if stage is None else Staged(*counts.tolist())
+    staged = None if stage is None else Staged(stage.exit_layer, *counts.tolist())
     return Speculated(tokens, drafts, margins, staged, drafted, accepted.tolist(), collected, chosen)
 
 

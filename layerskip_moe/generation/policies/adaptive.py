@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from layerskip_moe.generation.cost_model import CostModel
-from layerskip_moe.generation.fit_cost_model import fit_cost_model
+from layerskip_moe.generation.fit_cost_model import fit_cost_model, proposing_layers
 from layerskip_moe.generation.policies.acceptance import Acceptance
 from layerskip_moe.generation.policies.fixed import check_length
 from layerskip_moe.generation.policies.new_text import NewText
@@ -22,7 +22,7 @@ from layerskip_moe.generation.policies.reckoning import Reckoning
 from layerskip_moe.generation.session import MOST_NOISE, Session
 from layerskip_moe.nn import MoEDecoder, few_rows
 from layerskip_moe.nn.int8_copies import are_made_unasked, why_no_int8
-from layerskip_moe.nn.ragged import Judged, MarginRule
+from layerskip_moe.nn.ragged import Judged, MarginRule, Stage
 from layerskip_moe.refusals import shown
 
 _BETTER = 1.02  # by how much another plan must be better before it takes the present one's place
@@ -39,6 +39,8 @@ _REST, _LONGEST_REST = 16, 256  # steps of plain decoding from one look to the n
 _KNOWN = 30  # drafts judged of each exit, after which a text may begin without a look
 _DOUBT = 0.15  # of a fitted cost model: how far drafting may be from what it says, beside plain steps
 _SURE = 0.08  # doubt beyond this is worth a try of what else may be best
+# Times the margin at which the layers that propose are right half of the time: with what margin they are followed.
+_SURE_TIMES = 6.0
 _TIMED = 8  # plain steps that are timed, at the end of a rest
 
 
@@ -50,7 +52,9 @@ class Adaptive:
     as are those before it, adds p tokens, and the time of a place more; so it is kept where p is at least that time
     times the tokens per second of the best plan. How likely a draft is right is told by its margin (`MarginRule`);
     where margins are not known, all rows draft a fixed number. Several rows wait for the one that drafts most, so the
-    number of their drafts is limited, too. The plan is chosen anew every eighth round, and changed for one that is 2%
+    number of their drafts is limited, too. Half of the layers and more draft from int8 copies in
+    two stages for one row (`Stage`): the first quarter of the layers proposes where it is sure, or the text does, where
+    it repeats itself. The plan is chosen anew every eighth round, and changed for one that is 2%
     better, by what exits promise and by how much of their promises they have kept; drafting must promise 3% more than
     plain decoding, 6% of two to four rows or by int8 copies, 20% of more, and less while costs are in doubt. Every now
     and then a round asks what other exits would have said. Where drafting does not pay, decoding is plain for 16 steps,
@@ -85,6 +89,7 @@ class Adaptive:
         self.exits: tuple[int, ...] = ()
         self.shadow = self.experts = False
         self.margin_rule: MarginRule | None = None
+        self.stage: Stage | None = None
         self._given = cost_model is not None
         self._prepared_for: weakref.ref[MoEDecoder] | None = None
         self._prepared_how: tuple[int, bool] | None = None  # for so many rows, and whether rounds may be one call
@@ -152,6 +157,8 @@ class Adaptive:
                 self.prepare(session.model, *how)
                 self._is_new_text(session)
         self._n_layers = session.model.config.n_layers
+        assert self._reckoning is not None
+        self._reckoning.proposing = proposing_layers(self._n_layers) if self.int8_drafts else 0
         self.exits = candidate_exits(self._n_layers, deep=self.int8_drafts)
         # (Noise is drawn for all drafts that there may be.)
         drawn = MOST_NOISE // session.model.config.vocab_size // len(session.row_numbers) - 1
@@ -197,10 +204,24 @@ class Adaptive:
             self._looks += 1
             self._to_look = min(_LOOK + 2 * self._looks * len(rows), _LOOK_LATER * len(rows))
         self.margin_rule = None
+        self.stage = self._stage(rows)
         if drafts and self._plan.least > 0:
             halves = [self._acceptance.half(row, self._plan.exit_layer) for row in rows]
             self.margin_rule = MarginRule(halves, self._plan.least)
         return [(self._plan.exit_layer or 1, self._plan.length)] * len(rows)
+
+    def _stage(self, rows: list[int]) -> Stage | None:
+        """How one row's int8 drafts are made: the first layers propose where they are sure."""
+        assert self._acceptance is not None and self._reckoning is not None
+        proposing = self._reckoning.proposing
+        if len(rows) > 1 or not self._reckoning.in_stages(self._plan.exit_layer):
+            return None
+        return Stage(proposing, _SURE_TIMES * self._acceptance.half(rows[0], self._told(proposing)))
+
+    def _told(self, layer: int) -> int:
+        """The exit that is known of next to that layer."""
+        assert self._acceptance is not None
+        return min(self._acceptance.told, key=lambda exit_layer: abs(exit_layer - layer))
 
     def _choose(self, rows: list[int]) -> None:
         """The best plan, unless the present one is nearly as good."""
@@ -249,6 +270,7 @@ class Adaptive:
             return
         if max(round.exit_layers) and self._tells_margins != (round.judged is not None):
             self._tells_margins, self._rows = not self._tells_margins, []  # and plan anew
+        self._reckoning.see_staged(round)
         for index, row in enumerate(round.rows):  # (another thread may have had another plan made meanwhile)
             if round.exit_layers[index]:
                 self._acceptance.see(row, round.exit_layers[index], _judged(round, index))

@@ -13,8 +13,12 @@ import math
 from layerskip_moe.generation.cost_model import CostModel
 from layerskip_moe.generation.policies.drift import Drift
 from layerskip_moe.generation.policies.policy import RoundReport
+from layerskip_moe.nn.ragged import Staged
 
 _UNION_MEMORY = 0.8  # of the unions of earlier looks
+_STAGED_MEMORY = 0.9  # of what was done in stages for a draft, from round to round
+_FIRST_STAGED = 1.2, 0.5, 1.2  # runs of either stage and places, for a draft, of which nothing is known
+_EXACT = 16  # parts of these that are told apart
 _PROMISED = 40.0  # tokens promised, of which an exit that was never tried is taken to have kept all
 _PROMISE_MEMORY = 0.95  # of an exit's promises, from round to round
 
@@ -26,6 +30,9 @@ class Reckoning:
         """doubt: how far drafting may be from what the cost model says, beside plain steps; 0: it is taken as it is,
         whatever steps really take"""
         self._cost, self._drift = cost, Drift(doubt)
+        # By exit and the layers that propose: runs of both stages, and places, for each draft that is made.
+        self._staged: dict[tuple[int, int], list[float]] = {}
+        self.proposing = 0  # layers that propose where drafts of one row are made in stages; 0: they are not
         self._union = 1.0  # experts that places read, over those of independent choices
         self._known: dict[tuple[int, ...], float] = {}  # by what `_by_cost_model` is asked of
         self._promises: dict[int, list[float]] = {}  # by exit, tokens that came, and that were promised for the time
@@ -58,10 +65,40 @@ class Reckoning:
         round_ = exit_layer, longest, places, rows, most
         seconds = self._known.get(round_)
         if seconds is None:
-            later = self._union * self._cost.more_experts(exit_layer, places)
-            amounts = self._cost.amounts(exit_layer, longest, most, rows, places, later)
+            later = self._later(exit_layer, places)
+            staged = self._expected(exit_layer, most) if rows == 1 else None
+            amounts = self._cost.amounts(exit_layer, longest, most, rows, places, later, staged)
             seconds = self._known[round_] = max(self._cost.seconds_of(amounts), 1e-9)
         return seconds
+
+    def in_stages(self, exit_layer: int) -> bool:
+        """Whether that exit's drafts for one row are made in stages: where the later layers are as many as propose."""
+        return 0 < 2 * self.proposing <= exit_layer
+
+    def _later(self, exit_layer: int, places: int) -> float:
+        """Experts that verification reads beyond those of one place."""
+        return self._union * self._cost.more_experts(exit_layer, places)
+
+    def see_staged(self, round: RoundReport) -> None:
+        """What was done in stages."""
+        did, most = round.staged, max(round.made)
+        if did is None or not most:
+            return
+        key = max(round.exit_layers), did.exit_layer
+        known = self._staged.setdefault(key, list(_FIRST_STAGED))
+        before = self._expected(key[0], _EXACT)
+        for part, amount in enumerate((did.proposing, did.choosing, did.places)):
+            known[part] += (1 - _STAGED_MEMORY) * (amount / most - known[part])
+        if self._expected(key[0], _EXACT) != before:
+            self._known.clear()
+
+    def _expected(self, exit_layer: int, most: int) -> Staged | None:
+        """What will be done in stages for so many drafts of that exit; None where they are not made so."""
+        if not self.in_stages(exit_layer):
+            return None
+        of_draft = self._staged.get((exit_layer, self.proposing), _FIRST_STAGED)
+        # (Not to the last digit: rounds are the same then, and known.)
+        return Staged(self.proposing, *(most * round(_EXACT * amount) / _EXACT for amount in of_draft))
 
     def trust(self, exit_layer: int) -> float:
         """The share of its promises that an exit has kept; near 1 while it has made few."""
@@ -75,8 +112,11 @@ class Reckoning:
     def see_round(self, round: RoundReport, promised: float) -> None:
         """How long a round took, and how many tokens it gave; promised: tokens per second, 0 where nothing was."""
         exit_layer, rows = max(round.exit_layers), len(round.drafted)
-        places = sum(round.drafted) + rows
-        reckoned = self._by_cost_model(exit_layer, max(round.drafted), places, rows, max(round.made))
+        places, most = sum(round.drafted) + rows, max(round.made)
+        reckoned = self._by_cost_model(exit_layer, max(round.drafted), places, rows, most)
+        if round.staged is not None:
+            amounts = exit_layer, max(round.drafted), most, rows, places, self._later(exit_layer, places), round.staged
+            reckoned = self._cost.seconds_of(self._cost.amounts(*amounts))
         self._drift.see(round.seconds, reckoned, drafting=True)
         if promised and self._drift.doubt:
             of_exit = self._promises.setdefault(exit_layer, [0.0, 0.0])
