@@ -10,7 +10,7 @@ from layerskip_moe.bench.rounds import RoundCost
 from layerskip_moe.generation.cost_model import CostModel
 from layerskip_moe.generation.fit_cost_model import fit_cost_model
 from layerskip_moe.generation.policies import DEL, Adaptive, Cascade, DraftVerify, Heuristic
-from layerskip_moe.generation.policies.adaptive import candidate_exits
+from layerskip_moe.generation.policies.exits import candidate_exits
 from layerskip_moe.generation.policies.policy import Policy
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.compiling import can_compile, compiling
@@ -21,6 +21,7 @@ MakePolicy = Callable[[], Policy]
 
 PUBLISHED = ("Heuristic", "DraftVerify", "DEL", "Cascade")
 
+_SECONDS = 8.0  # of timing for either cost model: all policies are compared by them
 _CASCADE_INT8 = 16  # drafts at most of `Cascade` where they are int8, of which more pay
 
 
@@ -56,8 +57,8 @@ def fit_costs(model: MoEDecoder) -> tuple[CostModel, CostModel | None]:
     plain decoding is as fast."""
     n_layers = model.config.n_layers
     with compiling(model, can_compile(model.device)):
-        cost = fit_cost_model(model)
+        cost = fit_cost_model(model, seconds=_SECONDS)
         if why_no_int8(model) is not None:
             return cost, None
         exits = (*candidate_exits(n_layers, deep=True), n_layers)  # as `Adaptive` has it fitted
-        return cost, fit_cost_model(model, exits=exits, int8_drafts=True).beside(cost)
+        return cost, fit_cost_model(model, exits=exits, int8_drafts=True, seconds=_SECONDS).beside(cost)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from layerskip_moe.bench.decoding import DecodingComparison, compare_decoding
 from layerskip_moe.bench.interleave import in_turn
 from layerskip_moe.generation import Autoregressive, SelfSpeculative, Session, Strategy, generate, self_speculative
-from layerskip_moe.generation.policies.adaptive import candidate_exits
+from layerskip_moe.generation.policies.exits import candidate_exits
 from layerskip_moe.generation.verification import Round
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.compiling import compiling

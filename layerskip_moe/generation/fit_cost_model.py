@@ -16,6 +16,7 @@ import torch
 
 from layerskip_moe.generation.autoregressive import Autoregressive
 from layerskip_moe.generation.cost_model import CostModel, moe_layers
+from layerskip_moe.generation.policies.exits import proposing_layers
 from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.sampling import Sampling
 from layerskip_moe.generation.session import Session
@@ -24,9 +25,9 @@ from layerskip_moe.nn.int8_copies import int8_copies
 from layerskip_moe.nn.modes import evaluating
 from layerskip_moe.nn.ragged import MarginRule, Stage, Staged
 
-_SECONDS = 1.5  # for timing rounds
-_MOST_SECONDS = 4.0  # where other work holds the processors, and a round may take as long
-_BLOCKS, _STEPS = 5, 3  # of each kind, while there is time, and of each block
+_AT_MOST = 2.7  # times the time there is, where other work holds the processors, and a round may take as long
+_BLOCKS, _STEPS = 5, 3  # of each kind in _SECONDS, while there is time, and of each block
+_SECONDS = 1.5
 _STAGED = 6  # drafts in stages
 _COLD = 8  # places that come before: what a kind of step reads is not near at first
 
@@ -34,20 +35,25 @@ _fitted: "WeakKeyDictionary[MoEDecoder, dict[object, CostModel]]" = WeakKeyDicti
 
 
 def fit_cost_model(
-    model: MoEDecoder, batch_size: int = 1, *, exits: Sequence[int] = (), int8_drafts: bool = False
+    model: MoEDecoder,
+    batch_size: int = 1,
+    *,
+    exits: Sequence[int] = (),
+    int8_drafts: bool = False,
+    seconds: float = 1.5,
 ) -> CostModel:
-    """Time rounds of this model, for about 1.5 seconds, or 4 where the machine is busy, and fit the cost model; at once
-    where it was done before in this process. The rounds are those of `generate` under `compiling`, which is left
-    as it is, on texts sampled at temperature 1 and greedy ones in turn.
+    """Time rounds of this model, for about so many seconds, or 2.7 times that where the machine is busy, and fit the
+    cost model; at once where it was done before in this process. The rounds are those of `generate` under `compiling`,
+    which is left as it is, on texts sampled at temperature 1 and greedy ones in turn.
 
     exits: exit layers, rising, that rounds are to be drafted by; by default some between early and late
     int8_drafts: whether drafts are made from int8 copies of the weights
     """
-    key = batch_size, model.device, model.dtype, model.compiled, tuple(exits), int8_drafts
+    key = batch_size, model.device, model.dtype, model.compiled, tuple(exits), int8_drafts, seconds
     fitted = _fitted.setdefault(model, {})
     if key not in fitted:
         with evaluating(model):
-            fitted[key] = _fit(model, batch_size, exits, int8_drafts)
+            fitted[key] = _fit(model, batch_size, exits, int8_drafts, seconds)
     return fitted[key]
 
 
@@ -57,18 +63,18 @@ class _Block:
 
     exit_layer, drafted, made: 0, 0 and 0 of plain decoding; by row
     experts: as `RoundReport` has them, of one of the steps; None of plain decoding
-    staged: of drafts in stages, mean of those steps; None of others
     greedy: whether the text is
     seconds: of the last few; of the last, where a text has room for no more
+    staged: of drafts in stages, mean of these; None of others
     """
 
     exit_layer: int
     drafted: tuple[int, ...]
     made: tuple[int, ...]
     experts: list[int] | None
-    staged: Staged | None
     greedy: bool
     seconds: list[float]
+    staged: Staged | None = None
 
 
 class _Kind(NamedTuple):
@@ -105,7 +111,7 @@ class _OneAfterAnother:
         self.report = round
 
 
-def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int], int8_drafts: bool) -> CostModel:
+def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int], int8_drafts: bool, seconds: float) -> CostModel:
     config = model.config
     kinds = _kinds(config, batch_size, exits, 11 if int8_drafts else 5)
     if int8_drafts and batch_size == 1 and (proposing := proposing_layers(config.n_layers)):
@@ -119,16 +125,10 @@ def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int], int8_drafts: 
     if int8_drafts:
         int8_copies(model)  # which is not to be timed
     policy = _OneAfterAnother(int8_drafts)
-    blocks = [block for rows in sizes for block in _time_rounds(model, rows, policy, kinds, len(sizes))]
+    blocks = [block for rows in sizes for block in _time_rounds(model, rows, policy, kinds, seconds / len(sizes))]
     top_k = config.top_k * bool(config.num_experts)
     empty = CostModel(config.n_layers, moe_layers(config), config.num_experts, top_k, (), int8_drafts)
     return _fitted_to(empty, blocks, head=_head_over_layer(model))
-
-
-def proposing_layers(n_layers: int) -> int:
-    """How many layers propose where the whole model drafts in stages: a quarter of them, which is enough to be mostly
-    right; none of a model of one layer."""
-    return max(n_layers // 4, 1) if n_layers > 1 else 0
 
 
 def _head_over_layer(model: MoEDecoder) -> float:
@@ -139,17 +139,17 @@ def _head_over_layer(model: MoEDecoder) -> float:
 
 
 def _time_rounds(
-    model: MoEDecoder, rows: int, policy: _OneAfterAnother, kinds: list[_Kind], share: int
+    model: MoEDecoder, rows: int, policy: _OneAfterAnother, kinds: list[_Kind], wanted: float
 ) -> list[_Block]:
-    """Blocks of steps of so many rows, of all kinds in turn, in one of so many shares of the time there is."""
+    """Blocks of steps of so many rows, of all kinds in turn, for about as many seconds."""
     config = model.config
     blocks, started, draw = list[_Block](), time.perf_counter(), random.Random(rows)
+    most = _BLOCKS * len(kinds) * max(wanted / _SECONDS, 1.0)
     least, before, sessions = 2 * len(kinds), -1, 0  # the first of a kind is recorded, and takes longer
 
     def is_over() -> bool:
-        passed = share * (time.perf_counter() - started)
-        late = passed > (_SECONDS if len(blocks) >= least else _MOST_SECONDS)
-        return late or len(blocks) >= _BLOCKS * len(kinds)
+        late = time.perf_counter() - started > wanted * (1.0 if len(blocks) >= least else _AT_MOST)
+        return late or len(blocks) >= most
 
     while before < len(blocks) and not is_over():
         before = len(blocks)
@@ -199,7 +199,7 @@ def _run(
         if stage and staged:
             _, *did = zip(*staged[-len(timed) :], strict=True)
             mean = Staged(stage.exit_layer, *map(fmean, did))
-        blocks.append(_Block(exit_layer, drafted, made, experts, mean, session.sampling.greedy, timed))
+        blocks.append(_Block(exit_layer, drafted, made, experts, session.sampling.greedy, timed, mean))
 
 
 def _kinds(config: ModelConfig, batch_size: int, exits: Sequence[int], most: int) -> list[_Kind]:

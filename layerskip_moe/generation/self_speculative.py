@@ -36,7 +36,7 @@ from layerskip_moe.generation.speculative import Speculative
 from layerskip_moe.generation.verification import Coupling, Round, check_drafting
 from layerskip_moe.nn import ModelConfig, MoEDecoder, few_rows
 from layerskip_moe.nn.int8_copies import int8_copies, kept_copies, why_no_int8
-from layerskip_moe.nn.ragged import MarginRule
+from layerskip_moe.nn.ragged import MarginRule, Stage
 from layerskip_moe.refusals import shown
 
 # What a policy plans and observes it does whole: threads that share a strategy may come in between, and a callback in
@@ -182,6 +182,8 @@ class SelfSpeculative:
                 f"the policy's margin rule is for {len(rule.halves)} rows, and {len(plan)} are active; "
                 "give a half for each."
             )
+        if stage is not None and not isinstance(stage, Stage):
+            raise ValueError(f"the policy's stage={shown(stage)} is no stage; give a Stage, or None.")
         started = _clock(session)
         watch = Watch(watched_exits(policy, session.model.config) if shadow else (), experts, shadow)
         stop = policy.should_stop

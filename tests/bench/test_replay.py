@@ -6,17 +6,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from layerskip_moe.analysis.record_trace import record_texts
 from layerskip_moe.bench.policies import compare_policies
 from layerskip_moe.bench.policies_check import WatchedPolicy, check_policies
 from layerskip_moe.bench.replay import replay
 from layerskip_moe.bench.rounds import TextRounds
+from layerskip_moe.bench.staging import continued
 from layerskip_moe.generation import SelfSpeculative, generate
 from layerskip_moe.generation.cost_model import CostModel
 from layerskip_moe.generation.policies import DEL, Adaptive, DraftVerify, Fixed, Heuristic
 from layerskip_moe.nn.kernels import has_kernels
-from layerskip_moe.nn.ragged import MarginRule
+from layerskip_moe.nn.ragged import MarginRule, Stage
 
 needs_kernels = pytest.mark.skipif(not has_kernels(), reason="int8 drafts are made by kernels")
 PROMPTS = [[3, 9, 21], [5], [7, 7, 2, 1]]
@@ -87,6 +90,65 @@ def test_so_have_fixed_pairs_of_int8_drafts(small_model, texts, cost_of, exit_la
     flat = list(itertools.chain(*rounds))
     assert any(round.int8 for round in flat)
     assert exit_layer == 4 or any(round.accepted < round.drafted for round in flat)
+
+
+class InStages:
+    """One pair of int8 drafts, made in another way in each round."""
+
+    shadow, should_stop, int8_drafts = False, None, True
+
+    def __init__(self, exit_layer, length, lookup):
+        self.pair, self.lookup, self.count = (exit_layer, length), lookup, 0
+
+    def plan(self, session):
+        self.count += 1
+        self.stage = Stage(1 + self.count % 2, [0.0, 0.1, 0.4][self.count % 3], self.lookup)
+        self.margin_rule = MarginRule([0.05], 0.4) if self.count % 4 == 0 else None
+        return [self.pair]
+
+    def observe(self, round):
+        pass
+
+
+@needs_kernels
+@pytest.mark.parametrize("lookup", [0, 1, 2])
+@pytest.mark.parametrize(("exit_layer", "length"), [(3, 4), (4, 14)], ids=str)
+def test_stages_do_in_replays_what_they_do_in_decoding(small_model, texts, cost_of, exit_layer, length, lookup):
+    """As long as drafts, and proposals, are right: what is proposed behind a wrong one no trace knows."""
+    model = small_model()
+    made = [InStages(exit_layer, length, lookup) for _ in range(2)]
+    told, (again, rounds) = really(model, texts, made[0]), replayed(model, texts, made[1], StagedCost())
+    compared = 0
+    flat = [list(itertools.chain(*some)) for some in (told, again, rounds)]
+    for real, copy, one in zip(*flat, strict=True):
+        assert copy.accepted == real.accepted and (copy.staged is None) == (real.staged is None)
+        if real.staged is not None and real.accepted == real.made:
+            assert copy.staged.choosing == real.staged.choosing and one.seconds == copy.staged.places
+            wrong = max(real.staged.places, copy.staged.places) > real.made[0]
+            assert wrong or copy.staged == real.staged
+            compared += real.staged.places > real.staged.choosing
+    assert compared >= 2
+
+
+class StagedCost:
+    """A second for each place that drafts in stages ran over."""
+
+    def round_seconds(self, exit_layers, drafted, experts=None, made=None, staged=None):
+        return 0.0 if staged is None else staged.places
+
+
+@given(text=st.lists(st.integers(0, 3), min_size=1, max_size=20), count=st.integers(0, 4), wanted=st.integers(0, 9))
+def test_what_followed_before(text, count, wanted):
+    """The latest place where the last tokens stood before, found by its definition."""
+    found = continued(text, count, wanted)
+    starts = [at for at in range(len(text) - count) if count and text[at : at + count] == text[len(text) - count :]]
+    if not starts:
+        assert found == []
+        return
+    longer = list(text)
+    for _ in range(wanted):
+        longer.append(longer[starts[-1] + count + len(longer) - len(text)])
+    assert found == longer[len(text) :]
 
 
 @needs_kernels

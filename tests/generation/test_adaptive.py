@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from layerskip_moe.generation import Autoregressive, Sampling, SelfSpeculative, Session, generate
 from layerskip_moe.generation.cost_model import CostModel
 from layerskip_moe.generation.policies import DEL, Adaptive
-from layerskip_moe.generation.policies.adaptive import candidate_exits
+from layerskip_moe.generation.policies.exits import candidate_exits
 from layerskip_moe.generation.policies.plans import best_by_margin
 from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.sampling import gumbel_noise

@@ -13,6 +13,7 @@ from layerskip_moe.generation import fit_cost_model as fitting
 from layerskip_moe.generation.cost_model import CostModel
 from layerskip_moe.generation.fit_cost_model import fit_cost_model
 from layerskip_moe.nn.compiling import compiling
+from layerskip_moe.nn.ragged import Staged
 
 SPARSE = CostModel(n_layers=6, moe_layers=(1, 3, 5), num_experts=4, top_k=2, seconds=(0.0,) * 9)
 DENSE = CostModel(n_layers=6, moe_layers=(), num_experts=0, top_k=0, seconds=(0.0,) * 9)
@@ -123,14 +124,13 @@ def test_a_draft_that_is_let_go_costs_its_choice():
     [({}, 1, True), ({}, 3, False), ({"num_experts": 0}, 2, True), ({"max_seq_len": 6}, 1, False)],
     ids=str,
 )
-def test_fitting_leaves_the_model_as_it_was(tiny_model, monkeypatch, sizes, rows, compiled):
-    monkeypatch.setattr(fitting, "_SECONDS", 0.0)
+def test_fitting_leaves_the_model_as_it_was(tiny_model, sizes, rows, compiled):
     model = tiny_model(**sizes).train()
     model.blocks[1].eval()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     with compiling(model, compiled):
-        found = fit_cost_model(model, rows)
+        found = fit_cost_model(model, rows, seconds=0.3)
         assert model.compiled == compiled
     assert len(found.seconds) == 9 and all(math.isfinite(cost) and cost >= 0 for cost in found.seconds)
     assert sum(found.seconds) > 0
@@ -143,7 +143,9 @@ def test_fitting_leaves_the_model_as_it_was(tiny_model, monkeypatch, sizes, rows
 def test_rounds_are_timed_once_for_each_way_to_decode(tiny_model, monkeypatch):
     timed = []
     monkeypatch.setattr(
-        fitting, "_fit", lambda model, rows, exits, int8: timed.append((rows, model.compiled, int8)) or len(timed)
+        fitting,
+        "_fit",
+        lambda model, rows, exits, int8, seconds: timed.append((rows, model.compiled, int8)) or len(timed),
     )
     model, other = tiny_model(), tiny_model()
     assert [fit_cost_model(model), fit_cost_model(model), fit_cost_model(model, 2), fit_cost_model(other)] == [
@@ -172,6 +174,17 @@ def test_where_rounds_take_long_few_are_timed(tiny_model, monkeypatch):
     found = fit_cost_model(tiny_model())
     assert 1 <= len(blocks) <= 4 and next(clock) < 40
     assert all(math.isfinite(cost) and cost >= 0 for cost in found.seconds)
+
+
+def test_what_stages_do():
+    """12 drafts by all 6 layers: the first 2 ran 9 times, the others 4 times, over 13 places."""
+    empty = replace(SPARSE, int8_drafts=True)
+    alone = empty.features([6], [12], [2, 2, 2])
+    staged = empty.features([6], [12], [2, 2, 2], staged=Staged(2, 9, 4, 13))
+    assert alone[:5] == [1, 1, 12, 72, 0]
+    assert staged[:5] == [1, 1, 9 + 4, 2 * 9 + 4 * 4, 2 * (13 - 9) + 4 * (13 - 4)]
+    assert staged[5:] == alone[5:]
+    assert empty.features([0], [0], [2, 2, 2], staged=Staged(2, 0, 0, 0)) == empty.features([0], [0], [2, 2, 2])
 
 
 def test_costs_beside_others_have_plain_decoding_in_common():

@@ -1,6 +1,7 @@
 """Drafts from int8 copies of the weights: the text is the model's all the same."""
 
 import copy
+import dataclasses
 import threading
 
 import pytest
@@ -8,12 +9,13 @@ import torch
 
 from layerskip_moe import Autoregressive, SelfSpeculative, generate
 from layerskip_moe.generation import Sampling, Session, self_speculative
-from layerskip_moe.generation.cost_model import CostModel
+from layerskip_moe.generation.cost_model import CostModel, moe_layers
 from layerskip_moe.generation.policies import Adaptive, Fixed
 from layerskip_moe.nn import int8_copies as int8_file
 from layerskip_moe.nn.compiling import compiling
 from layerskip_moe.nn.kernels import has_kernels
 from layerskip_moe.nn.modes import evaluating
+from layerskip_moe.nn.ragged import Stage
 from layerskip_moe.pretrained import quantize
 
 PROMPTS = [[3, 9, 21, 4], [5], [7, 7, 2]]
@@ -25,10 +27,10 @@ def drafted_by(monkeypatch):
     """What drafted in each round: (exit layer, whether from copies, which takes a round that is one call)."""
     seen, own = [], self_speculative.draft_and_verify
 
-    def noted(session, round_, exit_layer, watch, rule, copies):
-        tokens, accepted, judged = own(session, round_, exit_layer, watch, rule, copies)
+    def noted(session, round_, exit_layer, watch, rule, copies, stage):
+        tokens, accepted, judged, staged = own(session, round_, exit_layer, watch, rule, copies, stage)
         seen.append((exit_layer, copies is not None and judged is not None))
-        return tokens, accepted, judged
+        return tokens, accepted, judged, staged
 
     monkeypatch.setattr(self_speculative, "draft_and_verify", noted)
     return seen
@@ -46,6 +48,74 @@ def test_the_text_is_the_model_s(trained_model, drafted_by, exit_layer, temperat
     assert drafted_by and all(by == (exit_layer, True) for by in drafted_by)
     if exit_layer == 3 and dtype == torch.float32:  # the whole model, in fewer bits, is nearly always right
         assert fast.stats.acceptance_rate > 0.8
+
+
+class InStages:
+    """The same pair in every round, whose drafts are made in stages, of other numbers of layers in turn."""
+
+    shadow, should_stop, int8_drafts = False, None, True
+
+    def __init__(self, exit_layer, length, lookup=1):
+        self.pair, self.lookup, self.rounds = (exit_layer, length), lookup, []
+
+    def plan(self, session):
+        count = len(self.rounds)
+        self.stage = Stage(1 + count % 2, [0.0, 0.2, 1.0][count % 3], self.lookup)
+        return [self.pair] * len(session.row_numbers)
+
+    def observe(self, round):
+        self.rounds.append(round)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("lookup", [0, 1, 3])
+def test_stages_change_nothing_but_the_time(trained_model, lookup, temperature):
+    """Texts and rounds are those of drafts one by one; of several rows, or of no later layers, they are made so."""
+    model = trained_model(n_layers=3, max_seq_len=64)
+    for exit_layer, prompts in ((3, PROMPTS[:1]), (2, PROMPTS[:1]), (3, PROMPTS)):
+        how = dict(max_new_tokens=40, temperature=temperature, seed=4)
+        staged, fixed = InStages(exit_layer, 12, lookup), InStages(exit_layer, 12)
+        expected = generate(model, prompts, SelfSpeculative(exit_layer, 12, int8_drafts=True), **how)
+        found = generate(model, prompts, SelfSpeculative(policy=staged), **how)
+        plain = generate(model, prompts, Autoregressive(), **how)
+        assert found.tokens == expected.tokens == plain.tokens
+        assert (found.stats.drafted, found.stats.accepted) == (expected.stats.drafted, expected.stats.accepted)
+        in_stages = [round.staged is not None for round in staged.rounds if max(round.drafted)]
+        if len(prompts) > 1:
+            assert not any(in_stages)
+        else:
+            assert in_stages == [1 + index % 2 < exit_layer for index in range(len(in_stages))] and any(in_stages)
+            for round in staged.rounds:
+                if round.staged is not None:
+                    assert round.staged.places >= round.made[0] >= round.staged.choosing >= 1
+        assert not fixed.rounds
+
+
+def test_a_stage_that_is_none_is_refused(trained_model):
+    model, policy = trained_model(n_layers=3, max_seq_len=64), InStages(3, 4)
+    policy.plan = lambda session: setattr(policy, "stage", 2) or [(3, 4)]
+    with pytest.raises(ValueError, match="stage=2 is no stage; give a Stage, or None"):
+        generate(model, PROMPTS[:1], SelfSpeculative(policy=policy), max_new_tokens=9)
+    for arguments in ((0, 0.1), (1, -1.0), (1, 0.1, -1), (1, float("nan"))):
+        with pytest.raises(ValueError, match=r"exit_layer=.* must be 1 or more, sure=.* and lookup=.* 0 or more"):
+            Stage(*arguments)
+
+
+def test_adaptive_drafts_in_stages_for_one_row(trained_model, monkeypatch):
+    """By as many layers as `proposing_layers` says, and tells the cost model what was done."""
+    model, seen = trained_model(n_layers=4, max_seq_len=64), []
+    cost = CostModel(4, (), 0, 0, (1e-3, 0, 0, 1e-5, 1e-6, 1e-3, 0, 0, 0), True)
+    cost = dataclasses.replace(cost, moe_layers=moe_layers(model.config), num_experts=model.config.num_experts, top_k=2)
+    policy = Adaptive(cost_model=cost)
+    observe = policy.observe
+    monkeypatch.setattr(policy, "observe", lambda round: (seen.append(round), observe(round)))
+    generate(model, PROMPTS[:1], SelfSpeculative(policy=policy), max_new_tokens=40)
+    staged = [round.staged for round in seen if round.staged is not None]
+    assert staged and {did.exit_layer for did in staged} == {1} and policy.stage.exit_layer == 1
+    assert policy._reckoning._staged
+    seen.clear()
+    generate(model, PROMPTS, SelfSpeculative(policy=policy), max_new_tokens=20)
+    assert all(round.staged is None for round in seen if len(round.rows) > 1)
 
 
 def test_weights_that_change_are_followed(trained_model):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from layerskip_moe.generation.cost_model import CostModel
 from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.policies.reckoning import Reckoning
+from layerskip_moe.nn.ragged import Staged
 
 SECONDS = (1e-3, 5e-4, 3e-4, 1e-4, 2e-5, 3e-4, 4e-5, 5e-5, 1.2e-4)
 COST = CostModel(6, (1, 3, 5), 4, 2, SECONDS)
@@ -37,6 +38,31 @@ def test_whole_numbers_are_the_cost_model_s(int8):
     between = reckoning.seconds(2, 1.5, 2.5, 1)
     assert reckoning.seconds(2, 1, 2, 1) < between < reckoning.seconds(2, 2, 3, 1)
     assert reckoning.seconds(2, 1, 2, 1, 1.5) > reckoning.seconds(2, 1, 2, 1)
+
+
+def test_drafts_in_stages_take_what_they_took():
+    """Of one row, by exits that have as many later layers; what was done for each draft is learnt."""
+    cost = CostModel(6, (1, 3, 5), 4, 2, SECONDS, True)
+    reckoning = Reckoning(cost, doubt=0.1)
+    alone = reckoning.seconds(6, 8, 9, 1)
+    reckoning.proposing = 2
+    for exit_layer, in_stages in ((1, False), (3, False), (4, True), (6, True)):
+        assert reckoning.in_stages(exit_layer) == in_stages
+    reckoning = Reckoning(cost, doubt=0.1)
+    reckoning.proposing = 2
+    for _ in range(80):
+        did = report(6, 8, 8, 1.0)
+        did.staged = Staged(2, 4, 2, 10)
+        reckoning.see_staged(did)
+    expected = cost.round_seconds([6], [8], None, [8], Staged(2, 4, 2, 10))
+    assert reckoning.seconds(6, 8, 9, 1) == pytest.approx(expected, rel=0.02) and expected < alone
+    assert reckoning.seconds(6, 8, 10, 2) == pytest.approx(cost.round_seconds([6, 6], [8, 0]), rel=0.02), "two rows"
+    assert reckoning.seconds(3, 4, 5, 1) == pytest.approx(cost.round_seconds([3], [4]))
+    did.seconds = expected
+    before = reckoning.offset
+    for _ in range(5):
+        reckoning.see_round(did, 0.0)
+    assert reckoning.offset == pytest.approx(before, abs=0.02), "as long as was reckoned"
 
 
 def test_experts_that_are_shared_cost_less():

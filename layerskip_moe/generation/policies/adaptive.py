@@ -12,8 +12,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from layerskip_moe.generation.cost_model import CostModel
-from layerskip_moe.generation.fit_cost_model import fit_cost_model, proposing_layers
+from layerskip_moe.generation.fit_cost_model import fit_cost_model
 from layerskip_moe.generation.policies.acceptance import Acceptance
+from layerskip_moe.generation.policies.exits import candidate_exits, proposing_layers
 from layerskip_moe.generation.policies.fixed import check_length
 from layerskip_moe.generation.policies.new_text import NewText
 from layerskip_moe.generation.policies.plans import PLAIN, best_by_margin, best_length
@@ -40,7 +41,7 @@ _KNOWN = 30  # drafts judged of each exit, after which a text may begin without 
 _DOUBT = 0.15  # of a fitted cost model: how far drafting may be from what it says, beside plain steps
 _SURE = 0.08  # doubt beyond this is worth a try of what else may be best
 # Times the margin at which the layers that propose are right half of the time: with what margin they are followed.
-_SURE_TIMES = 6.0
+_SURE_TIMES = 5.0
 _TIMED = 8  # plain steps that are timed, at the end of a rest
 
 
@@ -313,11 +314,3 @@ def _judged(round: RoundReport, index: int) -> list[Judged]:
         return round.judged[index]
     drafted, accepted = round.drafted[index], round.accepted[index]
     return [(math.nan, place < accepted) for place in range(min(accepted + 1, drafted))]
-
-
-def candidate_exits(n_layers: int, *, deep: bool = False) -> tuple[int, ...]:
-    """Exit layers that are worth trying: 1, 2, 3, 4, 6, 8, 12, 16, ..., up to half of the layers, or (deep) all but the
-    last."""
-    steps = sorted({2**power for power in range(12)} | {3 * 2**power for power in range(11)})
-    most = n_layers - 1 if deep else max(n_layers // 2, 1)
-    return tuple(layer for layer in steps if layer <= most and layer < n_layers)

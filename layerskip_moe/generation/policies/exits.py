@@ -1,0 +1,18 @@
+"""Which layers are worth drafting by, of a network of so many.
+
+Knows nothing of acceptance or time. Next: `adaptive.py`, which chooses among them.
+"""
+
+
+def candidate_exits(n_layers: int, *, deep: bool = False) -> tuple[int, ...]:
+    """Exit layers that are worth trying: 1, 2, 3, 4, 6, 8, 12, 16, ..., up to half of the layers, or (deep) all but the
+    last."""
+    steps = sorted({2**power for power in range(12)} | {3 * 2**power for power in range(11)})
+    most = n_layers - 1 if deep else max(n_layers // 2, 1)
+    return tuple(layer for layer in steps if layer <= most and layer < n_layers)
+
+
+def proposing_layers(n_layers: int) -> int:
+    """How many layers propose where the whole model drafts in stages: a quarter of them, which is enough to be mostly
+    right; none of a model of one layer."""
+    return max(n_layers // 4, 1) if n_layers > 1 else 0
