@@ -23,13 +23,12 @@ from tqdm.auto import tqdm
 from layerskip_moe.analysis.held_out import LIVE_LOGITS, run_layers
 from layerskip_moe.analysis.trace import TracedText
 from layerskip_moe.generation import Sampling, Session, check_prompts, generate
+from layerskip_moe.generation.policies.exits import MOST_DRAFTS
 from layerskip_moe.generation.sampling import choose, choose_by_margin, choose_with_confidence, gumbel_noise
 from layerskip_moe.nn import ModelConfig, MoEDecoder, RunOutput, few_rows
 from layerskip_moe.nn.compiling import compiling
-from layerskip_moe.nn.int8_copies import int8_copies, why_no_int8
+from layerskip_moe.nn.int8_copies import are_made_unasked, int8_copies, why_no_int8
 from layerskip_moe.nn.modes import evaluating
-
-MOST_INT8 = 31  # drafts of a round of int8 ones, which is as many as `Adaptive` makes
 
 
 def record_texts(
@@ -40,7 +39,7 @@ def record_texts(
     max_new_tokens: int,
     temperatures: Sequence[float] = (0.0, 0.8),
     seed: int = 0,
-    int8_length: int = MOST_INT8,
+    int8_length: int = MOST_DRAFTS,
     compile: bool = True,
     progress: bool = True,
 ) -> list[TracedText]:
@@ -49,8 +48,8 @@ def record_texts(
     prompts: token ids; prompt i is decoded alone, for exactly max_new_tokens tokens, with seed + i, as
     `compare_decoding` does. A prompt's own positions are asked too, with the temperature and noise of the continuation.
     held_out: texts of 2 tokens or more. compile: as in `generate`.
-    int8_length: drafts of a round that are recorded of int8 copies, 0 to 63; they are left out where there can be no
-    copies, see `why_no_int8`.
+    int8_length: drafts of a round that are recorded of int8 copies, 0 to 63, which takes the layers and the head as
+    many places for each token; they are left out where `Adaptive` would make no copies, see `are_made_unasked`.
 
     Raises ValueError for what `generate` refuses, temperatures that repeat, held-out texts that are too short, too long
     or of other tokens, and another int8_length.
@@ -131,16 +130,13 @@ class _Recording:
     def _ask_copies(self, session: Session) -> None:
         """All rounds of int8 drafts that there may be, at the end of the text."""
         model, layers, sampling = session.model, range(session.model.config.n_layers), session.sampling
-        if not self.int8_length or why_no_int8(model) is not None:
+        if not self.int8_length or why_no_int8(model) is not None or not are_made_unasked(model):
             return
         copies = int8_copies(model)
         assert copies is not None, "nothing stands against them"
         newest = int(session.cache.lengths)
         begin = newest + 1 - session.max_new_tokens
         tokens, positions = session.tokens[:, : newest + 1], torch.arange(newest + 1, device=model.device)[None]
-        noise = None
-        if not sampling.greedy:
-            noise = gumbel_noise(sampling.seed, session.rows, positions[:, begin:] + 1, model.config.vocab_size)[0]
         text = torch.cat([tokens[0, begin + 1 :], self.said[-1][-1].to(model.device)])
         shape = len(layers), len(text), self.int8_length
         right, margins = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
@@ -151,11 +147,12 @@ class _Recording:
                 output = model.run(
                     model.embed(tokens[:, at]), layers, positions=positions[:, at], cache=session.cache, collect=layers
                 )
-                there = slice(place, place + count)
+                noise = None
+                if not sampling.greedy:  # (that of all places at once may take more memory than there is)
+                    noise = gumbel_noise(sampling.seed, session.rows, positions[:, at] + 1, model.config.vocab_size)[0]
                 for layer in layers:
-                    logits = model.unembed(output.collected[layer][0])
-                    drafts, by = choose_by_margin(logits, sampling, None if noise is None else noise[there])
-                    right[layer, place, :count] = (drafts == text[there]).cpu()
+                    drafts, by = choose_by_margin(model.unembed(output.collected[layer][0]), sampling, noise)
+                    right[layer, place, :count] = (drafts == text[place : place + count]).cpu()
                     margins[layer, place, :count] = by.float().cpu()
         self.int8_right, self.int8_margin = right, margins
 

@@ -9,12 +9,13 @@ from functools import partial
 from layerskip_moe.bench.rounds import RoundCost
 from layerskip_moe.generation.cost_model import CostModel
 from layerskip_moe.generation.fit_cost_model import fit_cost_model
-from layerskip_moe.generation.policies import DEL, Adaptive, Cascade, DraftVerify, Heuristic
-from layerskip_moe.generation.policies.exits import candidate_exits
+from layerskip_moe.generation.policies import DEL, Adaptive, Cascade, DraftVerify, Fixed, Heuristic
+from layerskip_moe.generation.policies.exits import MOST_DRAFTS, candidate_exits, proposing_layers
 from layerskip_moe.generation.policies.policy import Policy
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.compiling import can_compile, compiling
-from layerskip_moe.nn.int8_copies import why_no_int8
+from layerskip_moe.nn.int8_copies import are_made_unasked, why_no_int8
+from layerskip_moe.nn.ragged import Stage
 
 # Makes a policy that has learnt nothing yet.
 MakePolicy = Callable[[], Policy]
@@ -22,23 +23,41 @@ MakePolicy = Callable[[], Policy]
 PUBLISHED = ("Heuristic", "DraftVerify", "DEL", "Cascade")
 
 _SECONDS = 8.0  # of timing for either cost model: all policies are compared by them
-_CASCADE_INT8 = 16  # drafts at most of `Cascade` where they are int8, of which more pay
+_LENGTHS, _SURE = (7, 15, 23, 31), (0.2, 0.4, 0.8)  # of fixed pairs in stages
+_CASCADE = 8, 16  # drafts at most of `Cascade`, and where they are int8, of which more pay
 
 
-def contenders(n_layers: int, cost: RoundCost, int8_cost: RoundCost | None = None) -> dict[str, list[MakePolicy]]:
+def contenders(
+    n_layers: int, cost: RoundCost, int8_cost: RoundCost | None = None, most_int8: int = MOST_DRAFTS
+) -> dict[str, list[MakePolicy]]:
     """The policies that are compared, by name; of several settings of one, the fastest is shown. `Adaptive` is among
-    them where it can reckon with the cost model itself. With a cost model of int8 drafts those make them that can: the
-    others are asked in between drafts, which int8 ones are not."""
+    them where it can reckon with the cost model itself.
+
+    int8_cost, most_int8: of rounds of int8 drafts, and how many there may be in one; None: there are none. Then those
+    policies make them that can (the others are asked in between drafts, which int8 ones are not), and so do pairs that
+    never change, in stages.
+    """
     exits = range(1, n_layers)
-    ours: dict[str, list[MakePolicy]] = {}
-    if isinstance(int8_cost, CostModel):
-        ours["Adaptive"] = [partial(Adaptive, cost_model=int8_cost)]
-    if isinstance(cost, CostModel):
-        ours["Adaptive" if not ours else "Adaptive by the weights"] = [partial(Adaptive, cost_model=cost)]
-    cascades: list[MakePolicy] = [partial(Cascade, n) for n in exits]
-    if int8_cost is not None:
-        cascades += [partial(_int8_cascade, n) for n in (*exits, n_layers)]
-    return ours | {
+    if int8_cost is None:
+        ours = {"Adaptive": cost}
+        cascades: list[MakePolicy] = [partial(Cascade, n) for n in exits]
+        more: dict[str, list[MakePolicy]] = {}
+    else:
+        ours = {"Adaptive": int8_cost, "Adaptive by the weights": cost}
+        cascades = [partial(Cascade, n, length=_CASCADE[0]) for n in exits]
+        int8_length = min(_CASCADE[1], most_int8)
+        cascades += [partial(Cascade, n, length=int8_length, int8_drafts=True) for n in (*exits, n_layers)]
+        lengths = sorted({min(length, most_int8) for length in _LENGTHS})
+        stages = [Stage(proposing_layers(n_layers), sure) for sure in _SURE]
+        more = {"fixed in stages": [partial(Fixed, n_layers, n, True, stage) for n in lengths for stage in stages]}
+    adaptive: dict[str, list[MakePolicy]] = {}
+    for name, of in ours.items():
+        if isinstance(of, CostModel):
+            length = min(MOST_DRAFTS, most_int8) if of.int8_drafts else None
+            adaptive[name] = [partial(Adaptive, length=length, cost_model=of)]
+    return {
+        **more,
+        **adaptive,
         "Heuristic": [partial(Heuristic, n) for n in exits],
         "DraftVerify": [partial(DraftVerify, n) for n in exits],
         "DEL": [DEL],
@@ -46,19 +65,13 @@ def contenders(n_layers: int, cost: RoundCost, int8_cost: RoundCost | None = Non
     }
 
 
-def _int8_cascade(exit_layer: int) -> Cascade:
-    policy = Cascade(exit_layer, length=_CASCADE_INT8)
-    setattr(policy, "int8_drafts", True)  # noqa: B010 (an attribute that any policy may have)
-    return policy
-
-
 def fit_costs(model: MoEDecoder) -> tuple[CostModel, CostModel | None]:
-    """Cost models of rounds by the weights themselves and, where copies can be made, of int8 drafts, in both of which
-    plain decoding is as fast."""
+    """Cost models of rounds by the weights themselves and, where `Adaptive` makes copies unasked, of int8 drafts, in
+    both of which plain decoding is as fast. Takes 8 seconds for each, more on a machine that does other work."""
     n_layers = model.config.n_layers
     with compiling(model, can_compile(model.device)):
         cost = fit_cost_model(model, seconds=_SECONDS)
-        if why_no_int8(model) is not None:
+        if why_no_int8(model) is not None or not are_made_unasked(model):
             return cost, None
         exits = (*candidate_exits(n_layers, deep=True), n_layers)  # as `Adaptive` has it fitted
         return cost, fit_cost_model(model, exits=exits, int8_drafts=True, seconds=_SECONDS).beside(cost)

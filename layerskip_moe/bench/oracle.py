@@ -7,8 +7,11 @@ Knows nothing of policies. Next: `policies.py`, which sets them beside policies.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from layerskip_moe.bench.rounds import TextRounds
+from layerskip_moe.bench.staging import foreseen_drafts
+from layerskip_moe.nn.ragged import Staged
 
 
 def fixed_seconds(text: TextRounds, exit_layer: int, draft_length: int, *, int8: bool = False) -> float:
@@ -22,28 +25,46 @@ def fixed_seconds(text: TextRounds, exit_layer: int, draft_length: int, *, int8:
     return seconds
 
 
-def oracle(text: TextRounds, exit_layers: Sequence[int], int8_exits: Sequence[int] = ()) -> list[tuple[int, int, bool]]:
-    """The rounds that make the text's continuation in the least seconds: (exit layer, drafts, whether they are int8),
-    (0, 0, False) for plain ones.
+class ForeseenRound(NamedTuple):
+    """A round whose drafts are all right: the layers that draft, 0 in a plain step, how many drafts, whether they are
+    int8, and what is done to make them in stages, if they are."""
+
+    exit_layer: int
+    drafted: int
+    int8: bool = False
+    staged: Staged | None = None
+
+
+def oracle(
+    text: TextRounds, exit_layers: Sequence[int], int8_exits: Sequence[int] = (), proposing: int = 0
+) -> list[ForeseenRound]:
+    """The rounds that make the text's continuation in the least seconds.
 
     least(N) = 0 and least(n) = min over e in exit_layers and d >= 0 of seconds(n, e, d) + least(n + d + 1), where the d
-    drafts from layer e at n are all right, and over int8 drafts by int8_exits likewise. Longer drafts are not tried:
-    what a round refuses, it had better not have drafted, as no cost model is cheaper for more of it.
+    drafts from layer e at n are all right, and over int8 drafts by int8_exits likewise, one by one or, by twice as many
+    layers as `proposing` (0: none do) and more, in stages, of which it is known which proposals are right. Longer
+    drafts are not tried: what a round refuses, it had better not have drafted.
     """
     least = [0.0] * (text.length + 1)
-    best = [(0, 0, False)] * text.length
+    best = [ForeseenRound(0, 0)] * text.length
     drafters = [(exit_layer, False) for exit_layer in exit_layers] + [(exit_layer, True) for exit_layer in int8_exits]
     for place in reversed(range(text.length)):
+        rest = text.length - place - 1
         least[place] = text.seconds(place, 0, 0) + least[place + 1]
-        for exit_layer, int8 in drafters:
-            rest = text.length - place - 1
-            for drafted in range(1, text.accepted(place, exit_layer, rest, int8=int8) + 1):
-                seconds = text.seconds(place, exit_layer, drafted, int8=int8) + least[place + drafted + 1]
-                if seconds < least[place]:
-                    least[place], best[place] = seconds, (exit_layer, drafted, int8)
-    rounds: list[tuple[int, int, bool]] = []
+        longest = [text.accepted(place, exit_layer, rest, int8=int8) for exit_layer, int8 in drafters]
+        for drafted in range(1, max(longest, default=0) + 1):
+            foreseen = foreseen_drafts(text, place, drafted, proposing) if proposing else None
+            for (exit_layer, int8), most in zip(drafters, longest, strict=True):
+                ways = [None, foreseen] if int8 and 0 < 2 * proposing <= exit_layer else [None]
+                for staged in ways if drafted <= most else ():
+                    seconds = text.seconds(place, exit_layer, drafted, int8=int8, staged=staged)
+                    seconds += least[place + drafted + 1]
+                    if seconds < least[place]:
+                        least[place] = seconds
+                        best[place] = ForeseenRound(exit_layer, drafted, int8, staged)
+    rounds: list[ForeseenRound] = []
     place = 0
     while place < text.length:
         rounds.append(best[place])
-        place += best[place][1] + 1
+        place += best[place].drafted + 1
     return rounds

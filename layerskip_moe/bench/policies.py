@@ -21,12 +21,13 @@ from tqdm.auto import tqdm
 from layerskip_moe.analysis.margins import told_by_margin
 from layerskip_moe.analysis.trace import Array, TracedText
 from layerskip_moe.bench.contenders import PUBLISHED, MakePolicy, contenders
-from layerskip_moe.bench.oracle import fixed_seconds, oracle
+from layerskip_moe.bench.oracle import ForeseenRound, fixed_seconds, oracle
 from layerskip_moe.bench.replay import ReplayedRound, replay
 from layerskip_moe.bench.rounds import RoundCost, TextRounds
 from layerskip_moe.bench.trees import best_tree
 from layerskip_moe.generation.cost_model import CostModel
 from layerskip_moe.generation.policies import Fixed
+from layerskip_moe.generation.policies.exits import proposing_layers
 from layerskip_moe.nn import ModelConfig
 
 
@@ -165,8 +166,10 @@ def compare_policies(
     rounds = [TextRounds(text, config, cost, int8_cost) for text in texts]
     most_int8 = min(text.most_int8 for text in rounds)
     int8_exits, int8_lengths = ([*exits, config.n_layers], range(most_int8 + 1)) if most_int8 else ([], range(0))
-    tried = contenders(config.n_layers, cost, int8_cost if most_int8 else None) if policies is None else policies
-    total = 2 + 2 * len(exits) + len(int8_exits) + sum(map(len, tried.values()))
+    proposing = proposing_layers(config.n_layers) if most_int8 else 0
+    if policies is None:
+        policies = contenders(config.n_layers, cost, int8_cost if most_int8 else None, most_int8)
+    total = 2 + 2 * len(exits) + len(int8_exits) + sum(map(len, policies.values()))
     with tqdm(total=total, desc="replaying policies", disable=not progress, leave=False) as bar:
 
         def grid(layers: Sequence[int], lengths: Sequence[int], *, int8: bool) -> Array:
@@ -182,14 +185,15 @@ def compare_policies(
             exit_layer = getattr(policy, "exit_layer", None)
             if setting is None and exit_layer is not None:
                 setting = f"exit layer {exit_layer}" + ", int8" * getattr(policy, "int8_drafts", False)
+            if isinstance(policy, Fixed) and policy.stage is not None:
+                setting = f"exit layer {exit_layer}, {policy.draft_length} drafts, sure at {policy.stage.sure:g}"
             bar.update()
             return PolicyRun(name, make, setting, replay(rounds, policy, config))
 
         def oracle_of(name: str, layers: Sequence[int], int8_layers: Sequence[int], setting: str | None) -> PolicyRun:
             bar.update()
-            return PolicyRun(
-                name, None, setting, [_as_rounds(text, oracle(text, layers, int8_layers)) for text in rounds]
-            )
+            found = [_as_rounds(text, oracle(text, layers, int8_layers, proposing)) for text in rounds]
+            return PolicyRun(name, None, setting, found)
 
         seconds, int8_seconds = grid(exits, lengths, int8=False), grid(int8_exits, int8_lengths, int8=True)
         fixed = _best_pair(exits, seconds, int8=False)
@@ -200,7 +204,7 @@ def compare_policies(
             PolicyRun("plain", partial(Fixed, 1, 0), None, replay(rounds, Fixed(1, 0), config)),
             run_of("best fixed", partial(Fixed, *fixed), best),
         ]
-        for name, settings in tried.items():
+        for name, settings in policies.items():
             runs.append(_fastest([run_of(name, make) for make in settings]))
         if isinstance(cost, CostModel):
             setting, tree = best_tree(rounds, cost, exits, lengths)
@@ -235,13 +239,13 @@ def _fastest(runs: Sequence[PolicyRun]) -> PolicyRun:
     return min(runs, key=lambda run: sum(run.seconds))
 
 
-def _as_rounds(text: TextRounds, rounds_of: Sequence[tuple[int, int, bool]]) -> list[ReplayedRound]:
-    """Rounds whose drafts are all accepted, from the first place on."""
+def _as_rounds(text: TextRounds, foreseen: Sequence[ForeseenRound]) -> list[ReplayedRound]:
+    """What they are in a replay, from the first place on."""
     rounds: list[ReplayedRound] = []
     place = 0
-    for exit_layer, drafted, int8 in rounds_of:
+    for exit_layer, drafted, int8, staged in foreseen:
         experts = text.experts(place, exit_layer, drafted, int8=int8)
-        seconds = text.seconds(place, exit_layer, drafted, int8=int8)
+        seconds = text.seconds(place, exit_layer, drafted, int8=int8, staged=staged)
         rounds.append(ReplayedRound(exit_layer, drafted, drafted, experts, seconds, int8))
         place += drafted + 1
     return rounds

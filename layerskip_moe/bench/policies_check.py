@@ -1,7 +1,8 @@
 """Replays of policies against real decoding of the same prompts: are the rounds the same, and is the time?
 
 Rounds are, each accepting as many drafts, where a policy looks neither at the clock nor at what is drafted behind a
-refused draft. Times are this machine's as it is now, the modelled ones those of the machine that the cost model is of.
+refused draft, nor at what was done to make drafts in stages. Times are this machine's as it is now, the modelled ones
+those of the machine that the cost model is of.
 
 Next: `policies.py`, which replays; `decoding.py`, which times strategies.
 """

@@ -2,9 +2,10 @@
 
 The policy is asked and told what `SelfSpeculative` would ask and tell it, one prompt after another, each a batch of its
 own. How many drafts are accepted is exact; a round lasts as long as a cost model says, so every replay is the same.
-Three things that a policy may see are not in a trace: what is drafted after the first refused draft, where the text's
-own places stand in (so `should_stop` or a margin rule may end a round's last, refused drafts elsewhere); the model
-itself, of which a session here has the config alone; and the clock. What it costs to ask is not in a round's seconds
+Four things that a policy may see are not in a trace: what is drafted after the first refused draft, where the text's
+own places stand in (so `should_stop` or a margin rule may end a round's last, refused drafts elsewhere); what is
+proposed behind a wrong proposal, where drafts are made in stages (`staging.py`); the model itself, of which a session
+here has the config alone; and the clock. What it costs to ask is not in a round's seconds
 either: rounds with `shadow` or `should_stop` take longer than they do here, which `policies_check.py` shows. As in
 decoding, drafts are int8 in rounds that are one call alone: not of a policy with `should_stop`.
 
@@ -21,7 +22,7 @@ from typing import Any, cast
 import torch
 
 from layerskip_moe.bench.rounds import TextRounds
-from layerskip_moe.bench.staging import staged_rounds
+from layerskip_moe.bench.staging import staged_drafts
 from layerskip_moe.generation import Sampling, Session
 from layerskip_moe.generation.policies.policy import Policy, RoundReport
 from layerskip_moe.generation.self_speculative import watched_exits
@@ -121,7 +122,7 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
         experts = text.experts(place, exit_layer, drafted, int8=int8)
         stage, staged = getattr(policy, "stage", None) if int8 else None, None
         if stage is not None and stage.exit_layer < exit_layer:
-            staged = staged_rounds(text, place, exit_layer, limit, made, stage)
+            staged = staged_drafts(text, place, exit_layer, limit, made, stage)
         seconds = text.seconds(place, exit_layer, drafted, made, int8=int8, staged=staged)
         places = slice(place, place + drafted + 1)
         judged = _judged(text, place, exit_layer, min(accepted + 1, made), int8) if limit and stop is None else None

@@ -3,7 +3,7 @@
 A round at place n has n tokens of the continuation behind it. Its drafts are the text itself up to the first one that
 the full model refuses; what is drafted after that, no trace has. Which experts those last drafts are sent to is taken
 to be what the text's own tokens at their places are, and how many of them a margin rule keeps is what it would keep of
-these; everything else here is exact.
+these; all else is exact, but for what is done to make drafts in stages (`staging.py`).
 
 Drafts are made from the weights themselves, or from int8 copies of them (int8), and then all layers verify.
 
@@ -40,7 +40,7 @@ class RoundCost(Protocol):
 class TextRounds:
     """The rounds that one continuation may be made of.
 
-    text:       it and its prompt
+    text:       it and its prompt, whose tokens together are `all_tokens`
     agreeing:   [L, N + 1] from each place on, how many tokens in a row each layer would say right
     int8_agreeing: [L, N] of int8 drafts of a round there likewise, D at most
     confidence: [L, N] of what each layer says at each place, as in `TracedText`, whose prompt is left out here
@@ -58,7 +58,7 @@ class TextRounds:
             part[:, first:] for part in (text.said, text.second, text.confidence, text.margin)
         )
         self.tokens = text.tokens[text.prompt_length :]
-        self.length = len(self.tokens)
+        self.length, self.all_tokens = len(self.tokens), text.tokens.tolist()
         assert (self.said[-1] == self.tokens).all(), "the text is the last layer's"
         self.agreeing = np.zeros((len(self.said), self.length + 1), dtype=np.int64)
         for place in reversed(range(self.length)):
@@ -117,6 +117,5 @@ class TextRounds:
             experts = self.experts(place, exit_layer, drafted, int8=int8) if self._moe_layers else None
             cost = self._costs[int8]
             assert cost is not None, "there are int8 drafts"
-            how = {} if staged is None else {"staged": staged}
-            self._seconds[key] = cost.round_seconds([exit_layer], [drafted], experts, [key[3]], **how)
+            self._seconds[key] = cost.round_seconds([exit_layer], [drafted], experts, [key[3]], staged)
         return self._seconds[key]

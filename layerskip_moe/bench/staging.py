@@ -1,45 +1,71 @@
 """What making a round's int8 drafts in stages would take, of a traced text: the runs of either stage, see `Stage`.
 
-As long as the drafts are right they are the text, and all is known: what the layers that propose would say there, how
-sure they are, and what stood in the text before. Where a draft is wrong, a proposal is taken to be another token, and
-what follows to be proposed as the text is.
+As long as drafts, and proposals, are right they are the text, and all is known: what the layers that propose would say
+there, how sure they are, and what stood in the text before. What is proposed behind a wrong proposal no trace has: it
+is taken to be the text, and a wrong draft never to have been proposed. So how often the later layers run is exact up to
+the first wrong draft, how often the others do is not.
 
-L layers, N tokens of a continuation, D drafts. Knows nothing of policies and seconds. Next: `replay.py`, which asks.
+Knows nothing of policies and seconds. Next: `replay.py` and `oracle.py`, which ask.
 """
 
 from collections.abc import Sequence
 
 from layerskip_moe.bench.rounds import TextRounds
-from layerskip_moe.nn.ragged import Stage, Staged
-
-_MOST_PROPOSED = 8  # places of a run, as in cpp/staged.h
+from layerskip_moe.nn.ragged import LOOK_BACK, MOST_PROPOSED, Stage, Staged
 
 
-def staged_rounds(text: TextRounds, place: int, exit_layer: int, limit: int, made: int, stage: Stage) -> Staged:
+def staged_drafts(text: TextRounds, place: int, exit_layer: int, limit: int, made: int, stage: Stage) -> Staged:
     """What is done to make `made` drafts of a round that wants `limit`, where a margin rule lets the last one go, or
     none is."""
-    traced, tokens = text.text, text.text.tokens.tolist()
-    newest = traced.prompt_length + place - 1
-    early = [
-        traced.int8_right[stage.exit_layer - 1, place].tolist(),
-        traced.int8_margin[stage.exit_layer - 1, place].tolist(),
-    ]
+    traced = text.text
+    early_right, early_margins = (
+        part[stage.exit_layer - 1, place].tolist() for part in (traced.int8_right, traced.int8_margin)
+    )
     right = traced.int8_right[exit_layer - 1, place].tolist()
-    done = proposing = choosing = places = 0
+    done = proposing = choosing = places = heads = 0
+    lookup = stage.lookup
     while done < made:
-        longest = min(_MOST_PROPOSED, limit - done)
-        repeated = continued(tokens[: newest + done + 1], stage.lookup, longest - 1)
-        same = [right[done + at] and early[0][done + at] for at in range(longest)]
+        longest = min(MOST_PROPOSED, limit - done)
+        repeated, follows = _repeated(text, place + done, lookup, longest)
         if repeated:
-            count, runs = longest, 1
-            there = tokens[newest + done + 1 : newest + done + longest]
-            same = [right[done + at] and token == repeated[at] for at, token in enumerate(there)]
+            count, runs, choices = longest, 1, 0
+            if not (right[done] and follows[0]):
+                lookup = 0
         else:
-            sure = [margin >= stage.sure for margin in early[1][done : done + longest - 1]]
+            sure = [margin >= stage.sure for margin in early_margins[done : done + longest - 1]]
             count = runs = [*sure, False].index(False) + 1
-        proposing, choosing, places = proposing + runs, choosing + 1, places + count
-        done += [*same[: count - 1], False].index(False) + 1
-    return Staged(stage.exit_layer, proposing, choosing, places)
+            choices, follows = min(count, longest - 1), early_right[done : done + longest]
+        proposing, choosing, places, heads = proposing + runs, choosing + 1, places + count, heads + choices + 1
+        same = [right[done + at] and follows[at] for at in range(count - 1)]
+        done += [*same, False].index(False) + 1
+    return Staged(stage.exit_layer, proposing, choosing, places, heads)
+
+
+def foreseen_drafts(
+    text: TextRounds, place: int, drafted: int, proposing: int, lookup: int = Stage(1, 0.0).lookup
+) -> Staged:
+    """The least that is done to make right drafts in stages, where it is known which proposals are right: none other is
+    followed."""
+    early_right = text.text.int8_right[proposing - 1, place].tolist()
+    done = runs = choosing = heads = 0
+    while done < drafted:
+        longest = min(MOST_PROPOSED, drafted - done)
+        _, follows = _repeated(text, place + done, lookup, longest)
+        by_text, by_layers = (
+            [*some[: longest - 1], False].index(False) for some in (follows, early_right[done : done + longest])
+        )
+        runs += 1 if by_text >= by_layers else by_layers + 1
+        heads += 1 if by_text >= by_layers else by_layers + 1
+        done, choosing = done + max(by_text, by_layers) + 1, choosing + 1
+    return Staged(proposing, runs, choosing, drafted, heads)
+
+
+def _repeated(text: TextRounds, place: int, lookup: int, longest: int) -> tuple[list[int], list[bool]]:
+    """What is proposed because it followed the last tokens before `place` earlier, and whether it is the text."""
+    tokens, end = text.all_tokens, text.text.prompt_length + place
+    found = continued(tokens[max(end - LOOK_BACK, 0) : end], lookup, longest - 1)
+    there = tokens[end : end + len(found)]
+    return found, [one == other for one, other in zip(found, there, strict=False)]
 
 
 def continued(text: Sequence[int], count: int, wanted: int) -> list[int]:

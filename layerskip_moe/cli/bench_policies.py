@@ -101,16 +101,14 @@ def run(arguments: list[str]) -> None:
 def _recorded_costs(options: Options, trace: Trace) -> tuple[CostModel, CostModel | None]:
     """What recording measured; ValueError where the trace does not tell."""
     names = {field.name for field in fields(CostModel)}
-    costs: list[CostModel | None] = []
-    for name in ("cost_model", "int8_cost_model"):
-        told = trace.about.get(name)
-        costs.append(CostModel(**told) if isinstance(told, dict) and told.keys() == names else None)
-    if not isinstance(trace.about.get("machine"), dict) or costs[0] is None:
+    told, int8_told = (trace.about.get(name) for name in ("cost_model", "int8_cost_model"))
+    known = [isinstance(one, dict) and one.keys() == names for one in (told, int8_told)]
+    if not isinstance(trace.about.get("machine"), dict) or not known[0] or not (known[1] or int8_told is None):
         raise ValueError(
             f"{options.trace} does not tell what its model's rounds cost, and on which machine; give --checkpoint, to "
             "measure it."
         )
-    return costs[0], costs[1]
+    return CostModel(**told or {}), None if int8_told is None else CostModel(**int8_told)
 
 
 def _model(options: Options, trace: Trace) -> MoEDecoder:

@@ -21,6 +21,7 @@ from layerskip_moe.bench.contenders import fit_costs
 from layerskip_moe.bench.machine import describe_machine
 from layerskip_moe.cli.flags import parse
 from layerskip_moe.cli.options import Precision, Text, cut_prompts, load_network, load_text
+from layerskip_moe.generation.policies.exits import MOST_DRAFTS
 from layerskip_moe.nn.fingerprint import model_fingerprint
 from layerskip_moe.pretrained import load_tokenizer
 
@@ -44,6 +45,8 @@ class Options:
         temperatures: 0 is greedy
         num_windows: held-out texts that are read as they stand
         window_length: tokens of each, 2 or more
+        int8_drafts: how many drafts from int8 copies are recorded of a round, where `Adaptive` makes copies; 0: none,
+            which takes a fraction of the time
         seed: of the draw of the texts, and of sampling
         device: cpu, cuda, cuda:1, ...; None: a GPU where there is one
         dtype: what to compute in; None: as the weights are stored
@@ -58,6 +61,7 @@ class Options:
     temperatures: tuple[float, ...] = (0.0, 0.8)
     num_windows: int = 10
     window_length: int = 128
+    int8_drafts: int = MOST_DRAFTS
     seed: int = 0
     device: str | None = None
     dtype: Precision | None = None
@@ -79,6 +83,7 @@ def run(arguments: list[str]) -> None:
         max_new_tokens=options.max_new_tokens,
         temperatures=options.temperatures,
         seed=options.seed,
+        int8_length=options.int8_drafts,
     )
     cost_model, int8_cost_model = fit_costs(model)
     about = {

@@ -47,7 +47,9 @@ class CostModel:
         """The same in proportion, with plain decoding as fast as the other's: the two were timed at different times,
         and a machine is not always as fast."""
         ours, others = (cost.round_seconds([0], [0]) for cost in (self, other))
-        return replace(self, seconds=tuple(others / ours * seconds for seconds in self.seconds)) if ours else self
+        if not (ours and others):  # of no steps, as where texts have room for none
+            return self
+        return replace(self, seconds=tuple(others / ours * seconds for seconds in self.seconds))
 
     def round_seconds(
         self,
@@ -102,7 +104,8 @@ class CostModel:
         chosen, more_early = float(most), early * (rows - 1)
         if staged is not None and most:
             then = exit_layer - staged.exit_layer
-            chosen = staged.proposing + staged.choosing  # (how many each time is among what further rows cost)
+            assert rows == 1, "drafts of one row are made in stages"
+            chosen = staged.heads  # (over how many places is among what further rows cost)
             early = staged.exit_layer * staged.proposing + then * staged.choosing
             more_early = exit_layer * staged.places - early
         further = float(places - 1)

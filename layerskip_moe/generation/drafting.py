@@ -21,7 +21,7 @@ from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.verification import Round
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 from layerskip_moe.nn.int8_copies import Int8Copies
-from layerskip_moe.nn.ragged import Judged, MarginRule, Stage, Staged, as_index, by_row, in_turn
+from layerskip_moe.nn.ragged import LOOK_BACK, Judged, MarginRule, Stage, Staged, as_index, by_row, in_turn
 from layerskip_moe.nn.rounds import Speculated, speculate
 
 
@@ -105,7 +105,7 @@ def draft_and_verify(
         choices=watch.choices,
         copies=copies,
         stage=stage,
-        history=None if stage is None else session.tokens[0, : int(session.cache.lengths) + 1],
+        history=None if stage is None else _latest(session),
     )
     watch.chosen |= done.chosen
     judged = None if done.margins is None else _judged(done, done.margins, round_.limits)
@@ -114,6 +114,12 @@ def draft_and_verify(
         rows, places = in_turn([range(limit + 1) for limit in round_.limits])
         watch.seen += [(layer, States(rows, places, states[:, None])) for layer, states in done.collected.items()]
     return done.tokens, done.accepted, judged, done.staged
+
+
+def _latest(session: Session) -> Tensor:
+    """The last tokens of one row's text [.], the newest too."""
+    end = int(session.cache.lengths) + 1
+    return session.tokens[0, max(end - LOOK_BACK, 0) : end]
 
 
 def _judged(done: Speculated, margins: Tensor, limits: Sequence[int]) -> list[list[Judged]]:

@@ -40,15 +40,17 @@ def fit_cost_model(
     *,
     exits: Sequence[int] = (),
     int8_drafts: bool = False,
-    seconds: float = 1.5,
+    seconds: float = _SECONDS,
 ) -> CostModel:
     """Time rounds of this model, for about so many seconds, or 2.7 times that where the machine is busy, and fit the
     cost model; at once where it was done before in this process. The rounds are those of `generate` under `compiling`,
-    which is left as it is, on texts sampled at temperature 1 and greedy ones in turn.
+    which is left as it is, on texts sampled at temperature 1 and greedy ones in turn. Raises ValueError for no seconds.
 
     exits: exit layers, rising, that rounds are to be drafted by; by default some between early and late
     int8_drafts: whether drafts are made from int8 copies of the weights
     """
+    if not seconds > 0:
+        raise ValueError(f"seconds={seconds} must be above 0: it is the time for timing rounds.")
     key = batch_size, model.device, model.dtype, model.compiled, tuple(exits), int8_drafts, seconds
     fitted = _fitted.setdefault(model, {})
     if key not in fitted:

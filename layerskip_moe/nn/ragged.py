@@ -14,6 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from layerskip_moe.refusals import require_index
+
+MOST_PROPOSED = 8  # places that are run over at a time, see `Stage`
+LOOK_BACK = 1024  # tokens of a text in which its last ones are looked for
+
 Judged = tuple[float, bool]  # of a draft: its margin (nan: not known), and whether the model that verifies agreed
 
 
@@ -57,14 +62,16 @@ class MarginRule:
 @dataclass(frozen=True)
 class Stage:
     """How drafts are made in two stages: the first layers propose tokens one after another while they are sure, and the
-    other layers that draft run over all of these at once, at most 8, and choose. The drafts are the same, in fewer runs
-    of the later layers (staged speculative decoding, Spector and Re, arXiv 2308.04623). Where the text's last tokens
-    stood in it before, what followed them there is proposed instead, for nothing.
+    other layers that draft run over all of these at once, `MOST_PROPOSED` at most, and choose. The drafts are the same,
+    in fewer runs of the later layers (staged speculative decoding, Spector and Re, arXiv 2308.04623). Where the text's
+    last tokens stood in it before, what followed them there is proposed instead, and both stages run over it once; in a
+    round in which such a proposal was wrong, there are no more of them.
 
     Attributes:
         exit_layer: the layers that propose, fewer than draft
         sure: the least margin of a proposal that is followed, 0 or more
-        lookup: how many last tokens must have stood in the text before, 1 or more; 0: what followed is not asked
+        lookup: how many last tokens must have stood in the text before, of the last `LOOK_BACK`; 0: what followed is
+            not asked
     """
 
     exit_layer: int
@@ -72,20 +79,24 @@ class Stage:
     lookup: int = 4
 
     def __post_init__(self) -> None:
-        if not (self.exit_layer >= 1 and self.sure >= 0 and self.lookup >= 0):
+        require_index("exit_layer", self.exit_layer)
+        require_index("lookup", self.lookup)
+        if not (self.exit_layer >= 1 and self.sure >= 0 and 0 <= self.lookup < LOOK_BACK):
             raise ValueError(
-                f"exit_layer={self.exit_layer} must be 1 or more, sure={self.sure} and lookup={self.lookup} 0 or more."
+                f"exit_layer={self.exit_layer} must be 1 or more, sure={self.sure} 0 or more, and lookup={self.lookup} "
+                f"0 to {LOOK_BACK - 1}."
             )
 
 
 class Staged(NamedTuple):
     """What was done to make drafts in stages: how many layers propose, how often they ran, how often the others that
-    draft did, and the places that either ran over. Of what is expected, not whole numbers."""
+    draft did, the places that both ran over, and how often the head did. Of what is expected, not whole numbers."""
 
     exit_layer: int
     proposing: float
     choosing: float
     places: float
+    heads: float
 
 
 def in_turn(places: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:

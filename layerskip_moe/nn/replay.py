@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layerskip_moe.nn.ragged import MarginRule, Stage
+from layerskip_moe.nn.ragged import MOST_PROPOSED, MarginRule, Stage
 
 _OURS = "layerskip_moe_few_rows"
 
@@ -91,7 +91,7 @@ def round_of(
     `cpp/rounds.h`; with a fourth, of the layers that go on from proposals, draft in stages as
     `stage` says, after a text [.], see `cpp/staged.h`: the full model's tokens [A, n + 1], drafts [A, n], their margins
     [A, n], how many of each row's first limits [A] were kept and how many of these were right [A], what was done in
-    stages [3], then states of drafting [A, n + 1, .] and of verification [N, .]."""
+    stages [4], then states of drafting [A, n + 1, .] and of verification [N, .]."""
     halves, least = (None, 0.0) if rule is None else (torch.tensor(rule.halves, dtype=torch.float64), rule.least)
     states_of, choice_of, verify, *deepen = (recording.number for recording in recordings)
     return torch.ops.layerskip_moe_few_rows.replay_round.default(
@@ -106,6 +106,7 @@ def round_of(
         0.0 if stage is None else stage.sure,
         history,
         0 if stage is None else stage.lookup,
+        MOST_PROPOSED,
     )
 
 

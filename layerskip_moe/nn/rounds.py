@@ -73,7 +73,7 @@ def speculate(
     copies: of the model's weights, which drafts are made from where the round is one call. All layers verify then, for
         what the draft computed is not what they would
     stage: how drafts of one row made from copies are made in two stages
-    history: [.] int64, the row's text up to the newest token, where proposals are looked for; None: in no text
+    history: [.] int64, the row's text up to the newest token, where proposals are looked for; None: that token alone
     """
     first = exit_layer if copies is None else 0  # of the layers that verify
     wanted, most, made = _parted(collect, first), sum(limits) + len(limits), None

@@ -55,10 +55,14 @@ class _Cost:
     def __init__(self, n_layers, int8=None):
         self.n_layers, self.int8 = n_layers, int8
 
-    def round_seconds(self, exit_layers, drafted, experts=None, made=None):
+    def round_seconds(self, exit_layers, drafted, experts=None, made=None, staged=None):
         [exit_layer], [drafts], [chosen] = exit_layers, drafted, made or drafted
         if self.int8 is not None:
-            return self.int8 * chosen * (exit_layer + 0.5) + self.n_layers + 0.5 + 0.1 * sum(experts or [])
+            drafting = chosen * (exit_layer + 0.5)
+            if staged is not None:  # further places of a run take half as much
+                runs = staged.exit_layer * staged.proposing + (exit_layer - staged.exit_layer) * staged.choosing
+                drafting = 0.5 * (runs + exit_layer * staged.places + staged.heads)
+            return self.int8 * drafting + self.n_layers + 0.5 + 0.1 * sum(experts or [])
         drafting = (drafts + 1) * exit_layer + 0.5 * chosen
         return drafting + self.n_layers - exit_layer + 0.5 + 0.1 * sum(experts or [])
 

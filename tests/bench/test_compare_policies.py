@@ -1,5 +1,6 @@
 """Policies beside each other: where the ends are, how far each is between them, and that nothing is left to chance."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -10,6 +11,7 @@ from layerskip_moe.bench.contenders import PUBLISHED, contenders
 from layerskip_moe.bench.policies import compare_policies
 from layerskip_moe.bench.policy_tables import policies_markdown, policies_text
 from layerskip_moe.files import plain
+from layerskip_moe.generation.cost_model import CostModel
 from layerskip_moe.generation.policies import DEL, Fixed, Heuristic
 
 
@@ -72,8 +74,23 @@ def test_int8_drafts_are_compared_where_they_were_recorded(small_model, invented
     for row in report["rows"]:
         if row["mean_exit_layer"] is not None:
             assert f"{row['name']}, {row['speed_up']['value']:.2f} x" in named[row["int8_share"] > 0.5]
+    assert rows["fixed in stages"]["setting"].startswith("exit layer 4, 7 drafts, sure at ")
+    assert rows["oracle"]["tokens_per_second"] >= max(row["tokens_per_second"] for row in report["rows"])
     with_none = compare_policies(texts, config, cost_of(4), **how).as_report()
     assert with_none["int8_exit_layers"] == with_none["int8_speed_up"] == []
+
+
+def test_few_int8_drafts_may_be_recorded(small_model, invented_text):
+    """The library's own policies draft no more than there are."""
+    config = small_model().config
+    text = invented_text(config, np.random.default_rng(2).random((3, 24)) < 0.5, int8_drafts=3)
+    seconds = (1e-3, 1e-5, 1e-5, 1e-5, 1e-6, 1e-4, 1e-5, 1e-6, 1e-6)
+    cost = CostModel(4, (0, 1, 2, 3), 6, 2, seconds)
+    how = {"max_draft_length": 3, "resamples": 50, "progress": False}
+    report = compare_policies([text], config, cost, int8_cost=replace(cost, int8_drafts=True), **how).as_report()
+    rows = {row["name"]: row for row in report["rows"]}
+    assert rows["Adaptive"]["int8_share"] == 1 and 0 < rows["Adaptive"]["mean_draft_length"] <= 3
+    assert rows["Adaptive by the weights"]["int8_share"] == 0
 
 
 def test_the_same_numbers_every_time(small_model, cost_of, texts):

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from layerskip_moe.bench.oracle import fixed_seconds, oracle
 from layerskip_moe.bench.replay import replay
 from layerskip_moe.bench.rounds import TextRounds
+from layerskip_moe.bench.staging import foreseen_drafts, staged_drafts
 from layerskip_moe.generation.policies import Fixed
+from layerskip_moe.nn.ragged import Stage
 
 
 def rows(length):
@@ -29,7 +31,10 @@ def by_brute_force(text, drafters):
         for layer, int8 in drafters:
             for drafted in range(1, min(text.length - place, text.most_int8 + 1 if int8 else text.length)):
                 after = place + text.accepted(place, layer, drafted, int8=int8) + 1
-                found.append(text.seconds(place, layer, drafted, int8=int8) + least(after))
+                ways = [None]
+                if int8 and layer >= 2 and text.accepted(place, layer, drafted, int8=True) == drafted:
+                    ways.append(foreseen_drafts(text, place, drafted, 1))
+                found += [text.seconds(place, layer, drafted, int8=int8, staged=way) + least(after) for way in ways]
         return min(found)
 
     return least(0)
@@ -45,11 +50,11 @@ def by_brute_force(text, drafters):
 def test_oracle_is_the_best_of_all_ways(small_model, invented_text, cost_of, right, seed, exits, int8_exits):
     invented = invented_text(small_model().config, right, seed, int8_drafts=6)
     text = TextRounds(invented, small_model().config, cost_of(4), cost_of(4, 0.3))
-    rounds, place, seconds = oracle(text, exits, int8_exits), 0, 0.0
-    for layer, drafted, int8 in rounds:
+    rounds, place, seconds = oracle(text, exits, int8_exits, proposing=1), 0, 0.0
+    for layer, drafted, int8, staged in rounds:
         assert layer in ((int8_exits if int8 else exits) if drafted else [0])
         assert text.accepted(place, layer, drafted, int8=int8) == drafted
-        seconds += text.seconds(place, layer, drafted, int8=int8)
+        seconds += text.seconds(place, layer, drafted, int8=int8, staged=staged)
         place += drafted + 1
     assert place == text.length
     drafters = [(layer, False) for layer in exits] + [(layer, True) for layer in int8_exits]
@@ -70,6 +75,23 @@ def test_fixed_pairs_take_what_their_replay_takes(small_model, invented_text, co
     assert fixed_seconds(text, layer, length, int8=int8) == pytest.approx(sum(round.seconds for round in rounds))
     assert all(round.int8 == (int8 and round.drafted > 0) for round in rounds)
     assert sum(round.accepted + 1 for round in rounds) == 9
+
+
+@settings(deadline=None, max_examples=30)
+@given(right=rows(20), seed=st.integers(0, 99), sure=st.floats(0, 2), lookup=st.integers(0, 3))
+def test_nothing_is_made_in_stages_by_less_than_is_foreseen(
+    small_model, invented_text, cost_of, right, seed, sure, lookup
+):
+    """Where all drafts are right, of which it is known beforehand what proposes them."""
+    text = invented_text(small_model().config, right, seed, int8_drafts=15)
+    text.int8_right[3] = text.int8_right[3] | True
+    of_text = TextRounds(text, small_model().config, cost_of(4), cost_of(4, 0.3))
+    for place in (0, 2, 4):
+        for drafted in (1, 7, 8, 15):
+            told = staged_drafts(of_text, place, 4, drafted, drafted, Stage(1, sure, lookup))
+            foreseen = foreseen_drafts(of_text, place, drafted, 1, lookup)
+            assert foreseen.places == drafted <= told.places and foreseen.choosing <= told.choosing
+            assert 1 <= foreseen.choosing <= foreseen.proposing <= drafted
 
 
 def test_rounds_by_hand(small_model, invented_text, cost_of):

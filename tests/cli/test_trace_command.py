@@ -18,7 +18,7 @@ class Cost:
 
     layer: float = 0.001
 
-    def round_seconds(self, exit_layers, drafted, experts=None, made=None):
+    def round_seconds(self, exit_layers, drafted, experts=None, made=None, staged=None):
         return self.layer * (5 + sum(drafted) + 0.1 * sum(experts))
 
 

@@ -177,14 +177,15 @@ def test_where_rounds_take_long_few_are_timed(tiny_model, monkeypatch):
 
 
 def test_what_stages_do():
-    """12 drafts by all 6 layers: the first 2 ran 9 times, the others 4 times, over 13 places."""
+    """12 drafts by all 6 layers: the first 2 ran 9 times, the others 4 times, over 13 places, and the head
+    11 times."""
     empty = replace(SPARSE, int8_drafts=True)
     alone = empty.features([6], [12], [2, 2, 2])
-    staged = empty.features([6], [12], [2, 2, 2], staged=Staged(2, 9, 4, 13))
+    staged = empty.features([6], [12], [2, 2, 2], staged=Staged(2, 9, 4, 13, 11))
     assert alone[:5] == [1, 1, 12, 72, 0]
-    assert staged[:5] == [1, 1, 9 + 4, 2 * 9 + 4 * 4, 2 * (13 - 9) + 4 * (13 - 4)]
+    assert staged[:5] == [1, 1, 11, 2 * 9 + 4 * 4, 2 * (13 - 9) + 4 * (13 - 4)]
     assert staged[5:] == alone[5:]
-    assert empty.features([0], [0], [2, 2, 2], staged=Staged(2, 0, 0, 0)) == empty.features([0], [0], [2, 2, 2])
+    assert empty.features([0], [0], [2, 2, 2], staged=Staged(2, 0, 0, 0, 0)) == empty.features([0], [0], [2, 2, 2])
 
 
 def test_costs_beside_others_have_plain_decoding_in_common():
@@ -195,4 +196,9 @@ def test_costs_beside_others_have_plain_decoding_in_common():
     assert beside.round_seconds([0], [0]) == pytest.approx(other.round_seconds([0], [0]))
     ratio = one.round_seconds([3], [4]) / one.round_seconds([0], [0])
     assert beside.round_seconds([3], [4]) / beside.round_seconds([0], [0]) == pytest.approx(ratio)
-    assert beside.int8_drafts and SPARSE.beside(other) == SPARSE
+    assert beside.int8_drafts and SPARSE.beside(other) == SPARSE and one.beside(SPARSE) == one
+
+
+def test_no_time_is_none_to_fit_by(tiny_model):
+    with pytest.raises(ValueError, match="seconds=0 must be above 0"):
+        fit_cost_model(tiny_model(), seconds=0)

@@ -8,6 +8,17 @@ from layerskip_moe.generation.policies.dynamic_exit_layer import DEL
 from layerskip_moe.generation.policies.fixed import Fixed
 from layerskip_moe.generation.policies.heuristic import Heuristic
 from layerskip_moe.generation.policies.policy import Policy, RoundReport
-from layerskip_moe.nn.ragged import MarginRule
+from layerskip_moe.nn.ragged import MarginRule, Stage
 
-__all__ = ["DEL", "Adaptive", "Cascade", "DraftVerify", "Fixed", "Heuristic", "MarginRule", "Policy", "RoundReport"]
+__all__ = [
+    "DEL",
+    "Adaptive",
+    "Cascade",
+    "DraftVerify",
+    "Fixed",
+    "Heuristic",
+    "MarginRule",
+    "Policy",
+    "RoundReport",
+    "Stage",
+]

@@ -14,7 +14,7 @@ from torch import Tensor
 from layerskip_moe.generation.cost_model import CostModel
 from layerskip_moe.generation.fit_cost_model import fit_cost_model
 from layerskip_moe.generation.policies.acceptance import Acceptance
-from layerskip_moe.generation.policies.exits import candidate_exits, proposing_layers
+from layerskip_moe.generation.policies.exits import MOST_DRAFTS, candidate_exits
 from layerskip_moe.generation.policies.fixed import check_length
 from layerskip_moe.generation.policies.new_text import NewText
 from layerskip_moe.generation.policies.plans import PLAIN, best_by_margin, best_length
@@ -32,7 +32,7 @@ _BETTER = 1.02  # by how much another plan must be better before it takes the pr
 _PAYS, _PAYS_FOR_SEVERAL, _PAYS_IN_BATCHES = 1.03, 1.06, 1.2
 _FEW = 4  # rows whose weights are waited for longer than their sums
 _MOST_ROWS_INT8 = few_rows.MOST_ROWS // 2  # of which each may have a draft
-_MOST, _MOST_INT8 = 7, 31  # drafts of a row in a round, of the weights themselves and of int8 copies
+_MOST = 7  # drafts of a row in a round, of the weights themselves
 _RETHINK = 8  # rounds from one choice of a plan to the next
 # Rounds from one look at what other exits would have said to the next, times the rows: at first, and later.
 _LOOK, _LOOK_LATER = 10, 96
@@ -53,15 +53,14 @@ class Adaptive:
     as are those before it, adds p tokens, and the time of a place more; so it is kept where p is at least that time
     times the tokens per second of the best plan. How likely a draft is right is told by its margin (`MarginRule`);
     where margins are not known, all rows draft a fixed number. Several rows wait for the one that drafts most, so the
-    number of their drafts is limited, too. Half of the layers and more draft from int8 copies in
-    two stages for one row (`Stage`): the first quarter of the layers proposes where it is sure, or the text does, where
-    it repeats itself. The plan is chosen anew every eighth round, and changed for one that is 2%
-    better, by what exits promise and by how much of their promises they have kept; drafting must promise 3% more than
-    plain decoding, 6% of two to four rows or by int8 copies, 20% of more, and less while costs are in doubt. Every now
-    and then a round asks what other exits would have said. Where drafting does not pay, decoding is plain for 16 steps,
-    then 32, and so on up to 256, from look to look. What was learnt of acceptance is kept from text to text, and how
-    long steps take beside what was reckoned, too: where it is in doubt which of the two is faster, the other one is
-    tried.
+    number of their drafts is limited, too. For one row, int8 drafts are made in two stages where at least as many
+    layers then choose as propose (`Stage`): the first quarter proposes where it is sure, or the text does, where it
+    repeats itself. The plan is chosen anew every eighth round, and changed for one that is 2% better, by what exits
+    promise and by how much of their promises they have kept; drafting must promise 3% more than plain decoding, 6% of
+    two to four rows or by int8 copies, 20% of more, and less while costs are in doubt. Every now and then a round asks
+    what other exits would have said. Where drafting does not pay, decoding is plain for 16 steps, then 32, and so on up
+    to 256, from look to look. What was learnt of acceptance is kept from text to text, and how long steps take beside
+    what was reckoned, too: where it is in doubt which of the two is faster, the other one is tried.
 
     length: the most drafts of a row in a round, K; None: 7, or 31 int8 ones. Of several rows as many as make 64 places
         together, of 33 to 64 none
@@ -104,7 +103,7 @@ class Adaptive:
         self._rounds = self._rest = self._looks = 0
         self._to_look, self._next_rest = _LOOK, 0
         self._plan, self._rows = PLAIN, list[int]()
-        self._n_layers, self._most_int8 = 0, _MOST_INT8
+        self._n_layers, self._most_int8 = 0, MOST_DRAFTS
         self._has_room = False  # whether texts end after the longest drafts of this round
         self._tells_margins, self._filters = True, False  # whether rounds do; whether this text is filtered
 
@@ -158,12 +157,10 @@ class Adaptive:
                 self.prepare(session.model, *how)
                 self._is_new_text(session)
         self._n_layers = session.model.config.n_layers
-        assert self._reckoning is not None
-        self._reckoning.proposing = proposing_layers(self._n_layers) if self.int8_drafts else 0
         self.exits = candidate_exits(self._n_layers, deep=self.int8_drafts)
         # (Noise is drawn for all drafts that there may be.)
         drawn = MOST_NOISE // session.model.config.vocab_size // len(session.row_numbers) - 1
-        self._most_int8 = _MOST_INT8 if session.sampling.greedy else min(max(drawn, _MOST), _MOST_INT8)
+        self._most_int8 = MOST_DRAFTS if session.sampling.greedy else min(max(drawn, _MOST), MOST_DRAFTS)
         # Greedy text and sampled text are not equally easy.
         kind = session.sampling.greedy, session.sampling.filters, self.int8_drafts
         if kind not in self._acceptances:

@@ -33,13 +33,22 @@ class Cascade:
     start:      the K of a text's first trial (ours; the constants below are the paper's)
     length:     the most drafts in a round (ours)
     trial, trials, rounds: see above
+    int8_drafts: whether drafts are made from int8 copies of the weights, see `SelfSpeculative` (ours)
     """
 
     shadow = False
     should_stop = None
 
     def __init__(
-        self, exit_layer: int, *, start: int = 2, length: int = 8, trial: int = 4, trials: int = 4, rounds: int = 16
+        self,
+        exit_layer: int,
+        *,
+        start: int = 2,
+        length: int = 8,
+        trial: int = 4,
+        trials: int = 4,
+        rounds: int = 16,
+        int8_drafts: bool = False,
     ) -> None:
         for name, value in (("start", start), ("length", length)):
             check_length(name, value)
@@ -48,6 +57,7 @@ class Cascade:
             if value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more.")
         self.exit_layer, self.length, self.trial, self.trials, self.rounds = exit_layer, length, trial, trials, rounds
+        self.int8_drafts = int8_drafts
         self.draft_length = 0  # K in use
         self._start = self._climb_from = min(start, length)
         self._plain_seconds: dict[int, float] = {}  # by number of rows

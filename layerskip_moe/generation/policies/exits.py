@@ -1,7 +1,9 @@
-"""Which layers are worth drafting by, of a network of so many.
+"""Which layers are worth drafting by, of a network of so many, and how much at most.
 
 Knows nothing of acceptance or time. Next: `adaptive.py`, which chooses among them.
 """
+
+MOST_DRAFTS = 31  # of a row in a round, made from int8 copies
 
 
 def candidate_exits(n_layers: int, *, deep: bool = False) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.session import Session
+from layerskip_moe.nn.ragged import Stage
 from layerskip_moe.refusals import require_index, shown
 
 _MOST = 2**16  # drafts
@@ -22,11 +23,13 @@ class Fixed:
         exit_layer: the layers that draft, n in 1..L
         draft_length: tokens drafted per round; 0 is plain decoding
         int8_drafts: whether drafts are made from int8 copies of the weights, see `SelfSpeculative`
+        stage: how those of one row are made in two stages; None: one by one
     """
 
     exit_layer: int
     draft_length: int
     int8_drafts: bool = False
+    stage: Stage | None = None
 
     shadow = False
     should_stop = None

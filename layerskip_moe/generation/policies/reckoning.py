@@ -12,13 +12,15 @@ import math
 
 from layerskip_moe.generation.cost_model import CostModel
 from layerskip_moe.generation.policies.drift import Drift
+from layerskip_moe.generation.policies.exits import proposing_layers
 from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.nn.ragged import Staged
 
 _UNION_MEMORY = 0.8  # of the unions of earlier looks
 _STAGED_MEMORY = 0.9  # of what was done in stages for a draft, from round to round
-_FIRST_STAGED = 1.2, 0.5, 1.2  # runs of either stage and places, for a draft, of which nothing is known
-_EXACT = 16  # parts of these that are told apart
+# Drafts in stages, and what was done for them: runs of either stage, places, runs of the head; while nothing is known.
+_FIRST_STAGED = 20.0, 24.0, 10.0, 24.0, 34.0
+_EXACT = 16  # parts of what is done for a draft that are told apart
 _PROMISED = 40.0  # tokens promised, of which an exit that was never tried is taken to have kept all
 _PROMISE_MEMORY = 0.95  # of an exit's promises, from round to round
 
@@ -30,9 +32,9 @@ class Reckoning:
         """doubt: how far drafting may be from what the cost model says, beside plain steps; 0: it is taken as it is,
         whatever steps really take"""
         self._cost, self._drift = cost, Drift(doubt)
-        # By exit and the layers that propose: runs of both stages, and places, for each draft that is made.
-        self._staged: dict[tuple[int, int], list[float]] = {}
-        self.proposing = 0  # layers that propose where drafts of one row are made in stages; 0: they are not
+        # Layers that propose where int8 drafts of one row are made in stages; 0: none are.
+        self.proposing = proposing_layers(cost.n_layers) if cost.int8_drafts else 0
+        self._staged: dict[int, list[float]] = {}  # by exit, drafts and what was done for them
         self._union = 1.0  # experts that places read, over those of independent choices
         self._known: dict[tuple[int, ...], float] = {}  # by what `_by_cost_model` is asked of
         self._promises: dict[int, list[float]] = {}  # by exit, tokens that came, and that were promised for the time
@@ -72,7 +74,7 @@ class Reckoning:
         return seconds
 
     def in_stages(self, exit_layer: int) -> bool:
-        """Whether that exit's drafts for one row are made in stages: where the later layers are as many as propose."""
+        """Whether that exit's drafts for one row are made in stages: at least as many layers then choose as propose."""
         return 0 < 2 * self.proposing <= exit_layer
 
     def _later(self, exit_layer: int, places: int) -> float:
@@ -81,24 +83,24 @@ class Reckoning:
 
     def see_staged(self, round: RoundReport) -> None:
         """What was done in stages."""
-        did, most = round.staged, max(round.made)
-        if did is None or not most:
+        did = round.staged
+        if did is None:
             return
-        key = max(round.exit_layers), did.exit_layer
-        known = self._staged.setdefault(key, list(_FIRST_STAGED))
-        before = self._expected(key[0], _EXACT)
-        for part, amount in enumerate((did.proposing, did.choosing, did.places)):
-            known[part] += (1 - _STAGED_MEMORY) * (amount / most - known[part])
-        if self._expected(key[0], _EXACT) != before:
+        exit_layer = max(round.exit_layers)
+        sums, before = self._staged.setdefault(exit_layer, [*_FIRST_STAGED]), self._expected(exit_layer, _EXACT)
+        for part, amount in enumerate((max(round.made), did.proposing, did.choosing, did.places, did.heads)):
+            sums[part] = _STAGED_MEMORY * sums[part] + amount
+        if self._expected(exit_layer, _EXACT) != before:  # of which what is known was reckoned
             self._known.clear()
 
     def _expected(self, exit_layer: int, most: int) -> Staged | None:
         """What will be done in stages for so many drafts of that exit; None where they are not made so."""
-        if not self.in_stages(exit_layer):
+        if not most or not self.in_stages(exit_layer):
             return None
-        of_draft = self._staged.get((exit_layer, self.proposing), _FIRST_STAGED)
-        # (Not to the last digit: rounds are the same then, and known.)
-        return Staged(self.proposing, *(most * round(_EXACT * amount) / _EXACT for amount in of_draft))
+        drafts, *did = self._staged.get(exit_layer, _FIRST_STAGED)
+        # (Not to the last digit: rounds are the same then, and known. Neither stage runs less than once.)
+        parts = [max(most * round(_EXACT * amount / drafts) / _EXACT, 1.0) for amount in did]
+        return Staged(self.proposing, *parts)
 
     def trust(self, exit_layer: int) -> float:
         """The share of its promises that an exit has kept; near 1 while it has made few."""
@@ -113,8 +115,9 @@ class Reckoning:
         """How long a round took, and how many tokens it gave; promised: tokens per second, 0 where nothing was."""
         exit_layer, rows = max(round.exit_layers), len(round.drafted)
         places, most = sum(round.drafted) + rows, max(round.made)
-        reckoned = self._by_cost_model(exit_layer, max(round.drafted), places, rows, most)
-        if round.staged is not None:
+        if round.staged is None:
+            reckoned = self._by_cost_model(exit_layer, max(round.drafted), places, rows, most)
+        else:  # what was done is known
             amounts = exit_layer, max(round.drafted), most, rows, places, self._later(exit_layer, places), round.staged
             reckoned = self._cost.seconds_of(self._cost.amounts(*amounts))
         self._drift.see(round.seconds, reckoned, drafting=True)

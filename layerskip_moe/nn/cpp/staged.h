@@ -11,8 +11,6 @@
 
 namespace few_rows {
 
-constexpr int64_t MOST_PROPOSED = 8;  // places that the later layers run over at a time
-
 // What followed the last `count` tokens of a text where they last stood before, `wanted` tokens; where that is less, the text
 // is taken to go on repeating itself. Nothing where they stand nowhere else.
 inline std::vector<int64_t> continued(const std::vector<int64_t>& text, int64_t count, int64_t wanted) {
@@ -32,21 +30,22 @@ inline std::vector<int64_t> continued(const std::vector<int64_t>& text, int64_t 
 // deepen: (states [N, .], row [N], position [N]) -> states [N, .] after all layers that draft, which `choice_of` takes, too
 // sure: the least margin of a proposal that is followed
 // history: [.] the text, of which newest is the last; lookup: how many of its tokens are looked for earlier in it, 0 for no
-// such proposals
+// such proposals; nor are there more in a round in which the first of some was wrong
+// most: places that the later layers run over at a time
 //
-// -> drafts [1, n], margins [1, n] and how many are kept [1], as `replay_drafts` has them, and [3] what was done: runs of the
-// layers that propose, runs of the others, and places that either ran over
+// -> drafts [1, n], margins [1, n] and how many are kept [1], as `replay_drafts` has them, and [4] what was done: runs of the
+// layers that propose, runs of the others, places that both ran over, and runs of the head
 inline std::vector<Tensor> replay_staged(
     int64_t states_of, int64_t deepen, int64_t choice_of, const Tensor& newest, const Tensor& rows, const Tensor& positions,
     const std::optional<Tensor>& noise, const Tensor& limits, const std::optional<Tensor>& halves, double least, double sure,
-    const Tensor& history, int64_t lookup) {
+    const Tensor& history, int64_t lookup, int64_t most) {
   Program &first = find_program(states_of), &later = find_program(deepen), &choice = find_program(choice_of);
   const int64_t longest = positions.size(1) - 1, vocabulary = noise ? noise->size(2) : 0;
   for (const Tensor* numbers : {&newest, &rows, &positions, &limits, &history}) check_dense(*numbers, ScalarType::Long);
   check_sizes(newest.numel() == 1 && rows.numel() == 1 && positions.numel() == longest + 1 && limits.numel() == 1);
   check_sizes(first.inputs.size() == 3 && later.inputs.size() == 3 && choice.inputs.size() == (noise ? 2 : 1));
   check_sizes(!first.outputs.empty() && !later.outputs.empty() && choice.outputs.size() == 2);
-  const int64_t most = std::min({MOST_PROPOSED, first.room, later.room, choice.room});
+  check_sizes(0 < most && most <= std::min({first.room, later.room, choice.room}));
   const auto width_of = [](const Tensor& tensor, const Program& program) { return tensor.numel() / program.room * tensor.element_size(); };
   const int64_t bytes = width_of(first.outputs[0], first);
   check_sizes(bytes == width_of(later.inputs[0], later) && bytes == width_of(later.outputs[0], later));
@@ -59,7 +58,7 @@ inline std::vector<Tensor> replay_staged(
 
   std::vector<Tensor> results = {torch::stable::new_zeros(newest, {1, longest}),
       torch::stable::new_zeros(newest, {1, longest}, ScalarType::Double), torch::stable::new_zeros(newest, {1}),
-      torch::stable::new_zeros(newest, {3})};
+      torch::stable::new_zeros(newest, {4})};
   int64_t* draft = static_cast<int64_t*>(results[0].data_ptr());
   double* margin = static_cast<double*>(results[1].data_ptr());
   int64_t& kept = *static_cast<int64_t*>(results[2].data_ptr());
@@ -79,6 +78,7 @@ inline std::vector<Tensor> replay_staged(
     put(choice.inputs[0], states);
     if (noise) put(choice.inputs[1], static_cast<const double*>(noise->data_ptr()) + place * vocabulary);
     for (const auto& step : choice.steps) step();
+    ++counts[3];
   };
   for (bool more = true; more && kept < limit;) {
     const int64_t done = kept, longest_run = std::min(most, limit - done);
@@ -107,6 +107,7 @@ inline std::vector<Tensor> replay_staged(
     }
     ++counts[1], counts[2] += count;
     choose(later.outputs[0].data_ptr(), done, count);
+    if (!repeated.empty() && chosen[0] != run[1]) lookup = 0;
     for (int64_t i = 0; i < count; ++i) {
       draft[done + i] = chosen[i], margin[done + i] = by[i];
       if (halves) {
