@@ -118,5 +118,17 @@ def test_a_course_is_what_comes_of_the_rule(quarters, least):
         assert len(there) < 200 or right == pytest.approx(sum(there) / len(there), abs=0.08)
 
 
+@pytest.mark.parametrize(("least", "length"), [(0.0, 1), (0.3, 5), (0.9, 31)])
+def test_totals_are_those_of_a_course(least, length):
+    """A draft is made where the one before it was kept, the first in any case."""
+    acceptance = Acceptance((2,))
+    acceptance.see(0, 2, [(0.3, True), (0.1, False), (2.0, True)])
+    course = acceptance.course(0, 2, least, length)
+    kept, right, made = acceptance.totals(0, 2, least, length)
+    assert kept == pytest.approx(sum(share for share, _ in course))
+    assert right == pytest.approx(sum(share * of_them for share, of_them in course))
+    assert made == pytest.approx(1 + sum(share for share, _ in course[:-1]))
+
+
 def test_courses_of_many_drafts_that_are_hardly_ever_right():
     assert len(_course(-24, 0, 200)) == 200 and _course(-24, 1, 200)[-1][0] == 0.0

@@ -87,10 +87,16 @@ class Acceptance:
     def course(self, row: int, exit_layer: int, least: float, length: int) -> Course:
         """Of rounds of at most so many drafts by that exit, kept while all are right with probability `least` or
         more."""
+        return _course(self._quarters(row, exit_layer), round(32 * least), length)
+
+    def totals(self, row: int, exit_layer: int, least: float, length: int) -> tuple[float, float, float]:
+        """Of such a round: drafts that are kept, those of them that are right, and drafts that are made."""
+        return _totals(self._quarters(row, exit_layer), round(32 * least), length)
+
+    def _quarters(self, row: int, exit_layer: int) -> int:
+        """Of log(M / h). (Not to the last digit: courses are the same then, and known.)"""
         of_row, above = self._rows.get(row, (0.0, 0.0))
-        log_mean = self._level + above - _MEAN_LOG
-        # (Not to the last digit: courses are the same then, and known.)
-        return _course(round(4 * (self._exits[exit_layer][0] + of_row + log_mean)), round(32 * least), length)
+        return round(4 * (self._exits[exit_layer][0] + of_row + self._level + above - _MEAN_LOG))
 
     def rate(self, row: int, exit_layer: int) -> float:
         """The probability that a draft is right of whose margin nothing is known."""
@@ -110,6 +116,15 @@ def _course(quarters: int, least: int, length: int) -> Course:
         right *= sum(sure) / len(sure) if sure else 1.0
         course.append((kept, right))
     return tuple(course)
+
+
+@lru_cache(maxsize=4096)
+def _totals(quarters: int, least: int, length: int) -> tuple[float, float, float]:
+    """The sums of such a course."""
+    course = _course(quarters, least, length)
+    kept = sum(share for share, _ in course)
+    # The first draft is made in any case, each other one where the one before it was kept.
+    return kept, sum(share * right for share, right in course), 1.0 + kept - course[-1][0]
 
 
 def _sigmoid(logit: float) -> float:

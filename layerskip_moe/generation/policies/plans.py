@@ -69,6 +69,10 @@ def _of_least(
 ) -> Plan:
     """Of drafts kept while they are so likely to be right."""
     n_rows = len(rows)
+    if n_rows == 1:  # which ends its drafts itself; several wait for the one that drafts most
+        kept, right, made = acceptance.totals(rows[0], exit_layer, least, length)
+        worth = (1 + right) / reckoning.seconds(exit_layer, kept, 1 + kept, 1, made)
+        return Plan(worth, exit_layer, length, least)
     by_draft = zip(*(acceptance.course(row, exit_layer, least, length) for row in rows), strict=True)
     best = Plan(0.0, exit_layer, 0, least)
     tokens = places = float(n_rows)
@@ -79,8 +83,7 @@ def _of_least(
         places += sum([kept for kept, _ in of_rows])
         tokens += sum([kept * right for kept, right in of_rows])
         longest += some
-        # One row ends its drafts itself; several wait for the one that drafts most.
-        if drafts == length or (n_rows > 1 and drafts in _LENGTHS):
+        if drafts == length or drafts in _LENGTHS:
             found = tokens / reckoning.seconds(exit_layer, longest, places, n_rows, most)
             if found > best.worth:
                 best = replace(best, worth=found, length=drafts)
