@@ -15,7 +15,12 @@ from layerskip_moe.pretrained.config_file import empty_model
 
 BASE = "base"
 # Tried together by default, beside every variant alone.
-COMBINATIONS = ("paper+distilled", "drafting+distilled", "drafting+coherence-0.1", "deep+every-other")
+COMBINATIONS = (
+    "every-other+all-exits",
+    "every-other+shared",
+    "every-other+average-0.5",
+    "every-other+coherence-0.1",
+)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ PUBLISHED = ("Heuristic", "DraftVerify", "DEL", "Cascade")
 
 _SECONDS = 8.0  # of timing for either cost model: all policies are compared by them
 _LENGTHS, _SURE = (7, 15, 23, 31), (0.2, 0.4, 0.8)  # of fixed pairs in stages
-_CASCADE = 8, 16  # drafts at most of `Cascade`, and where they are int8, of which more pay
+_CASCADE_INT8 = 16  # drafts at most of `Cascade` where they are int8, of which more pay
 
 
 def contenders(
@@ -38,15 +38,14 @@ def contenders(
     never change, in stages.
     """
     exits = range(1, n_layers)
+    cascades: list[MakePolicy] = [partial(Cascade, n) for n in exits]
     if int8_cost is None:
         ours = {"Adaptive": cost}
-        cascades: list[MakePolicy] = [partial(Cascade, n) for n in exits]
         more: dict[str, list[MakePolicy]] = {}
     else:
         ours = {"Adaptive": int8_cost, "Adaptive by the weights": cost}
-        cascades = [partial(Cascade, n, length=_CASCADE[0]) for n in exits]
-        int8_length = min(_CASCADE[1], most_int8)
-        cascades += [partial(Cascade, n, length=int8_length, int8_drafts=True) for n in (*exits, n_layers)]
+        longest = min(_CASCADE_INT8, most_int8)
+        cascades += [partial(Cascade, n, length=longest, int8_drafts=True) for n in (*exits, n_layers)]
         lengths = sorted({min(length, most_int8) for length in _LENGTHS})
         stages = [Stage(proposing_layers(n_layers), sure) for sure in _SURE]
         more = {"fixed in stages": [partial(Fixed, n_layers, n, True, stage) for n in lengths for stage in stages]}

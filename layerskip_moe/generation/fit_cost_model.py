@@ -8,7 +8,6 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -67,7 +66,7 @@ class _Block:
     experts: as `RoundReport` has them, of one of the steps; None of plain decoding
     greedy: whether the text is
     seconds: of the last few; of the last, where a text has room for no more
-    staged: of drafts in stages, mean of these; None of others
+    staged: of drafts in stages, as `RoundReport` has it: each such step is a block of its own, for no two do the same
     """
 
     exit_layer: int
@@ -127,7 +126,8 @@ def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int], int8_drafts: 
     if int8_drafts:
         int8_copies(model)  # which is not to be timed
     policy = _OneAfterAnother(int8_drafts)
-    blocks = [block for rows in sizes for block in _time_rounds(model, rows, policy, kinds, seconds / len(sizes))]
+    timed = [some for rows in sizes for some in _time_rounds(model, rows, policy, kinds, seconds / len(sizes))]
+    blocks = [block for some in timed for block in some]
     top_k = config.top_k * bool(config.num_experts)
     empty = CostModel(config.n_layers, moe_layers(config), config.num_experts, top_k, (), int8_drafts)
     return _fitted_to(empty, blocks, head=_head_over_layer(model))
@@ -142,10 +142,10 @@ def _head_over_layer(model: MoEDecoder) -> float:
 
 def _time_rounds(
     model: MoEDecoder, rows: int, policy: _OneAfterAnother, kinds: list[_Kind], wanted: float
-) -> list[_Block]:
-    """Blocks of steps of so many rows, of all kinds in turn, for about as many seconds."""
+) -> list[list[_Block]]:
+    """Steps of so many rows, of all kinds in turn, for about as many seconds: of each turn its blocks."""
     config = model.config
-    blocks, started, draw = list[_Block](), time.perf_counter(), random.Random(rows)
+    blocks, started, draw = list[list[_Block]](), time.perf_counter(), random.Random(rows)
     most = _BLOCKS * len(kinds) * max(wanted / _SECONDS, 1.0)
     least, before, sessions = 2 * len(kinds), -1, 0  # the first of a kind is recorded, and takes longer
 
@@ -169,7 +169,7 @@ def _run(
     session: Session,
     policy: _OneAfterAnother,
     kinds: list[_Kind],
-    blocks: list[_Block],
+    blocks: list[list[_Block]],
     is_over: Callable[[], bool],
 ) -> None:
     """Time steps of all kinds, some of each in turn, until a row has no use for the longest drafts, or time is up."""
@@ -181,7 +181,7 @@ def _run(
     session.prefill()
     while len(session.row_numbers) == rows and min(session.remaining) > longest and not is_over():
         policy.kind = exit_layer, drafts, _, stage = kinds[len(blocks) % len(kinds)]
-        seconds, experts, staged = list[float](), None, list[Staged]()
+        seconds, experts, staged = list[float](), None, list[Staged | None]()
         cold = max(math.ceil(_COLD / (rows * (drafts + 1))), 2)  # the first tells of experts, which is another step
         for turn in range(cold + _STEPS):
             if turn and (len(session.row_numbers) < rows or min(session.remaining) <= longest or is_over()):
@@ -192,16 +192,16 @@ def _run(
             seconds.append(time.perf_counter() - began)  # a GPU was waited for: it was asked for the tokens
             if policy.experts and drafts and policy.report is not None:
                 experts = policy.report.experts
-            if stage and policy.report is not None and policy.report.staged is not None:
-                staged.append(policy.report.staged)
+            staged.append(policy.report.staged if stage and policy.report is not None else None)
         made = (drafts,) * rows
         drafted = tuple(policy.report.drafted) if drafts and policy.report is not None else made
         timed = seconds[cold:] or seconds[-1:]
-        mean = None
-        if stage and staged:
-            _, *did = zip(*staged[-len(timed) :], strict=True)
-            mean = Staged(stage.exit_layer, *map(fmean, did))
-        blocks.append(_Block(exit_layer, drafted, made, experts, session.sampling.greedy, timed, mean))
+        of_block = exit_layer, drafted, made, experts, session.sampling.greedy
+        if stage:
+            told = zip(timed, staged[-len(timed) :], strict=True)
+            blocks.append([_Block(*of_block, [took], did) for took, did in told])
+        else:
+            blocks.append([_Block(*of_block, timed)])
 
 
 def _kinds(config: ModelConfig, batch_size: int, exits: Sequence[int], most: int) -> list[_Kind]:
@@ -227,7 +227,7 @@ def _fitted_to(empty: CostModel, blocks: Sequence[_Block], *, head: float) -> Co
     seconds: dict[object, list[float]] = {}
     did: dict[object, list[list[float]]] = {}
     for block in blocks:
-        kind = block.exit_layer, block.drafted, block.made, block.greedy, block.staged is None
+        kind = block.exit_layer, block.drafted, block.made, block.greedy, block.staged
         exit_layers = [block.exit_layer] * len(block.drafted)
         # (A plain step of several rows: as many experts as independent choices read.)
         seconds.setdefault(kind, []).extend(block.seconds)

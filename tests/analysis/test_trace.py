@@ -154,6 +154,15 @@ def test_files_that_are_no_trace(trace, tmp_path):
     np.savez(path, **{**arrays, "said": arrays["said"][:, 1:]})
     with pytest.raises(ValueError, match="is damaged: its said have shape"):
         load_trace(path)
+    for name, wrong, reason in (
+        ("int8_right", arrays["int8_right"].astype(np.uint8), "its int8_right are of type uint8"),
+        ("int8_right", arrays["int8_right"][:, 1:], "its int8_right have shape"),
+        ("int8_margin", -1 - arrays["int8_margin"], "its int8_margins are not all 0 or more"),
+        ("int8_margin", arrays["int8_margin"][..., :-1], "its int8_margin have shape"),
+    ):
+        np.savez(path, **{**arrays, name: wrong})
+        with pytest.raises(ValueError, match=f"is damaged: {reason}"):
+            load_trace(path)
     header = json.loads(arrays["header"].tobytes())
     words = json.dumps({**header, "version": 7}).encode()
     np.savez(path, **{**arrays, "header": np.frombuffer(words, dtype=np.uint8)})

@@ -69,9 +69,10 @@ class InStages:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("lookup", [0, 1, 3])
-def test_stages_change_nothing_but_the_time(trained_model, lookup, temperature):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stages_change_nothing_but_the_time(trained_model, lookup, temperature, dtype):
     """Texts and rounds are those of drafts one by one; of several rows, or of no later layers, they are made so."""
-    model = trained_model(n_layers=3, max_seq_len=64)
+    model = copy.deepcopy(trained_model(n_layers=3, max_seq_len=64)).to(dtype)
     for exit_layer, prompts in ((3, PROMPTS[:1]), (2, PROMPTS[:1]), (3, PROMPTS)):
         how = dict(max_new_tokens=40, temperature=temperature, seed=4)
         staged = InStages(exit_layer, 12, lookup)

@@ -16,7 +16,11 @@ from layerskip_moe.nn.rounds import speculate
 from layerskip_moe.pretrained import quantize
 
 
-@pytest.fixture(scope="module", params=[{}, {"num_experts": 0}, {"router_average": 0.5}], ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[{}, {"num_experts": 0}, {"router_average": 0.5}, {"sliding_window": 3, "router_hold": 2}],
+    ids=str,
+)
 def model(request, tiny_model):
     return tiny_model(torch.float32, n_layers=4, **request.param)
 
