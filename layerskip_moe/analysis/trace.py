@@ -140,8 +140,7 @@ def load_trace(path: str | Path) -> Trace:
     OSError where there is none."""
     with open(path, "rb") as file:
         try:
-            arrays = _read_arrays(file)
-            header = json.loads(arrays["header"].tobytes())
+            header, arrays = _read(file)
             version = header["version"]
         except Exception as error:  # numpy, zipfile and zlib raise whatever they stumble over first, MemoryError too
             raise ValueError(f"{path} is not a trace, or is damaged; `layerskip-moe trace` writes one.") from error
@@ -161,16 +160,19 @@ def load_trace(path: str | Path) -> Trace:
     return Trace(list(_texts(header["texts"], arrays)), config, about)
 
 
-def _read_arrays(file: IO[bytes]) -> dict[str, Array]:
+def _read(file: IO[bytes]) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Header and arrays, which those of another version may lack."""
     with zipfile.ZipFile(file) as archive:
         if sum(member.file_size for member in archive.infolist()) > _MOST_BYTES:
             raise ValueError("unpacked it would fill the memory")
     file.seek(0)
     with np.load(file, allow_pickle=False) as archive:
-        arrays = {name: archive[name] for name in ("header", "tokens", *_PER_STATE, *_PER_DRAFT)}
+        header = json.loads(archive["header"].tobytes())
+        names = ("tokens", *_PER_STATE, *_PER_DRAFT) if header["version"] == _VERSION else ()
+        arrays = {name: archive[name] for name in names}
     if not all(isinstance(array, np.ndarray) for array in arrays.values()):  # a member that is no array comes as bytes
         raise ValueError("not all of it are arrays")
-    return arrays
+    return header, arrays
 
 
 def _check_entry(entry: Any) -> None:

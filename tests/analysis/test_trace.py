@@ -165,6 +165,6 @@ def test_files_that_are_no_trace(trace, tmp_path):
             load_trace(path)
     header = json.loads(arrays["header"].tobytes())
     words = json.dumps({**header, "version": 7}).encode()
-    np.savez(path, **{**arrays, "header": np.frombuffer(words, dtype=np.uint8)})
+    np.savez(path, header=np.frombuffer(words, dtype=np.uint8))  # whose arrays are others
     with pytest.raises(ValueError, match="of version 7, and this library reads version 4; record it anew"):
         load_trace(path)
