@@ -35,15 +35,17 @@ def begun(model, rows):
 
 
 def by_hand(model, cache, newest, exit_layer, noise, limits, positions, drafter=None):
-    """Tokens of the full model, drafts, states and drafts' margins, row by row, each by one call of `run` for each. Of
-    another drafter all that is left are its drafts."""
+    """Tokens of the full model, drafts, states and drafts' margins, row by row, each by one call of `run` for each, and
+    how near the drafts' routers were to other experts. Of another drafter all that is left are its drafts."""
     drafter = drafter or model
-    drafts, tokens, states, margins = [], [], [], []
+    drafts, tokens, states, margins, gaps = [], [], [], [], []
     for row, limit in enumerate(limits):
         part, token, said, sure = cache.subset(torch.tensor([row])), newest[row : row + 1], [], []
         for place in range(limit):
             at = positions[row : row + 1, place : place + 1]
             run = drafter.run(drafter.embed(token), range(exit_layer), positions=at, cache=part)
+            ordered = [routing.logits.sort(descending=True).values for routing in run.routing.values()]
+            gaps += [float((logits[:, 1] - logits[:, 2]).min()) for logits in ordered]  # (two are chosen)
             scores = drafter.unembed(run.hidden)[0, 0].double() + (0 if noise is None else noise[row, place])
             token = scores.argmax()[None, None]
             said.append(int(token))
@@ -58,7 +60,7 @@ def by_hand(model, cache, newest, exit_layer, noise, limits, positions, drafter=
         margins.append(sure)
         tokens.append(scores.argmax(dim=-1).tolist())
         states.append(torch.stack([run.collected[layer][0] for layer in range(4)]))
-    return tokens, drafts, torch.cat(states, dim=1), margins
+    return tokens, drafts, torch.cat(states, dim=1), margins, gaps
 
 
 @settings(deadline=None, max_examples=25)
@@ -83,9 +85,12 @@ def test_one_call_is_many(model, data, rows, exit_layer, longest, temperature, i
         cache = begun(model, rows)
         positions = cache.lengths[:, None] + torch.arange(longest + 1)
         drafter = quantize(model, "int8") if int8 else model
-        tokens, drafts, states, margins = by_hand(model, cache, newest, exit_layer, noise, limits, positions, drafter)
+        tokens, drafts, states, margins, gaps = by_hand(
+            model, cache, newest, exit_layer, noise, limits, positions, drafter
+        )
         near = 1e-3 if int8 else 1e-5  # (by int8 copies, states are rounded, too)
         assume(not int8 or min((margin for row in margins for margin in row), default=1.0) > near)
+        assume(not int8 or min(gaps, default=1.0) > near)  # (where it is not, either may read another expert)
         for compiled in (True, True) if int8 else (False, True, True):  # (the second time from a recording)
             with compiling(model, compiled):
                 copies = int8_copies(model) if int8 else None
@@ -276,7 +281,7 @@ def test_up_to_64_places_are_one_call(tiny_model, in_two_steps, rows, one_call):
     with compiling(model):
         done = speculate(model, newest, 2, positions=positions, cache=cache, noise=None, limits=[3] * rows)
     assert len(in_two_steps) == (not one_call)
-    tokens, drafts, _, _ = by_hand(model, begun(model, rows), newest, 2, None, [3] * rows, positions)
+    tokens, drafts, *_ = by_hand(model, begun(model, rows), newest, 2, None, [3] * rows, positions)
     assert done.drafts.tolist() == drafts
     assert done.tokens.tolist() == tokens
 
@@ -290,6 +295,6 @@ def test_what_cannot_be_recorded_is_right_all_the_same(tiny_model, in_two_steps)
         for count in (1, 2):
             done = speculate(model, newest, 2, positions=positions, cache=cache, noise=None, limits=[3, 2])
             assert len(in_two_steps) == count
-    tokens, drafts, _, _ = by_hand(model, begun(model, 2), newest, 2, None, [3, 2], positions)
+    tokens, drafts, *_ = by_hand(model, begun(model, 2), newest, 2, None, [3, 2], positions)
     assert [done.tokens[0].tolist(), done.tokens[1, :3].tolist()] == tokens
     assert [done.drafts[0].tolist(), done.drafts[1, :2].tolist()] == drafts
