@@ -28,12 +28,8 @@ _VERSION = 4  # of the file
 _MOST_BYTES = 2**32  # of its arrays, unpacked
 _PER_STATE = ("said", "second", "confidence", "margin", "experts")
 _PER_DRAFT = ("int8_right", "int8_margin")
-_KINDS = {
-    "confidence": "f",
-    "margin": "f",
-    "int8_right": "b",
-    "int8_margin": "f",
-}  # of arrays; others are whole numbers
+# Kinds of arrays; the others hold whole numbers.
+_KINDS = {"confidence": "f", "margin": "f", "int8_right": "b", "int8_margin": "f"}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from layerskip_moe.bench.rounds import TextRounds
 from layerskip_moe.bench.staging import foreseen_drafts
+from layerskip_moe.generation.policies.exits import has_stages
 from layerskip_moe.nn.ragged import Staged
 
 
@@ -41,9 +42,9 @@ def oracle(
     """The rounds that make the text's continuation in the least seconds.
 
     least(N) = 0 and least(n) = min over e in exit_layers and d >= 0 of seconds(n, e, d) + least(n + d + 1), where the d
-    drafts from layer e at n are all right, and over int8 drafts by int8_exits likewise, one by one or, by twice as many
-    layers as `proposing` (0: none do) and more, in stages, of which it is known which proposals are right. Longer
-    drafts are not tried: what a round refuses, it had better not have drafted.
+    drafts from layer e at n are all right, and over int8 drafts by int8_exits likewise, one by one or, where
+    `has_stages` says so, in stages, of which it is known which proposals are right. Longer drafts are not tried: what a
+    round refuses, it had better not have drafted.
     """
     least = [0.0] * (text.length + 1)
     best = [ForeseenRound(0, 0)] * text.length
@@ -53,9 +54,9 @@ def oracle(
         least[place] = text.seconds(place, 0, 0) + least[place + 1]
         longest = [text.accepted(place, exit_layer, rest, int8=int8) for exit_layer, int8 in drafters]
         for drafted in range(1, max(longest, default=0) + 1):
-            foreseen = foreseen_drafts(text, place, drafted, proposing) if proposing else None
+            foreseen = foreseen_drafts(text, place, drafted, proposing) if proposing and int8_exits else None
             for (exit_layer, int8), most in zip(drafters, longest, strict=True):
-                ways = [None, foreseen] if int8 and 0 < 2 * proposing <= exit_layer else [None]
+                ways = [None, foreseen] if int8 and has_stages(exit_layer, proposing) else [None]
                 for staged in ways if drafted <= most else ():
                     seconds = text.seconds(place, exit_layer, drafted, int8=int8, staged=staged)
                     seconds += least[place + drafted + 1]

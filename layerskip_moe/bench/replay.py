@@ -5,9 +5,9 @@ own. How many drafts are accepted is exact; a round lasts as long as a cost mode
 Four things that a policy may see are not in a trace: what is drafted after the first refused draft, where the text's
 own places stand in (so `should_stop` or a margin rule may end a round's last, refused drafts elsewhere); what is
 proposed behind a wrong proposal, where drafts are made in stages (`staging.py`); the model itself, of which a session
-here has the config alone; and the clock. What it costs to ask is not in a round's seconds
-either: rounds with `shadow` or `should_stop` take longer than they do here, which `policies_check.py` shows. As in
-decoding, drafts are int8 in rounds that are one call alone: not of a policy with `should_stop`.
+here has the config alone; and the clock. What it costs to ask is not in a round's seconds either: rounds with `shadow`
+or `should_stop` take longer than they do here, which `policies_check.py` shows. As in decoding, drafts are int8 in
+rounds that are one call alone: not of a policy with `should_stop`.
 
 L layers, T places of a round.
 Knows nothing of how policies are compared. Next: `policies.py`, which does; `rounds.py`.

@@ -47,7 +47,7 @@ def foreseen_drafts(
     """The least that is done to make right drafts in stages, where it is known which proposals are right: none other is
     followed."""
     early_right = text.text.int8_right[proposing - 1, place].tolist()
-    done = runs = choosing = heads = 0
+    done = runs = choosing = 0
     while done < drafted:
         longest = min(MOST_PROPOSED, drafted - done)
         _, follows = _repeated(text, place + done, lookup, longest)
@@ -55,9 +55,9 @@ def foreseen_drafts(
             [*some[: longest - 1], False].index(False) for some in (follows, early_right[done : done + longest])
         )
         runs += 1 if by_text >= by_layers else by_layers + 1
-        heads += 1 if by_text >= by_layers else by_layers + 1
         done, choosing = done + max(by_text, by_layers) + 1, choosing + 1
-    return Staged(proposing, runs, choosing, drafted, heads)
+    # (The head runs as often: what the last place of a run would propose is not asked, and the choice is one more.)
+    return Staged(proposing, runs, choosing, drafted, heads=runs)
 
 
 def _repeated(text: TextRounds, place: int, lookup: int, longest: int) -> tuple[list[int], list[bool]]:

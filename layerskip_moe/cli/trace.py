@@ -45,7 +45,7 @@ class Options:
         temperatures: 0 is greedy
         num_windows: held-out texts that are read as they stand
         window_length: tokens of each, 2 or more
-        int8_drafts: how many drafts from int8 copies are recorded of a round, where `Adaptive` makes copies; 0: none,
+        int8_length: how many drafts from int8 copies are recorded of a round, where `Adaptive` makes copies; 0: none,
             which takes a fraction of the time
         seed: of the draw of the texts, and of sampling
         device: cpu, cuda, cuda:1, ...; None: a GPU where there is one
@@ -61,7 +61,7 @@ class Options:
     temperatures: tuple[float, ...] = (0.0, 0.8)
     num_windows: int = 10
     window_length: int = 128
-    int8_drafts: int = MOST_DRAFTS
+    int8_length: int = MOST_DRAFTS
     seed: int = 0
     device: str | None = None
     dtype: Precision | None = None
@@ -83,7 +83,7 @@ def run(arguments: list[str]) -> None:
         max_new_tokens=options.max_new_tokens,
         temperatures=options.temperatures,
         seed=options.seed,
-        int8_length=options.int8_drafts,
+        int8_length=options.int8_length,
     )
     cost_model, int8_cost_model = fit_costs(model)
     about = {

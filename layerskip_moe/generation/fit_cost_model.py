@@ -26,7 +26,7 @@ from layerskip_moe.nn.ragged import MarginRule, Stage, Staged
 
 _AT_MOST = 2.7  # times the time there is, where other work holds the processors, and a round may take as long
 _BLOCKS, _STEPS = 5, 3  # of each kind in _SECONDS, while there is time, and of each block
-_SECONDS = 1.5
+_SECONDS = 1.5  # for timing rounds
 _STAGED = 6  # drafts in stages
 _COLD = 8  # places that come before: what a kind of step reads is not near at first
 

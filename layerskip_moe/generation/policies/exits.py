@@ -14,6 +14,12 @@ def candidate_exits(n_layers: int, *, deep: bool = False) -> tuple[int, ...]:
     return tuple(layer for layer in steps if layer <= most and layer < n_layers)
 
 
+def has_stages(exit_layer: int, proposing: int) -> bool:
+    """Whether that exit's int8 drafts of one row are worth making in stages, where so many layers propose (0: none do):
+    at least as many then choose."""
+    return 0 < 2 * proposing <= exit_layer
+
+
 def proposing_layers(n_layers: int) -> int:
     """How many layers propose where the whole model drafts in stages: a quarter of them, which is enough to be mostly
     right; none of a model of one layer."""

@@ -12,7 +12,7 @@ import math
 
 from layerskip_moe.generation.cost_model import CostModel
 from layerskip_moe.generation.policies.drift import Drift
-from layerskip_moe.generation.policies.exits import proposing_layers
+from layerskip_moe.generation.policies.exits import has_stages, proposing_layers
 from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.nn.ragged import Staged
 
@@ -74,8 +74,8 @@ class Reckoning:
         return seconds
 
     def in_stages(self, exit_layer: int) -> bool:
-        """Whether that exit's drafts for one row are made in stages: at least as many layers then choose as propose."""
-        return 0 < 2 * self.proposing <= exit_layer
+        """Whether that exit's drafts for one row are made in stages."""
+        return has_stages(exit_layer, self.proposing)
 
     def _later(self, exit_layer: int, places: int) -> float:
         """Experts that verification reads beyond those of one place."""

@@ -9,6 +9,9 @@
 
 namespace few_rows {
 
+// How likely a draft of that margin is right, where one of margin `half` is right half of the time.
+inline double likely_right(double margin, double half) { return std::isinf(margin) ? 1.0 : margin / (margin + half); }
+
 // states_of: (token [A], row [A], position [A]) -> states [A, .], of which the first are what `choice_of` takes;
 // choice_of: (states [A, .], noise [A, V], if there is any) -> token [A], margin [A].
 // newest, rows: [A]; positions [A, n + 1]; noise [A, n or more, V]; limits [A], the drafts that a row wants, up to n.
@@ -95,7 +98,7 @@ inline std::vector<Tensor> replay_drafts(
       const int64_t r = active[i], chosen = static_cast<const int64_t*>(choice_program.outputs[0].data_ptr())[i];
       const double of_draft = static_cast<const double*>(choice_program.outputs[1].data_ptr())[i];
       draft[r * longest + place] = chosen, margin[r * longest + place] = of_draft;
-      if (half != nullptr) all_right[r] *= std::isinf(of_draft) ? 1.0 : of_draft / (of_draft + half[r]);
+      if (half != nullptr) all_right[r] *= likely_right(of_draft, half[r]);
       if (half != nullptr && !(all_right[r] >= least)) continue;
       kept[r] = place + 1, active[staying] = r, token[staying++] = chosen;
     }

@@ -111,8 +111,7 @@ inline std::vector<Tensor> replay_staged(
     for (int64_t i = 0; i < count; ++i) {
       draft[done + i] = chosen[i], margin[done + i] = by[i];
       if (halves) {
-        const double half = *static_cast<const double*>(halves->data_ptr());
-        all_right *= std::isinf(by[i]) ? 1.0 : by[i] / (by[i] + half);
+        all_right *= likely_right(by[i], *static_cast<const double*>(halves->data_ptr()));
         more = all_right >= least;
       }
       if (!more) break;
