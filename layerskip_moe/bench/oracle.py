@@ -12,7 +12,7 @@ from typing import NamedTuple
 from layerskip_moe.bench.rounds import TextRounds
 from layerskip_moe.bench.staging import foreseen_drafts
 from layerskip_moe.generation.policies.exits import has_stages
-from layerskip_moe.nn.ragged import Staged
+from layerskip_moe.nn.ragged import Stage, Staged
 
 
 def fixed_seconds(text: TextRounds, exit_layer: int, draft_length: int, *, int8: bool = False) -> float:
@@ -43,29 +43,46 @@ def oracle(
 
     least(N) = 0 and least(n) = min over e in exit_layers and d >= 0 of seconds(n, e, d) + least(n + d + 1), where the d
     drafts from layer e at n are all right, and over int8 drafts by int8_exits likewise, one by one or, where
-    `has_stages` says so, in stages, of which it is known which proposals are right. Longer drafts are not tried: what a
-    round refuses, it had better not have drafted.
+    `has_stages` says so, in stages: then it is known which proposals are right, and the text tells the last drafts
+    wherever it repeats itself. Longer drafts are not tried: what a round refuses, it had better not have drafted.
     """
     least = [0.0] * (text.length + 1)
     best = [ForeseenRound(0, 0)] * text.length
-    drafters = [(exit_layer, False) for exit_layer in exit_layers] + [(exit_layer, True) for exit_layer in int8_exits]
+    in_stages = [exit_layer for exit_layer in int8_exits if has_stages(exit_layer, proposing)]
     for place in reversed(range(text.length)):
         rest = text.length - place - 1
-        least[place] = text.seconds(place, 0, 0) + least[place + 1]
-        longest = [text.accepted(place, exit_layer, rest, int8=int8) for exit_layer, int8 in drafters]
-        for drafted in range(1, max(longest, default=0) + 1):
-            foreseen = foreseen_drafts(text, place, drafted, proposing) if proposing and int8_exits else None
-            for (exit_layer, int8), most in zip(drafters, longest, strict=True):
-                ways = [None, foreseen] if int8 and has_stages(exit_layer, proposing) else [None]
-                for staged in ways if drafted <= most else ():
-                    seconds = text.seconds(place, exit_layer, drafted, int8=int8, staged=staged)
-                    seconds += least[place + drafted + 1]
-                    if seconds < least[place]:
-                        least[place] = seconds
-                        best[place] = ForeseenRound(exit_layer, drafted, int8, staged)
+        ways = [ForeseenRound(0, 0)]
+        for exits, int8 in ((exit_layers, False), (int8_exits, True)):
+            for exit_layer in exits:
+                longest = text.accepted(place, exit_layer, rest, int8=int8)
+                ways += [ForeseenRound(exit_layer, drafted, int8) for drafted in range(1, longest + 1)]
+        for drafted, staged in _in_stages(text, place, proposing) if in_stages else ():
+            asked = drafted - int(staged.told)
+            able = (layer for layer in in_stages if text.accepted(place, layer, asked, int8=True) == asked)
+            ways += [ForeseenRound(exit_layer, drafted, True, staged) for exit_layer in able]
+
+        def seconds(way: ForeseenRound, place: int = place) -> float:
+            exit_layer, drafted, int8, staged = way
+            return text.seconds(place, exit_layer, drafted, int8=int8, staged=staged) + least[place + drafted + 1]
+
+        best[place] = min(ways, key=seconds)
+        least[place] = seconds(best[place])
     rounds: list[ForeseenRound] = []
     place = 0
     while place < text.length:
         rounds.append(best[place])
         place += best[place].drafted + 1
     return rounds
+
+
+def _in_stages(text: TextRounds, place: int, proposing: int) -> list[tuple[int, Staged]]:
+    """Numbers of drafts, 1 and more, and what is done to make them in stages, by layers that are right as long as they
+    are asked: the text tells the rest as soon as it does."""
+    rest = min(text.length - place - 1, text.most_int8)
+    lookup = Stage(1, 0.0).lookup
+    ways, asked = list[tuple[int, Staged]](), 0
+    for drafted in range(1, rest + 1):
+        while asked < drafted and text.repetition(place + asked, lookup)[1] < drafted - asked:
+            asked += 1
+        ways.append((drafted, foreseen_drafts(text, place, asked, drafted - asked, proposing, lookup)))
+    return ways

@@ -119,13 +119,14 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
         drafted, confidences = _draft(text, place, exit_layer, limit, policy, int8)
         made = min(drafted + 1, limit) if stop is None else drafted
         accepted = text.accepted(place, exit_layer, drafted, int8=int8)
-        experts = text.experts(place, exit_layer, drafted, int8=int8)
         stage, staged = getattr(policy, "stage", None) if int8 else None, None
         if stage is not None and stage.exit_layer < exit_layer:
-            staged = staged_drafts(text, place, exit_layer, limit, made, stage)
+            drafted, made, accepted, staged = staged_drafts(text, place, exit_layer, limit, drafted, made, stage)
+        experts = text.experts(place, exit_layer, drafted, int8=int8)
         seconds = text.seconds(place, exit_layer, drafted, made, int8=int8, staged=staged)
         places = slice(place, place + drafted + 1)
-        judged = _judged(text, place, exit_layer, min(accepted + 1, made), int8) if limit and stop is None else None
+        asked = made - int(staged.told if staged else 0)
+        judged = _judged(text, place, exit_layer, min(accepted + 1, asked), int8) if limit and stop is None else None
         shadow = _shadow(text, places, policy, config) if policy.shadow else None
         place += accepted + 1
         session.remaining, session.newest = [text.length - place], _tokens(text.tokens[place - 1 : place])

@@ -18,7 +18,7 @@ import numpy as np
 
 from layerskip_moe.analysis.trace import Array, TracedText
 from layerskip_moe.nn import ModelConfig
-from layerskip_moe.nn.ragged import Staged
+from layerskip_moe.nn.ragged import LOOK_BACK, Staged
 
 
 class RoundCost(Protocol):
@@ -74,6 +74,7 @@ class TextRounds:
             for place in range(self.length)
         ]
         self._seconds: dict[tuple[int, int, int, int, bool, Staged | None], float] = {}
+        self._repetitions: dict[tuple[int, int], tuple[int, int]] = {}
 
     @property
     def most_int8(self) -> int:
@@ -100,6 +101,13 @@ class TextRounds:
             for layer, read in zip(self._moe_layers, union, strict=True)
         ]
 
+    def repetition(self, place: int, least: int) -> tuple[int, int]:
+        """Of the last tokens before a place, so many or more, where they last stood: see `repeated_tokens`."""
+        if (place, least) not in self._repetitions:
+            found = repeated_tokens(self.all_tokens, self.text.prompt_length + place, least)
+            self._repetitions[place, least] = found
+        return self._repetitions[place, least]
+
     def seconds(
         self,
         place: int,
@@ -119,3 +127,18 @@ class TextRounds:
             assert cost is not None, "there are int8 drafts"
             self._seconds[key] = cost.round_seconds([exit_layer], [drafted], experts, [key[3]], staged)
         return self._seconds[key]
+
+
+def repeated_tokens(tokens: Sequence[int], end: int, least: int) -> tuple[int, int]:
+    """Where the last tokens before `end` last stood, `least` or more: how many of them, and how many tokens from `end`
+    on are what followed them there, as the kernel finds it; (0, 0) where they stand nowhere else. In texts that end,
+    which are taken to go on repeating themselves."""
+    text = tokens[max(end - LOOK_BACK, 0) : end]
+    for start in range(len(text) - 1 - least, -1, -1) if least else ():
+        if text[start : start + least] == text[len(text) - least :]:
+            length, period = least, len(text) - start - least
+            while length < start + least and text[start + least - 1 - length] == text[-1 - length]:
+                length += 1
+            same = (tokens[at] == tokens[at - period] for at in range(end, len(tokens)))
+            return length, [*same, False].index(False)
+    return 0, 0

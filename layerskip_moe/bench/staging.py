@@ -8,15 +8,27 @@ the first wrong draft, how often the others do is not.
 Knows nothing of policies and seconds. Next: `replay.py` and `oracle.py`, which ask.
 """
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 from layerskip_moe.bench.rounds import TextRounds
-from layerskip_moe.nn.ragged import LOOK_BACK, MOST_PROPOSED, Stage, Staged
+from layerskip_moe.nn.ragged import MOST_PROPOSED, TOLD_PER_REPEATED, Stage, Staged
 
 
-def staged_drafts(text: TextRounds, place: int, exit_layer: int, limit: int, made: int, stage: Stage) -> Staged:
-    """What is done to make `made` drafts of a round that wants `limit`, where a margin rule lets the last one go, or
-    none is."""
+class MadeInStages(NamedTuple):
+    """Drafts of a round: how many are verified, how many were made, how many are right before the first that is not,
+    and what was done."""
+
+    drafted: int
+    made: int
+    accepted: int
+    staged: Staged
+
+
+def staged_drafts(
+    text: TextRounds, place: int, exit_layer: int, limit: int, kept: int, made: int, stage: Stage
+) -> MadeInStages:
+    """Of a round that wants `limit` drafts, of which a margin rule would keep so many of so many that are made, were
+    layers asked for all of them."""
     traced = text.text
     early_right, early_margins = (
         part[stage.exit_layer - 1, place].tolist() for part in (traced.int8_right, traced.int8_margin)
@@ -26,53 +38,41 @@ def staged_drafts(text: TextRounds, place: int, exit_layer: int, limit: int, mad
     lookup = stage.lookup
     while done < made:
         longest = min(MOST_PROPOSED, limit - done)
-        repeated, follows = _repeated(text, place + done, lookup, longest)
+        repeated, follows = text.repetition(place + done, lookup)
+        if stage.sure_lookup and repeated >= stage.sure_lookup:
+            told = min(limit - done, TOLD_PER_REPEATED * repeated)
+            accepted = text.accepted(place, exit_layer, done, int8=True)
+            accepted += min(follows, told) if accepted == done else 0
+            staged = Staged(stage.exit_layer, proposing, choosing, places, heads, told)
+            return MadeInStages(done + told, done + told, accepted, staged)
         if repeated:
             count, runs, choices = longest, 1, 0
-            if not (right[done] and follows[0]):
+            same = [right[done + at] and at < follows for at in range(count - 1)]
+            if not (right[done] and follows):
                 lookup = 0
         else:
             sure = [margin >= stage.sure for margin in early_margins[done : done + longest - 1]]
             count = runs = [*sure, False].index(False) + 1
-            choices, follows = min(count, longest - 1), early_right[done : done + longest]
+            choices = min(count, longest - 1)
+            same = [right[done + at] and early_right[done + at] for at in range(count - 1)]
         proposing, choosing, places, heads = proposing + runs, choosing + 1, places + count, heads + choices + 1
-        same = [right[done + at] and follows[at] for at in range(count - 1)]
         done += [*same, False].index(False) + 1
-    return Staged(stage.exit_layer, proposing, choosing, places, heads)
+    staged = Staged(stage.exit_layer, proposing, choosing, places, heads)
+    return MadeInStages(kept, made, text.accepted(place, exit_layer, kept, int8=True), staged)
 
 
 def foreseen_drafts(
-    text: TextRounds, place: int, drafted: int, proposing: int, lookup: int = Stage(1, 0.0).lookup
+    text: TextRounds, place: int, asked: int, told: int, proposing: int, lookup: int = Stage(1, 0.0).lookup
 ) -> Staged:
     """The least that is done to make right drafts in stages, where it is known which proposals are right: none other is
-    followed."""
+    followed. asked, told: how many drafts layers are asked for, and how many the text tells after them."""
     early_right = text.text.int8_right[proposing - 1, place].tolist()
     done = runs = choosing = 0
-    while done < drafted:
-        longest = min(MOST_PROPOSED, drafted - done)
-        _, follows = _repeated(text, place + done, lookup, longest)
-        by_text, by_layers = (
-            [*some[: longest - 1], False].index(False) for some in (follows, early_right[done : done + longest])
-        )
+    while done < asked:
+        longest = min(MOST_PROPOSED, asked - done)
+        by_text = min(text.repetition(place + done, lookup)[1], longest - 1)
+        by_layers = [*early_right[done : done + longest - 1], False].index(False)
         runs += 1 if by_text >= by_layers else by_layers + 1
         done, choosing = done + max(by_text, by_layers) + 1, choosing + 1
     # (The head runs as often: what the last place of a run would propose is not asked, and the choice is one more.)
-    return Staged(proposing, runs, choosing, drafted, heads=runs)
-
-
-def _repeated(text: TextRounds, place: int, lookup: int, longest: int) -> tuple[list[int], list[bool]]:
-    """What is proposed because it followed the last tokens before `place` earlier, and whether it is the text."""
-    tokens, end = text.all_tokens, text.text.prompt_length + place
-    found = continued(tokens[max(end - LOOK_BACK, 0) : end], lookup, longest - 1)
-    there = tokens[end : end + len(found)]
-    return found, [one == other for one, other in zip(found, there, strict=False)]
-
-
-def continued(text: Sequence[int], count: int, wanted: int) -> list[int]:
-    """What followed the last `count` tokens of a text where they last stood before, `wanted` tokens, as the kernel
-    finds it; [] where they stand nowhere else."""
-    end = len(text)
-    for start in range(end - 1 - count, -1, -1) if count else ():
-        if text[start : start + count] == text[end - count :]:
-            return [text[start + count + at % (end - start - count)] for at in range(wanted)]
-    return []
+    return Staged(proposing, runs, choosing, asked, heads=runs, told=told)

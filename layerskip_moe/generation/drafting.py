@@ -123,11 +123,13 @@ def _latest(session: Session) -> Tensor:
 
 
 def _judged(done: Speculated, margins: Tensor, limits: Sequence[int]) -> list[list[Judged]]:
-    """By row, of drafts that stand behind right ones alone: the margin, and whether the full model agrees."""
+    """By row, of drafts that stand behind right ones alone: the margin, and whether the full model agrees. Drafts that
+    the text told have none."""
     drafts, tokens = done.drafts.tolist(), done.tokens.tolist()
     judged = []
     for row, of_row in enumerate(margins.tolist()):
-        known = min(done.accepted[row] + 1, limits[row])
+        told = 0 if done.staged is None else int(done.staged.told)
+        known = min(done.accepted[row] + 1, done.drafted[row] - told if told else limits[row])
         judged.append([(of_row[at], drafts[row][at] == tokens[row][at]) for at in range(known)])
     return judged
 

@@ -217,7 +217,7 @@ class SelfSpeculative:
             shadow=said,
             judged=judged,
             made=[min(kept + 1, limit) for kept, limit in zip(round_.limits, wanted, strict=True)]
-            if rule is not None and judged is not None
+            if rule is not None and judged is not None and not (staged and staged.told)
             else round_.limits,
             shadow_margins=margins,
             staged=staged,

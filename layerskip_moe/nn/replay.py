@@ -90,7 +90,7 @@ def round_of(
     """Draft by two recordings and verify by a third, which goes on from the draft's states or takes tokens, see
     `cpp/rounds.h`; with a fourth, of the layers that go on from proposals, draft in stages as `stage` says, after a
     text [.], see `cpp/staged.h`: the full model's tokens [A, n + 1], drafts [A, n], their margins [A, n], how many of
-    each row's first limits [A] were kept and how many of these were right [A], what was done in stages [4], then states
+    each row's first limits [A] were kept and how many of these were right [A], what was done in stages [5], then states
     of drafting [A, n + 1, .] and of verification [N, .]."""
     halves, least = (None, 0.0) if rule is None else (torch.tensor(rule.halves, dtype=torch.float64), rule.least)
     states_of, choice_of, verify, *deepen = (recording.number for recording in recordings)
@@ -106,6 +106,7 @@ def round_of(
         0.0 if stage is None else stage.sure,
         history,
         0 if stage is None else stage.lookup,
+        0 if stage is None else stage.sure_lookup,
         MOST_PROPOSED,
     )
 

@@ -31,6 +31,8 @@ def invented_text():
         right = np.array([*right, [True] * len(right[0])], dtype=bool)
         states = right.shape[1] + 1
         tokens = draws.integers(config.vocab_size, size=states + 1)
+        if seed % 2:  # a text that mostly repeats itself
+            tokens = np.where(draws.random(states + 1) < 0.9, np.resize(tokens[: 1 + seed % 3], states + 1), tokens)
         said = np.repeat(tokens[None, 1:], len(right), axis=0)
         said[:, 1:] = np.where(right, said[:, 1:], (said[:, 1:] + 1) % config.vocab_size)
         moe_layers = sum(map(config.is_moe, range(config.n_layers)))

@@ -31,10 +31,14 @@ def by_brute_force(text, drafters):
         for layer, int8 in drafters:
             for drafted in range(1, min(text.length - place, text.most_int8 + 1 if int8 else text.length)):
                 after = place + text.accepted(place, layer, drafted, int8=int8) + 1
-                ways = [None]
-                if int8 and layer >= 2 and text.accepted(place, layer, drafted, int8=True) == drafted:
-                    ways.append(foreseen_drafts(text, place, drafted, 1))
-                found += [text.seconds(place, layer, drafted, int8=int8, staged=way) + least(after) for way in ways]
+                found.append(text.seconds(place, layer, drafted, int8=int8) + least(after))
+                for asked in range(drafted + 1) if int8 and layer >= 2 else ():
+                    told = drafted - asked
+                    right = text.accepted(place, layer, asked, int8=True) == asked
+                    if right and (not told or text.repetition(place + asked, 4)[1] >= told):
+                        way = foreseen_drafts(text, place, asked, told, 1)
+                        seconds = text.seconds(place, layer, drafted, int8=True, staged=way)
+                        found.append(seconds + least(place + drafted + 1))
         return min(found)
 
     return least(0)
@@ -53,7 +57,8 @@ def test_oracle_is_the_best_of_all_ways(small_model, invented_text, cost_of, rig
     rounds, place, seconds = oracle(text, exits, int8_exits, proposing=1), 0, 0.0
     for layer, drafted, int8, staged in rounds:
         assert layer in ((int8_exits if int8 else exits) if drafted else [0])
-        assert text.accepted(place, layer, drafted, int8=int8) == drafted
+        asked = drafted - (staged.told if staged else 0)
+        assert text.accepted(place, layer, asked, int8=int8) == asked
         seconds += text.seconds(place, layer, drafted, int8=int8, staged=staged)
         place += drafted + 1
     assert place == text.length
@@ -88,9 +93,10 @@ def test_nothing_is_made_in_stages_by_less_than_is_foreseen(
     of_text = TextRounds(text, small_model().config, cost_of(4), cost_of(4, 0.3))
     for place in (0, 2, 4):
         for drafted in (1, 7, 8, 15):
-            told = staged_drafts(of_text, place, 4, drafted, drafted, Stage(1, sure, lookup))
-            foreseen = foreseen_drafts(of_text, place, drafted, 1, lookup)
-            assert foreseen.places == drafted <= told.places and foreseen.choosing <= told.choosing
+            found = staged_drafts(of_text, place, 4, drafted, drafted, drafted, Stage(1, sure, lookup, 0))
+            assert found[:3] == (drafted, drafted, drafted)
+            foreseen = foreseen_drafts(of_text, place, drafted, 0, 1, lookup)
+            assert foreseen.places == drafted <= found.staged.places and foreseen.choosing <= found.staged.choosing
             assert 1 <= foreseen.choosing <= foreseen.proposing <= drafted
 
 

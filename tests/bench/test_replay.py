@@ -13,8 +13,7 @@ from layerskip_moe.analysis.record_trace import record_texts
 from layerskip_moe.bench.policies import compare_policies
 from layerskip_moe.bench.policies_check import WatchedPolicy, check_policies
 from layerskip_moe.bench.replay import replay
-from layerskip_moe.bench.rounds import TextRounds
-from layerskip_moe.bench.staging import continued
+from layerskip_moe.bench.rounds import TextRounds, repeated_tokens
 from layerskip_moe.generation import SelfSpeculative, generate
 from layerskip_moe.generation.cost_model import CostModel
 from layerskip_moe.generation.policies import DEL, Adaptive, DraftVerify, Fixed, Heuristic
@@ -97,12 +96,12 @@ class InStages:
 
     shadow, should_stop, int8_drafts = False, None, True
 
-    def __init__(self, exit_layer, length, lookup):
-        self.pair, self.lookup, self.count = (exit_layer, length), lookup, 0
+    def __init__(self, exit_layer, length, *lookups):
+        self.pair, self.lookups, self.count = (exit_layer, length), lookups, 0
 
     def plan(self, session):
         self.count += 1
-        self.stage = Stage(1 + self.count % 2, [0.0, 0.1, 0.4][self.count % 3], self.lookup)
+        self.stage = Stage(1 + self.count % 2, [0.0, 0.1, 0.4][self.count % 3], *self.lookups)
         self.margin_rule = MarginRule([0.05], 0.4) if self.count % 4 == 0 else None
         return [self.pair]
 
@@ -111,12 +110,12 @@ class InStages:
 
 
 @needs_kernels
-@pytest.mark.parametrize("lookup", [0, 1, 2])
+@pytest.mark.parametrize("lookups", [(0, 0), (1, 0), (2, 0), (1, 2), (2, 5)], ids=str)
 @pytest.mark.parametrize(("exit_layer", "length"), [(3, 4), (4, 14)], ids=str)
-def test_stages_do_in_replays_what_they_do_in_decoding(small_model, texts, cost_of, exit_layer, length, lookup):
+def test_stages_do_in_replays_what_they_do_in_decoding(small_model, texts, cost_of, exit_layer, length, lookups):
     """As long as drafts, and proposals, are right: what is proposed behind a wrong one no trace knows."""
     model = small_model()
-    made = [InStages(exit_layer, length, lookup) for _ in range(2)]
+    made = [InStages(exit_layer, length, *lookups) for _ in range(2)]
     told, (again, rounds) = really(model, texts, made[0]), replayed(model, texts, made[1], StagedCost())
     compared = 0
     flat = [list(itertools.chain(*some)) for some in (told, again, rounds)]
@@ -124,9 +123,9 @@ def test_stages_do_in_replays_what_they_do_in_decoding(small_model, texts, cost_
         assert copy.accepted == real.accepted and (copy.staged is None) == (real.staged is None)
         if real.staged is not None and real.accepted == real.made:
             assert copy.staged.choosing == real.staged.choosing and one.seconds == copy.staged.places
-            wrong = max(real.staged.places, copy.staged.places) > real.made[0]
-            assert wrong or copy.staged == real.staged
-            compared += real.staged.places > real.staged.choosing
+            wrong = max(real.staged.places, copy.staged.places) > real.made[0] - real.staged.told
+            assert copy.staged.told == real.staged.told and (wrong or copy.staged == real.staged)
+            compared += real.staged.places > real.staged.choosing or real.staged.told > 0
     assert compared >= 2
 
 
@@ -137,18 +136,21 @@ class StagedCost:
         return 0.0 if staged is None else staged.places
 
 
-@given(text=st.lists(st.integers(0, 3), min_size=1, max_size=20), count=st.integers(0, 4), wanted=st.integers(0, 9))
-def test_what_followed_before(text, count, wanted):
+@given(text=st.lists(st.integers(0, 2), min_size=1, max_size=20), data=st.data(), least=st.integers(0, 4))
+def test_what_followed_before(text, data, least):
     """The latest place where the last tokens stood before, found by its definition."""
-    found = continued(text, count, wanted)
-    starts = [at for at in range(len(text) - count) if count and text[at : at + count] == text[len(text) - count :]]
+    end = data.draw(st.integers(1, len(text)))
+    before, after = text[:end], text[end:]
+    starts = [at for at in range(end - least) if least and before[at : at + least] == before[end - least :]]
     if not starts:
-        assert found == []
+        assert repeated_tokens(text, end, least) == (0, 0)
         return
-    longer = list(text)
-    for _ in range(wanted):
-        longer.append(longer[starts[-1] + count + len(longer) - len(text)])
-    assert found == longer[len(text) :]
+    next_ = starts[-1] + least
+    longest = max(count for count in range(least, next_ + 1) if before[next_ - count : next_] == before[end - count :])
+    longer = list(before)
+    for _ in after:
+        longer.append(longer[next_ + len(longer) - end])
+    assert repeated_tokens(text, end, least) == (longest, [*map(int.__eq__, longer[end:], after), False].index(False))
 
 
 @needs_kernels

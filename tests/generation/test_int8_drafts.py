@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import threading
 
 import pytest
@@ -15,7 +16,7 @@ from layerskip_moe.nn import int8_copies as int8_file
 from layerskip_moe.nn.compiling import compiling
 from layerskip_moe.nn.kernels import has_kernels
 from layerskip_moe.nn.modes import evaluating
-from layerskip_moe.nn.ragged import Stage
+from layerskip_moe.nn.ragged import MarginRule, Stage
 from layerskip_moe.pretrained import quantize
 
 PROMPTS = [[3, 9, 21, 4], [5], [7, 7, 2]]
@@ -55,12 +56,12 @@ class InStages:
 
     shadow, should_stop, int8_drafts = False, None, True
 
-    def __init__(self, exit_layer, length, lookup=1):
-        self.pair, self.lookup, self.rounds = (exit_layer, length), lookup, []
+    def __init__(self, exit_layer, length, lookup=1, sure_lookup=0):
+        self.pair, self.lookups, self.rounds = (exit_layer, length), (lookup, sure_lookup), []
 
     def plan(self, session):
         count = len(self.rounds)
-        self.stage = Stage(1 + count % 2, [0.0, 0.2, 1.0][count % 3], self.lookup)
+        self.stage = Stage(1 + count % 2, [0.0, 0.2, 1.0][count % 3], *self.lookups)
         return [self.pair] * len(session.row_numbers)
 
     def observe(self, round):
@@ -91,15 +92,34 @@ def test_stages_change_nothing_but_the_time(trained_model, lookup, temperature, 
                     assert round.staged.places >= round.made[0] >= round.staged.choosing >= 1
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("least", [None, 0.3])
+def test_what_the_text_tells_is_drafted_and_verified(trained_model, temperature, least):
+    """The text stays the model's; of what it told there are no margins."""
+    model = copy.deepcopy(trained_model(n_layers=3, max_seq_len=64))
+    how = dict(max_new_tokens=40, temperature=temperature, seed=4)
+    policy = InStages(3, 12, 1, 2)
+    policy.margin_rule = None if least is None else MarginRule([0.1], least)
+    prompt = [[4, 5, 6] * 5]
+    found = generate(model, prompt, SelfSpeculative(policy=policy), **how)
+    assert found.tokens == generate(model, prompt, Autoregressive(), **how).tokens
+    told = [round for round in policy.rounds if round.staged is not None and round.staged.told]
+    assert told and any(round.staged.told == round.drafted[0] for round in told)  # no layer was asked
+    for round in told:
+        asked = int(round.drafted[0] - round.staged.told)
+        assert round.made == round.drafted and len(round.judged[0]) == min(round.accepted[0] + 1, asked)
+        assert not any(math.isnan(margin) for margin, _ in round.judged[0])
+
+
 def test_a_stage_that_is_none_is_refused(trained_model):
     model, policy = trained_model(n_layers=3, max_seq_len=64), InStages(3, 4)
     policy.plan = lambda session: setattr(policy, "stage", 2) or [(3, 4)]
     with pytest.raises(ValueError, match="stage=2 is no stage; give a Stage, or None"):
         generate(model, PROMPTS[:1], SelfSpeculative(policy=policy), max_new_tokens=9)
-    for arguments in ((0, 0.1), (1, -1.0), (1, 0.1, -1), (1, float("nan")), (1, 0.1, 1024)):
-        with pytest.raises(ValueError, match=r"exit_layer=.* must be 1 or more, sure=.* 0 or more, and lookup=.* 0 to"):
+    for arguments in ((0, 0.1), (1, -1.0), (1, 0.1, -1), (1, float("nan")), (1, 0.1, 1024), (1, 0.1, 4, -1)):
+        with pytest.raises(ValueError, match=r"exit_layer=.* must be 1 or more, sure=.* 0 or more, lookup=.* 0 to"):
             Stage(*arguments)
-    for arguments in ((1.5, 0.1), (1, 0.1, 2.5)):
+    for arguments in ((1.5, 0.1), (1, 0.1, 2.5), (1, 0.1, 4, 0.5)):
         with pytest.raises(ValueError, match="whole number"):
             Stage(*arguments)
 

@@ -7,11 +7,12 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from layerskip_moe.bench.rounds import repeated_tokens
 from layerskip_moe.nn import KVCache, few_rows, rounds
 from layerskip_moe.nn.compiling import compiling
 from layerskip_moe.nn.int8_copies import int8_copies
 from layerskip_moe.nn.kernels import has_kernels
-from layerskip_moe.nn.ragged import MarginRule, Stage
+from layerskip_moe.nn.ragged import TOLD_PER_REPEATED, MarginRule, Stage
 from layerskip_moe.nn.rounds import speculate
 from layerskip_moe.pretrained import quantize
 
@@ -141,7 +142,7 @@ def test_drafts_in_stages_are_the_same_drafts(
         # A text in which some of the drafts are found, and some are not.
         history = torch.cat([newest[0], whole.drafts[0, : longest // 2], torch.arange(5), newest[0]])
         for _ in range(2):
-            stage = Stage(proposing, sure, lookup)
+            stage = Stage(proposing, sure, lookup, sure_lookup=0)
             done = speculate(model, newest, exit_layer, stage=stage, history=history, **how)
             assert (done.drafted, done.accepted) == (whole.drafted, whole.accepted) and whole.staged is None
             made = min(done.drafted[0] + 1, longest) if rule is not None else longest
@@ -155,6 +156,50 @@ def test_drafts_in_stages_are_the_same_drafts(
             assert done.staged.choosing <= done.staged.heads <= done.staged.proposing + done.staged.choosing
             if not lookup and sure == 0.0:  # every proposal is followed, up to 8 at a time
                 assert done.staged.choosing <= -(-made // 8) + sum(whole_differs(done, model, proposing, how, newest))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    text=st.lists(st.integers(0, 2), min_size=1, max_size=30),
+    longest=st.integers(1, 14),
+    sure_lookup=st.integers(1, 6),
+    least=st.sampled_from([None, 0.0, 0.5]),
+    temperature=st.sampled_from([0.0, 0.7]),
+)
+def test_what_a_text_tells_ends_the_round(model, text, longest, sure_lookup, least, temperature):
+    """As it followed before, behind drafts that are those of a round without it; and it is verified as others are."""
+    newest = torch.tensor([text[-1:]])
+    noise = temperature * torch.randn(1, longest + 1, 23, generator=torch.Generator().manual_seed(len(text))).double()
+    with torch.no_grad(), compiling(model):
+        cache, copies = begun(model, 1), int8_copies(model)
+        if copies is None:  # (without a C++ compiler)
+            return
+        positions = cache.lengths[:, None] + torch.arange(longest + 1)
+        rule = None if least is None else MarginRule([0.2], least)
+        how = dict(positions=positions, cache=cache, noise=noise, limits=[longest], rule=rule, copies=copies)
+        whole = speculate(model, newest, 3, **how)
+        stage = Stage(1, 0.1, 1, sure_lookup)
+        done = speculate(model, newest, 3, stage=stage, history=torch.tensor(text), **how)
+        told, kept = int(done.staged.told), done.drafted[0]
+        asked = kept - told
+        drafts = done.drafts[0, :kept].tolist()
+        assert drafts[:asked] == whole.drafts[0, :asked].tolist()
+        assert done.margins[0, :asked].tolist() == whole.margins[0, :asked].tolist()
+        assert done.margins[0, asked:kept].isnan().all()
+        if not told:
+            assert kept == whole.drafted[0]
+            return
+        before = text + drafts[:asked]
+        length, _ = repeated_tokens([*before, *drafts[asked:]], len(before), 1)
+        assert length >= sure_lookup and told == min(longest - asked, TOLD_PER_REPEATED * length)
+        assert repeated_tokens([*before, *drafts[asked:]], len(before), 1) == (length, told)
+        tokens = torch.cat([newest, done.drafts[:, :kept]], dim=1)
+        _, logits = model.decode(tokens, range(4), positions=positions[:, : kept + 1], cache=cache)
+        expected = (logits + noise[:, : kept + 1]).argmax(dim=-1)[0].tolist()
+        assert done.tokens[0, : kept + 1].tolist() == expected
+        assert done.accepted == [
+            [*(one == other for one, other in zip(drafts, expected, strict=False)), False].index(False)
+        ]
 
 
 def test_text_that_repeats_itself_proposes(model):
@@ -176,7 +221,7 @@ def test_text_that_repeats_itself_proposes(model):
             assert done.drafts[0].tolist() == drafts.tolist()
             counts.append(done.staged)
         assert counts[0].choosing <= 1 + 3, "8 drafts by the first run"
-        assert counts[2] == (2, 11, 11, 11, 11 + 10)
+        assert counts[2] == (2, 11, 11, 11, 11 + 10, 0)
         assert counts[1].places > counts[0].places, "a wrong proposal was run over for nothing"
 
 

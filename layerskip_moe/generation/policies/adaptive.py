@@ -55,7 +55,8 @@ class Adaptive:
     where margins are not known, all rows draft a fixed number. Several rows wait for the one that drafts most, so the
     number of their drafts is limited, too. For one row, int8 drafts are made in two stages where at least as many
     layers then choose as propose (`Stage`): the first quarter proposes where it is sure, or the text does, where it
-    repeats itself. The plan is chosen anew every eighth round, and changed for one that is 2% better, by what exits
+    repeats itself; and what a text that has done so for long would go on with is drafted as it is, while it mostly is
+    right. The plan is chosen anew every eighth round, and changed for one that is 2% better, by what exits
     promise and by how much of their promises they have kept; drafting must promise 3% more than plain decoding, 6% of
     two to four rows or by int8 copies, 20% of more, and less while costs are in doubt. Every now and then a round asks
     what other exits would have said. Where drafting does not pay, decoding is plain for 16 steps, then 32, and so on up
@@ -214,7 +215,8 @@ class Adaptive:
         proposing = self._reckoning.proposing
         if len(rows) > 1 or not self._reckoning.in_stages(self._plan.exit_layer):
             return None
-        return Stage(proposing, _SURE_TIMES * self._acceptance.half(rows[0], self._told(proposing)))
+        stage = Stage(proposing, _SURE_TIMES * self._acceptance.half(rows[0], self._told(proposing)))
+        return stage if self._acceptance.tells(rows[0]) else replace(stage, sure_lookup=0)
 
     def _told(self, layer: int) -> int:
         """The exit that is known of next to that layer."""
@@ -269,6 +271,11 @@ class Adaptive:
         if max(round.exit_layers) and self._tells_margins != (round.judged is not None):
             self._tells_margins, self._rows = not self._tells_margins, []  # and plan anew
         self._reckoning.see_staged(round)
+        if round.staged is not None:
+            told = int(round.staged.told)
+            asked = round.drafted[0] - told
+            if round.accepted[0] >= asked:  # (behind a wrong draft nothing is known)
+                self._acceptance.see_told(round.rows[0], told, round.accepted[0] - asked)
         for index, row in enumerate(round.rows):  # (another thread may have had another plan made meanwhile)
             if round.exit_layers[index]:
                 self._acceptance.see(row, round.exit_layers[index], _judged(round, index))

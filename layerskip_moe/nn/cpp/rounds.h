@@ -13,23 +13,23 @@ namespace few_rows {
 // verify: (states [N, .], row [N], position [N]) -> (logits [N, V], ...), which is given the newest token's place and those
 // of the drafts that are kept, N in all, row by row; states as they were drafted, or, where it takes tokens [N] and runs
 // every layer again, these.
-// deepen, sure, history, lookup, most: where there is such a program (not 0), `replay_staged` drafts, of one row, and
+// deepen, sure, history, lookup, sure_lookup, most: where there is such a program (not 0), `replay_staged` drafts, of one row, and
 // verification takes tokens.
 //
 // -> the full model's tokens [A, n + 1], drafts [A, n], their margins [A, n], how many were kept [A], how many of these it
-// agreed with before the first that it did not [A], what `replay_staged` counts [4], then what `states_of` gives but the first [A, n + 1, .] and what `verify`
-// gives but the first [N, .]. Tokens are of no meaning beyond what was kept, drafts and margins beyond one more.
+// agreed with before the first that it did not [A], what `replay_staged` counts [5], then what `states_of` gives but the first
+// [A, n + 1, .] and what `verify` gives but the first [N, .]. Tokens are of no meaning beyond what was kept, drafts and margins beyond one more.
 inline std::vector<Tensor> replay_round(
     int64_t states_of, int64_t choice_of, int64_t verify, const Tensor& newest, const Tensor& rows, const Tensor& positions,
     const std::optional<Tensor>& noise, const Tensor& limits, const std::optional<Tensor>& halves, double least, int64_t deepen,
-    double sure, const Tensor& history, int64_t lookup, int64_t most) {
+    double sure, const Tensor& history, int64_t lookup, int64_t sure_lookup, int64_t most) {
   Program& program = find_program(verify);
   check_sizes(program.inputs.size() == 3 && !program.outputs.empty() && (!noise || noise->size(1) == positions.size(1)));
   const bool anew = program.inputs[0].scalar_type() == ScalarType::Long;
   const bool staged = deepen != 0;
   check_sizes(anew || !staged);
   std::vector<Tensor> drafted = staged
-      ? replay_staged(states_of, deepen, choice_of, newest, rows, positions, noise, limits, halves, least, sure, history, lookup, most)
+      ? replay_staged(states_of, deepen, choice_of, newest, rows, positions, noise, limits, halves, least, sure, history, lookup, sure_lookup, most)
       : replay_drafts(states_of, choice_of, newest, rows, positions, noise, limits, halves, least, !anew);
   const Tensor &drafts = drafted[0], &kept = drafted[2], &states = drafted[3];
   const int64_t n_rows = newest.numel(), places = positions.size(1), longest = places - 1;
@@ -73,7 +73,7 @@ inline std::vector<Tensor> replay_round(
     static_cast<int64_t*>(accepted.data_ptr())[r] = right;
   }
   std::vector<Tensor> results = {tokens, drafts, drafted[1], kept, accepted,
-      staged ? drafted[3] : torch::stable::new_zeros(newest, {4})};
+      staged ? drafted[3] : torch::stable::new_zeros(newest, {5})};
   results.insert(results.end(), drafted.begin() + 4, drafted.end());
   for (size_t o = 1; o < program.outputs.size(); ++o) {
     const Tensor& output = program.outputs[o];

@@ -1,9 +1,9 @@
 // Drafts of drafts, of one row: the first layers propose tokens while they are sure, or the text does, where it repeats
 // itself, and the others that draft run over all that was proposed at once, and choose (staged speculative decoding, Spector
-// and Re, arXiv 2308.04623).
+// and Re, arXiv 2308.04623). Where the text has repeated itself for long, it ends the round: what followed is drafted as it is.
 //
-// What is drafted is what `replay_drafts` would, by all of the layers one token after another, to the last bit: a proposal
-// only says which token to run next. Knows nothing of what the programs compute. Next: rounds.h.
+// What layers draft is what `replay_drafts` would, by all of them one token after another, to the last bit: a proposal only
+// says which token to run next. Knows nothing of what the programs compute. Next: rounds.h.
 
 #pragma once
 
@@ -11,34 +11,52 @@
 
 namespace few_rows {
 
-// What followed the last `count` tokens of a text where they last stood before, `wanted` tokens; where that is less, the text
-// is taken to go on repeating itself. Nothing where they stand nowhere else.
-inline std::vector<int64_t> continued(const std::vector<int64_t>& text, int64_t count, int64_t wanted) {
-  const int64_t end = static_cast<int64_t>(text.size());
-  for (int64_t start = end - 1 - count; count > 0 && start >= 0; --start) {
-    if (!std::equal(text.end() - count, text.end(), text.begin() + start)) continue;
+// Where the last tokens of a text last stood before, and how many of them did, at least as many as were asked for.
+struct Repetition {
+  int64_t length = 0, next = 0;  // 0: they stand nowhere else; what followed them stands at `next`
+
+  // So many tokens that followed; where there are fewer, the text is taken to go on repeating itself.
+  std::vector<int64_t> continuation(const std::vector<int64_t>& text, int64_t wanted) const {
     std::vector<int64_t> found;
-    for (int64_t at = start + count; static_cast<int64_t>(found.size()) < wanted; ++at)
+    const int64_t end = static_cast<int64_t>(text.size());
+    for (int64_t at = next; length > 0 && static_cast<int64_t>(found.size()) < wanted; ++at)
       found.push_back(at < end ? text[at] : found[at - end]);
     return found;
   }
+};
+
+inline Repetition repetition(const std::vector<int64_t>& text, int64_t least) {
+  const int64_t end = static_cast<int64_t>(text.size());
+  for (int64_t start = end - 1 - least; least > 0 && start >= 0; --start) {
+    if (!std::equal(text.end() - least, text.end(), text.begin() + start)) continue;
+    int64_t length = least;
+    while (length < start + least && text[start + least - 1 - length] == text[end - 1 - length]) ++length;
+    return {length, start + least};
+  }
   return {};
 }
+
+// Drafts that a text ends a round with, as they followed before, over the tokens by which it has repeated itself: after m of
+// these it does for k more with a probability of about m / (m + k), and a third is what running a draft through all layers
+// is worth.
+constexpr int64_t TOLD_PER_REPEATED = 2;
 
 // states_of, choice_of, newest, rows, positions, noise, limits, halves, least: as `replay_drafts` has them, of one row; the
 // first states that `states_of` gives are after the layers that propose.
 // deepen: (states [N, .], row [N], position [N]) -> states [N, .] after all layers that draft, which `choice_of` takes, too
 // sure: the least margin of a proposal that is followed
 // history: [.] the text, of which newest is the last; lookup: how many of its tokens are looked for earlier in it, 0 for no
-// such proposals; nor are there more in a round in which the first of some was wrong
+// such proposals; nor are there more in a round in which the first of some was wrong; sure_lookup: how many must have stood
+// there for the text to end the round, 0 if it never does
 // most: places that the later layers run over at a time
 //
-// -> drafts [1, n], margins [1, n] and how many are kept [1], as `replay_drafts` has them, and [4] what was done: runs of the
-// layers that propose, runs of the others, places that both ran over, and runs of the head
+// -> drafts [1, n], margins [1, n] (not numbers of what the text told) and how many are kept [1], as `replay_drafts` has them,
+// and [5] what was done: runs of the layers that propose, runs of the others, places that both ran over, runs of the head,
+// and drafts that the text told
 inline std::vector<Tensor> replay_staged(
     int64_t states_of, int64_t deepen, int64_t choice_of, const Tensor& newest, const Tensor& rows, const Tensor& positions,
     const std::optional<Tensor>& noise, const Tensor& limits, const std::optional<Tensor>& halves, double least, double sure,
-    const Tensor& history, int64_t lookup, int64_t most) {
+    const Tensor& history, int64_t lookup, int64_t sure_lookup, int64_t most) {
   Program &first = find_program(states_of), &later = find_program(deepen), &choice = find_program(choice_of);
   const int64_t longest = positions.size(1) - 1, vocabulary = noise ? noise->size(2) : 0;
   for (const Tensor* numbers : {&newest, &rows, &positions, &limits, &history}) check_dense(*numbers, ScalarType::Long);
@@ -58,7 +76,7 @@ inline std::vector<Tensor> replay_staged(
 
   std::vector<Tensor> results = {torch::stable::new_zeros(newest, {1, longest}),
       torch::stable::new_zeros(newest, {1, longest}, ScalarType::Double), torch::stable::new_zeros(newest, {1}),
-      torch::stable::new_zeros(newest, {4})};
+      torch::stable::new_zeros(newest, {5})};
   int64_t* draft = static_cast<int64_t*>(results[0].data_ptr());
   double* margin = static_cast<double*>(results[1].data_ptr());
   int64_t& kept = *static_cast<int64_t*>(results[2].data_ptr());
@@ -83,7 +101,13 @@ inline std::vector<Tensor> replay_staged(
   for (bool more = true; more && kept < limit;) {
     const int64_t done = kept, longest_run = std::min(most, limit - done);
     run[0] = done == 0 ? *static_cast<const int64_t*>(newest.data_ptr()) : draft[done - 1];
-    const std::vector<int64_t> repeated = continued(text, lookup, longest_run - 1);
+    const Repetition found = repetition(text, lookup);
+    if (sure_lookup > 0 && found.length >= sure_lookup) {
+      for (int64_t token : found.continuation(text, std::min(limit - done, TOLD_PER_REPEATED * found.length)))
+        draft[kept] = token, margin[kept++] = NAN, ++counts[4];
+      break;
+    }
+    const std::vector<int64_t> repeated = found.continuation(text, longest_run - 1);
     std::copy(repeated.begin(), repeated.end(), run.begin() + 1);
     int64_t count = 0;  // of the run, those that the layers that propose ran over
     while (true) {
