@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 from layerskip_moe.bench.rounds import TextRounds
 from layerskip_moe.bench.staging import foreseen_drafts
-from layerskip_moe.generation.policies.exits import has_stages
+from layerskip_moe.generation.policies.exits import MOST_DRAFTS, has_stages
 from layerskip_moe.nn.ragged import Stage, Staged
+
+_LOOKUP = Stage(1, 0.0).lookup  # last tokens that must have stood in a text before for it to tell what comes
 
 
 def fixed_seconds(text: TextRounds, exit_layer: int, draft_length: int, *, int8: bool = False) -> float:
@@ -27,8 +29,8 @@ def fixed_seconds(text: TextRounds, exit_layer: int, draft_length: int, *, int8:
 
 
 class ForeseenRound(NamedTuple):
-    """A round whose drafts are all right: the layers that draft, 0 in a plain step, how many drafts, whether they are
-    int8, and what is done to make them in stages, if they are."""
+    """A round whose drafts are all right: the layers that draft, 0 where the text tells them or there are none, how
+    many drafts, whether they are int8, and what is done to make them in stages, if they are."""
 
     exit_layer: int
     drafted: int
@@ -41,17 +43,19 @@ def oracle(
 ) -> list[ForeseenRound]:
     """The rounds that make the text's continuation in the least seconds.
 
-    least(N) = 0 and least(n) = min over e in exit_layers and d >= 0 of seconds(n, e, d) + least(n + d + 1), where the d
-    drafts from layer e at n are all right, and over int8 drafts by int8_exits likewise, one by one or, where
+    least(N) = 0 and least(n) = min over e in exit_layers and d >= 0 of seconds(n, e, d) + least(n + d + 1), where
+    the d drafts from layer e at n are all right, and over int8 drafts by int8_exits likewise, one by one or, where
     `has_stages` says so, in stages: then it is known which proposals are right, and the text tells the last drafts
-    wherever it repeats itself. Longer drafts are not tried: what a round refuses, it had better not have drafted.
+    wherever it repeats itself, or all, in rounds that ask no layer. Longer drafts are not tried: what a round
+    refuses, it had better not have drafted.
     """
     least = [0.0] * (text.length + 1)
     best = [ForeseenRound(0, 0)] * text.length
     in_stages = [exit_layer for exit_layer in int8_exits if has_stages(exit_layer, proposing)]
     for place in reversed(range(text.length)):
         rest = text.length - place - 1
-        ways = [ForeseenRound(0, 0)]
+        told = min(text.repetition(place, _LOOKUP)[1], rest, MOST_DRAFTS)
+        ways = [ForeseenRound(0, drafted) for drafted in range(told + 1)]
         for exits, int8 in ((exit_layers, False), (int8_exits, True)):
             for exit_layer in exits:
                 longest = text.accepted(place, exit_layer, rest, int8=int8)
@@ -79,10 +83,9 @@ def _in_stages(text: TextRounds, place: int, proposing: int) -> list[tuple[int, 
     """Numbers of drafts, 1 and more, and what is done to make them in stages, by layers that are right as long as they
     are asked: the text tells the rest as soon as it does."""
     rest = min(text.length - place - 1, text.most_int8)
-    lookup = Stage(1, 0.0).lookup
     ways, asked = list[tuple[int, Staged]](), 0
     for drafted in range(1, rest + 1):
-        while asked < drafted and text.repetition(place + asked, lookup)[1] < drafted - asked:
+        while asked < drafted and text.repetition(place + asked, _LOOKUP)[1] < drafted - asked:
             asked += 1
-        ways.append((drafted, foreseen_drafts(text, place, asked, drafted - asked, proposing, lookup)))
+        ways.append((drafted, foreseen_drafts(text, place, asked, drafted - asked, proposing, _LOOKUP)))
     return ways

@@ -15,7 +15,7 @@ Knows nothing of how policies are compared. Next: `policies.py`, which does; `ro
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -35,7 +35,7 @@ class ReplayedRound:
     """One round.
 
     Attributes:
-        exit_layer: the layers that drafted, 0 where nothing was to be drafted
+        exit_layer: the layers that drafted, 0 where nothing was to be drafted, or none was asked
         drafted: tokens drafted and verified
         accepted: of them
         experts: how many different ones verification read, by MoE layer
@@ -55,20 +55,31 @@ class ReplayedRound:
 class ReplaySession:
     """What stands in for `Session` in `plan`: of one row, those of its attributes that a plan may depend on.
 
-    model has nothing but its `config`; the prompt is that of `text`.
+    model has nothing but its `config`; the prompt is that of `text_rounds`.
     """
 
-    text: TextRounds
+    text_rounds: TextRounds
     model: SimpleNamespace
     sampling: Sampling
     row_numbers: list[int]
     remaining: list[int]
     max_new_tokens: int
     newest: torch.Tensor
+    new_tokens: list[list[int]] = field(default_factory=lambda: [[]])
+
+    def text(self, index: int) -> list[int]:
+        """As `Session.text`."""
+        return self.text_rounds.all_tokens[: self.text_rounds.text.prompt_length + len(self.new_tokens[index])]
+
+    def go_on(self, place: int) -> None:
+        """The text has so many new tokens now."""
+        [new] = self.new_tokens
+        new += self.text_rounds.tokens[len(new) : place].tolist()
+        self.remaining, self.newest = [self.max_new_tokens - place], torch.tensor([new[-1:]])
 
     def prompt_agreement(self, exits: Sequence[int]) -> list[dict[int, list[Judged]]]:
         """As `Session.prompt_agreement`."""
-        traced = self.text.text
+        traced = self.text_rounds.text
         last = slice(max(traced.prompt_length - 17, 0), traced.prompt_length - 1)
         said, margin = traced.said[:, last], traced.margin[:, last]
         by_exit = {exit_layer: (margin[exit_layer - 1], said[exit_layer - 1] == said[-1]) for exit_layer in exits}
@@ -85,7 +96,7 @@ def replay(texts: Sequence[TextRounds], policy: Policy, config: ModelConfig) -> 
 
 def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[ReplayedRound]:
     session = ReplaySession(
-        text=text,
+        text_rounds=text,
         model=SimpleNamespace(config=config),
         sampling=Sampling(text.text.temperature, seed=text.text.seed),
         row_numbers=[0],
@@ -96,10 +107,17 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
     rounds: list[ReplayedRound] = []
     place = 0
     while place < text.length:
+        [drafts] = getattr(policy, "tells", _nothing)(cast(Session, session)) or [[]]
+        if drafts:
+            rounds.append(_verified(text, place, drafts))
+            getattr(policy, "told", _ignored)([0], [rounds[-1].drafted], [rounds[-1].accepted])
+            place += rounds[-1].accepted + 1
+            session.go_on(place)
+            continue
         if getattr(policy, "rests", _never)(cast(Session, session)):
-            rounds.append(ReplayedRound(0, 0, 0, text.experts(place, 0, 0), text.seconds(place, 0, 0)))
+            rounds.append(_verified(text, place, []))
             place += 1
-            session.remaining, session.newest = [text.length - place], _tokens(text.tokens[place - 1 : place])
+            session.go_on(place)
             continue
         [(exit_layer, length)] = policy.plan(cast(Session, session))
         if length < 0 or (length and not 1 <= exit_layer <= config.n_layers):
@@ -129,7 +147,7 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
         judged = _judged(text, place, exit_layer, min(accepted + 1, asked), int8) if limit and stop is None else None
         shadow = _shadow(text, places, policy, config) if policy.shadow else None
         place += accepted + 1
-        session.remaining, session.newest = [text.length - place], _tokens(text.tokens[place - 1 : place])
+        session.go_on(place)
         report = RoundReport(
             rows=[0],
             exit_layers=[exit_layer],
@@ -148,6 +166,14 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
         policy.observe(report)
         rounds.append(ReplayedRound(exit_layer, drafted, accepted, experts, seconds, int8))
     return rounds
+
+
+def _verified(text: TextRounds, place: int, drafts: Sequence[int]) -> ReplayedRound:
+    """A round of drafts that no layer was asked for; without any, a step of plain decoding."""
+    limit = min(len(drafts), text.length - place - 1)
+    same = [one == other for one, other in zip(drafts[:limit], text.tokens[place:].tolist(), strict=False)]
+    experts, seconds = text.experts(place, 0, limit), text.seconds(place, 0, limit)
+    return ReplayedRound(0, limit, [*same, False].index(False), experts, seconds)
 
 
 def _draft(
@@ -196,6 +222,15 @@ def _shadow_margins(text: TextRounds, places: slice, shadow: torch.Tensor) -> to
 def _never(session: Session) -> bool:
     """A policy without `rests` does not."""
     return False
+
+
+def _nothing(session: Session) -> list[list[int]]:
+    """Nor does one without `tells`."""
+    return []
+
+
+def _ignored(*numbers: list[int]) -> None:
+    """Without `told` nobody wants to know."""
 
 
 def _tokens(of_row: Any) -> torch.Tensor:

@@ -118,14 +118,16 @@ class TextRounds:
         int8: bool = False,
         staged: Staged | None = None,
     ) -> float:
-        """By the cost model; exit_layer 0 with no drafts is a step of plain decoding. made: the drafts that were made,
-        where one more was than is verified; staged: what was done to make them."""
-        key = place, exit_layer, drafted, drafted if made is None else made, int8, staged
+        """By the cost model; exit_layer 0: no layer was asked for drafts, and without any this is a step of plain
+        decoding. made: the drafts that were made, where one more was than is verified; staged: what was done to make
+        them."""
+        made = (drafted if made is None else made) if exit_layer else 0
+        key = place, exit_layer, drafted, made, int8, staged
         if key not in self._seconds:
             experts = self.experts(place, exit_layer, drafted, int8=int8) if self._moe_layers else None
             cost = self._costs[int8]
             assert cost is not None, "there are int8 drafts"
-            self._seconds[key] = cost.round_seconds([exit_layer], [drafted], experts, [key[3]], staged)
+            self._seconds[key] = cost.round_seconds([exit_layer], [drafted], experts, [made], staged)
         return self._seconds[key]
 
 

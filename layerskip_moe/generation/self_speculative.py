@@ -30,6 +30,8 @@ from layerskip_moe.generation.drafting import (
 from layerskip_moe.generation.policies.adaptive import Adaptive
 from layerskip_moe.generation.policies.fixed import Fixed
 from layerskip_moe.generation.policies.policy import Policy, RoundReport
+from layerskip_moe.generation.proposals import propose
+from layerskip_moe.generation.proposals import verify as verify_proposals
 from layerskip_moe.generation.sampling import Sampling
 from layerskip_moe.generation.session import Session
 from layerskip_moe.generation.speculative import Speculative
@@ -154,6 +156,13 @@ class SelfSpeculative:
         """One round: draft, verify, append what the full model chose. Raises ValueError for a plan that cannot be
         followed."""
         drafter, policy = self.draft_model or session.model, self._policy
+        tells = getattr(policy, "tells", None)
+        if tells is not None and session.state is None and self.coupling == "shared":
+            with _asking:
+                drafts = tells(session)
+            if any(drafts):
+                _verify_told(session, policy, drafts)
+                return
         rests = getattr(policy, "rests", None)
         if rests is not None:
             with _asking:
@@ -239,6 +248,18 @@ class SelfSpeculative:
     def _speculative(self, draft: MoEDecoder) -> Speculative:
         assert self.draft_length is not None, "settled at construction"
         return Speculative(draft, self.draft_length, self.coupling, self.exit_layer)
+
+
+def _verify_told(session: Session, policy: Policy, drafts: list[list[int]]) -> None:
+    """A round of drafts that no layer was asked for."""
+    round_, rows = Round.begin(session, list(map(len, drafts)), "shared"), session.row_numbers
+    propose(round_, drafts)
+    tokens, accepted = round_.settle(verify_proposals(round_))
+    session.append(tokens, accepted, drafted=round_.limits)
+    told = getattr(policy, "told", None)
+    if told is not None:
+        with _asking:
+            told(rows, round_.limits, accepted)
 
 
 def _clock(session: Session) -> float:

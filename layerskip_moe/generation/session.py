@@ -146,6 +146,16 @@ class Session:
         return [self.max_new_tokens - len(self.outputs[row]) for row in self._active]
 
     @property
+    def new_tokens(self) -> list[list[int]]:
+        """The new tokens of each active row."""
+        return [self.outputs[row] for row in self._active]
+
+    def text(self, index: int) -> list[int]:
+        """The tokens of one active row, prompt and new ones."""
+        row = self._active[index]
+        return self.tokens[index, : self._prompt_lengths[row] + len(self.outputs[row])].tolist()
+
+    @property
     def row_numbers(self) -> list[int]:
         """`rows` as plain numbers, which no device is asked for."""
         return [self._first_row + row for row in self._active]

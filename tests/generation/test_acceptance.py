@@ -132,19 +132,3 @@ def test_totals_are_those_of_a_course(least, length):
 
 def test_courses_of_many_drafts_that_are_hardly_ever_right():
     assert len(_course(-24, 0, 200)) == 200 and _course(-24, 1, 200)[-1][0] == 0.0
-
-
-def test_a_text_is_asked_while_what_it_told_was_mostly_right():
-    known = Acceptance([1])
-    for _ in range(9):
-        known.see_told(0, 16, 16)
-    assert known.tells(0)
-    for _ in range(9):
-        known.see_told(0, 31, 0)
-    assert not known.tells(0) and known.tells(1)
-    for _ in range(60):  # after many rounds in which nothing was told it is tried again
-        known.see_told(0, 0, 0)
-    assert known.tells(0)
-    known.see_told(0, 400, 0)
-    known.begin()
-    assert known.tells(0)

@@ -35,9 +35,6 @@ _LEVEL_STEP, _ROW_LEVEL_STEP = 0.02, 0.04  # of mean log margins
 _MEAN_LOG = -0.5772  # of exponentially distributed numbers whose mean is 1
 _FARTHEST = 8.0  # log margins are taken to lie between minus and plus this
 _PARTS = 16  # of the distribution of margins
-# Of drafts that the text told (`Stage`): how many are taken to have been right before any was seen, what is kept of
-# those seen from round to round, and the share that must have been right for it to be asked again.
-_TOLD_BEFORE, _TOLD_MEMORY, _TOLD_PAYS = 16.0, 0.95, 0.3
 
 
 class Acceptance:
@@ -56,7 +53,6 @@ class Acceptance:
         self._exits |= {exit_layer: [_SURE_GUESS, 1.0] for exit_layer in sure}
         self._level = _MEAN_LOG  # mean log margin
         self._rows: dict[int, list[float]] = {}  # d, and by how much the row's mean log margin lies above
-        self._told: dict[int, list[float]] = {}  # by row, drafts that its text told, and those of them that were right
 
     @property
     def seen(self) -> int:
@@ -66,7 +62,6 @@ class Acceptance:
     def begin(self) -> None:
         """Forget the rows: another text begins."""
         self._rows.clear()
-        self._told.clear()
 
     def see(self, row: int, exit_layer: int, judged: Sequence[Judged], *, exits_told: int = 1) -> None:
         """Drafts of that row that were judged; where so many exits were told of the same places, each tells of the row
@@ -84,16 +79,6 @@ class Acceptance:
             known[1] = min(known[1] + _SLOWER, _SLOWEST)
             known[0] += _STEP / known[1] * wrong_by
             of_row[0] += _ROW_STEP / exits_told * wrong_by
-
-    def see_told(self, row: int, told: float, right: float) -> None:
-        """Of a round, drafts that the row's text told, and those of them that were right."""
-        sums = self._told.setdefault(row, [0.0, 0.0])
-        sums[:] = _TOLD_MEMORY * sums[0] + told, _TOLD_MEMORY * sums[1] + right
-
-    def tells(self, row: int) -> bool:
-        """Whether what the row's text told was right so often that it is worth drafting again."""
-        told, right = self._told.get(row, (0.0, 0.0))
-        return right + _TOLD_BEFORE >= _TOLD_PAYS * (told + _TOLD_BEFORE)
 
     def half(self, row: int, exit_layer: int) -> float:
         """h: the margin at which that exit's drafts are right half of the time."""

@@ -9,21 +9,21 @@ import math
 import weakref
 from dataclasses import replace
 
-from torch import Tensor
-
 from layerskip_moe.generation.cost_model import CostModel
 from layerskip_moe.generation.fit_cost_model import fit_cost_model
 from layerskip_moe.generation.policies.acceptance import Acceptance
 from layerskip_moe.generation.policies.exits import MOST_DRAFTS, candidate_exits
 from layerskip_moe.generation.policies.fixed import check_length
+from layerskip_moe.generation.policies.judging import judged_drafts, judged_shadow
 from layerskip_moe.generation.policies.new_text import NewText
-from layerskip_moe.generation.policies.plans import PLAIN, best_by_margin, best_length
+from layerskip_moe.generation.policies.plans import PLAIN, best_by_margin, best_length, told_worth
 from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.policies.reckoning import Reckoning
+from layerskip_moe.generation.policies.telling import Telling
 from layerskip_moe.generation.session import MOST_NOISE, Session
 from layerskip_moe.nn import MoEDecoder, few_rows
 from layerskip_moe.nn.int8_copies import are_made_unasked, why_no_int8
-from layerskip_moe.nn.ragged import Judged, MarginRule, Stage
+from layerskip_moe.nn.ragged import MarginRule, Stage
 from layerskip_moe.refusals import shown
 
 _BETTER = 1.02  # by how much another plan must be better before it takes the present one's place
@@ -49,19 +49,20 @@ class Adaptive:
     """Maximises expected tokens / expected seconds of a round over exit layers and how sure a draft must be, no drafts
     included.
 
-    All rows of a batch draft by the same layers, each as many tokens as pay: a draft that is right with probability p,
-    as are those before it, adds p tokens, and the time of a place more; so it is kept where p is at least that time
-    times the tokens per second of the best plan. How likely a draft is right is told by its margin (`MarginRule`);
-    where margins are not known, all rows draft a fixed number. Several rows wait for the one that drafts most, so the
-    number of their drafts is limited, too. For one row, int8 drafts are made in two stages where at least as many
-    layers then choose as propose (`Stage`): the first quarter proposes where it is sure, or the text does, where it
-    repeats itself; and what a text that has done so for long would go on with is drafted as it is, while it mostly is
-    right. The plan is chosen anew every eighth round, and changed for one that is 2% better, by what exits
-    promise and by how much of their promises they have kept; drafting must promise 3% more than plain decoding, 6% of
-    two to four rows or by int8 copies, 20% of more, and less while costs are in doubt. Every now and then a round asks
-    what other exits would have said. Where drafting does not pay, decoding is plain for 16 steps, then 32, and so on up
-    to 256, from look to look. What was learnt of acceptance is kept from text to text, and how long steps take beside
-    what was reckoned, too: where it is in doubt which of the two is faster, the other one is tried.
+    All rows of a batch draft by the same layers, each as many tokens as pay: a draft that is right with probability
+    p, as are those before it, adds p tokens, and the time of a place more; so it is kept where p is at least that
+    time times the tokens per second of the best plan. How likely a draft is right is told by its margin
+    (`MarginRule`); where margins are not known, all rows draft a fixed number. Several rows wait for the one that
+    drafts most, so the number of their drafts is limited, too. For one row, int8 drafts are made in two stages where
+    at least as many layers then choose as propose (`Stage`): the first quarter proposes where it is sure, or the text
+    does, where it repeats itself. What a text that has done so for long would go on with is drafted as it is, while
+    it mostly is right, at the end of such rounds or, elsewhere, in rounds of such drafts alone (`telling.py`). The
+    plan is chosen anew every eighth round, and changed for one that is 2% better, by what exits promise and by how
+    much of their promises they have kept; drafting must promise 3% more than plain decoding, 6% of two to four rows
+    or by int8 copies, 20% of more, and less while costs are in doubt. Every now and then a round asks what other
+    exits would have said. Where drafting does not pay, decoding is plain for 16 steps, then 32, and so on up to 256,
+    from look to look. What was learnt of acceptance is kept from text to text, and how long steps take beside what
+    was reckoned, too: where it is in doubt which of the two is faster, the other one is tried.
 
     length: the most drafts of a row in a round, K; None: 7, or 31 int8 ones. Of several rows as many as make 64 places
         together, of 33 to 64 none
@@ -97,7 +98,7 @@ class Adaptive:
         # By whether texts are greedy, and filtered, and drafts are int8.
         self._acceptances: dict[tuple[bool, bool, bool], Acceptance] = {}
         self._acceptance: Acceptance | None = None
-        self._is_new_text = NewText()
+        self._is_new_text, self._telling = NewText(), Telling()
         # (A given cost model is taken as it is.)
         self._reckoning = None if cost_model is None else Reckoning(cost_model, doubt=0.0)
         self._last: tuple[int, int] | None = None  # what the last round was: exit layer and rows; None: none
@@ -130,6 +131,29 @@ class Adaptive:
         if cost is not self.cost_model:
             self._reckoning = Reckoning(cost, doubt=_DOUBT)
         self.cost_model, self._prepared_for, self._prepared_how = cost, weakref.ref(model), (rows, one_call)
+
+    def tells(self, session: Session) -> list[list[int]]:
+        """Drafts for each row that no layer is asked for, where that promises most tokens per second: what followed
+        before in texts that repeat themselves. (Drafts in stages end with them.)"""
+        if self._is_new_text(session):
+            self._begin(session)
+        assert self._reckoning is not None
+        n_rows, drafts = len(session.row_numbers), self._plan.exit_layer if not self._rest else 0
+        most = min(self.length or MOST_DRAFTS, few_rows.MOST_ROWS // n_rows - 1)
+        if most < 1 or (n_rows == 1 and drafts and self._reckoning.in_stages(drafts)):
+            return []
+        found = self._telling.tell(session, most)
+        worth = told_worth(self._reckoning, [(repeated, len(tokens)) for repeated, tokens in found])
+        plain = n_rows / self._reckoning.seconds(0, 0, n_rows, n_rows)
+        pays = worth > _PAYS * max(plain, self._plan.truly if drafts else 0.0)
+        return [tokens for _, tokens in found] if pays else []
+
+    def told(self, rows: list[int], drafted: list[int], accepted: list[int]) -> None:
+        """How many of those drafts were right, in a round of them alone."""
+        self._last = None
+        for row, told, right in zip(rows, drafted, accepted, strict=True):
+            if told:
+                self._telling.see(row, told, right)
 
     def rests(self, session: Session) -> bool:
         """Whether this step is one of plain decoding, of which nothing is to be told."""
@@ -169,6 +193,7 @@ class Adaptive:
             self._acceptances[kind] = Acceptance(self.exits, sure=whole)
         self._acceptance = self._acceptances[kind]
         self._acceptance.begin()
+        self._telling.begin()
         self._rest, self._next_rest, self._plan, self._last = 0, 0, PLAIN, None
         self._rows = list[int]()
         self._filters = session.sampling.filters
@@ -203,20 +228,20 @@ class Adaptive:
             self._looks += 1
             self._to_look = min(_LOOK + 2 * self._looks * len(rows), _LOOK_LATER * len(rows))
         self.margin_rule = None
-        self.stage = self._stage(rows)
+        self.stage = self._stage(session)
         if drafts and self._plan.least > 0:
             halves = [self._acceptance.half(row, self._plan.exit_layer) for row in rows]
             self.margin_rule = MarginRule(halves, self._plan.least)
         return [(self._plan.exit_layer or 1, self._plan.length)] * len(rows)
 
-    def _stage(self, rows: list[int]) -> Stage | None:
+    def _stage(self, session: Session) -> Stage | None:
         """How one row's int8 drafts are made: the first layers propose where they are sure."""
         assert self._acceptance is not None and self._reckoning is not None
-        proposing = self._reckoning.proposing
-        if len(rows) > 1 or not self._reckoning.in_stages(self._plan.exit_layer):
+        [row, *more], proposing = session.row_numbers, self._reckoning.proposing
+        if more or not self._reckoning.in_stages(self._plan.exit_layer):
             return None
-        stage = Stage(proposing, _SURE_TIMES * self._acceptance.half(rows[0], self._told(proposing)))
-        return stage if self._acceptance.tells(rows[0]) else replace(stage, sure_lookup=0)
+        stage = Stage(proposing, _SURE_TIMES * self._acceptance.half(row, self._told(proposing)))
+        return stage if self._telling.pays(row, len(session.new_tokens[0])) else replace(stage, sure_lookup=0)
 
     def _told(self, layer: int) -> int:
         """The exit that is known of next to that layer."""
@@ -271,17 +296,18 @@ class Adaptive:
         if max(round.exit_layers) and self._tells_margins != (round.judged is not None):
             self._tells_margins, self._rows = not self._tells_margins, []  # and plan anew
         self._reckoning.see_staged(round)
-        if round.staged is not None:
-            told = int(round.staged.told)
-            asked = round.drafted[0] - told
+        if round.staged is not None and round.staged.told:
+            asked = round.drafted[0] - int(round.staged.told)
             if round.accepted[0] >= asked:  # (behind a wrong draft nothing is known)
-                self._acceptance.see_told(round.rows[0], told, round.accepted[0] - asked)
+                self._telling.see(round.rows[0], round.drafted[0] - asked, round.accepted[0] - asked)
         for index, row in enumerate(round.rows):  # (another thread may have had another plan made meanwhile)
             if round.exit_layers[index]:
-                self._acceptance.see(row, round.exit_layers[index], _judged(round, index))
+                self._acceptance.see(row, round.exit_layers[index], judged_drafts(round, index))
         if round.shadow is not None:
             self._last = None
-            self._see_shadow(round, round.shadow)
+            told = self._acceptance.told
+            for row, exit_layer, judged in judged_shadow(round, told):
+                self._acceptance.see(row, exit_layer, judged, exits_told=len(told))
             self._reckoning.see_experts(round)
         else:
             self._see_seconds(round)
@@ -298,23 +324,3 @@ class Adaptive:
             as_planned = kind[0] == self._plan.exit_layer and self._has_room
             self._reckoning.see_round(round, self._plan.worth if as_planned else 0.0)
         self._last = kind
-
-    def _see_shadow(self, round: RoundReport, shadow: Tensor) -> None:
-        """What the other exits would have said, of the tokens that became text."""
-        assert self._acceptance is not None and round.shadow_margins is not None
-        right, margins = (shadow == round.tokens[:, None]).tolist(), round.shadow_margins.tolist()
-        for index, (row, accepted) in enumerate(zip(round.rows, round.accepted, strict=True)):
-            for exit_layer in self._acceptance.told:
-                # (Where another thread began a text of another kind meanwhile, others may have been asked.)
-                if exit_layer != round.exit_layers[index] and int(shadow[index, exit_layer - 1, 0]) >= 0:
-                    by_place = zip(margins[index][exit_layer - 1], right[index][exit_layer - 1], strict=True)
-                    judged = list(by_place)[: accepted + 1]
-                    self._acceptance.see(row, exit_layer, judged, exits_told=len(self._acceptance.told))
-
-
-def _judged(round: RoundReport, index: int) -> list[Judged]:
-    """What is known of a row's drafts; of rounds that tell no margins, all but these."""
-    if round.judged is not None:
-        return round.judged[index]
-    drafted, accepted = round.drafted[index], round.accepted[index]
-    return [(math.nan, place < accepted) for place in range(min(accepted + 1, drafted))]

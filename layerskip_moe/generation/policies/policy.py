@@ -78,7 +78,11 @@ class Policy(Protocol):
         says, where the round is one call; elsewhere it is left aside
     stage: asked after each `plan`: how int8 drafts of one row are made in two stages, a `Stage`, or None; where fewer
         layers are to draft than it says, or the same, it is left aside
-    rests: a method of the session, asked first: where it returns True, this step is one of plain decoding, without
+    tells: a method of the session, asked first, unless there is a draft model or coupling="rejection": drafts for each
+        row that no layer is asked for. Where there are any, the round is of these alone, without `plan` and `observe`
+    told: a method of (rows, drafted, accepted), called after such a round: the rows' numbers, how many drafts they had,
+        and how many of these were accepted
+    rests: a method of the session, asked next: where it returns True, this step is one of plain decoding, without
         `plan` and `observe`
     rested: a method of (rows, seconds), called after such a step: of how many rows it was, and how long it took, as in
         `RoundReport.seconds`
