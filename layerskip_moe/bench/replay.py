@@ -143,8 +143,7 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
         experts = text.experts(place, exit_layer, drafted, int8=int8)
         seconds = text.seconds(place, exit_layer, drafted, made, int8=int8, staged=staged)
         places = slice(place, place + drafted + 1)
-        asked = made - int(staged.told if staged else 0)
-        judged = _judged(text, place, exit_layer, min(accepted + 1, asked), int8) if limit and stop is None else None
+        judged = _judged(text, place, exit_layer, min(accepted + 1, made), int8) if limit and stop is None else None
         shadow = _shadow(text, places, policy, config) if policy.shadow else None
         place += accepted + 1
         session.go_on(place)
@@ -160,6 +159,7 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
             shadow=shadow,
             judged=judged,
             made=[made],
+            told=[int(staged.told) if staged else 0],
             shadow_margins=None if shadow is None else _shadow_margins(text, places, shadow),
             staged=staged,
         )

@@ -119,9 +119,12 @@ class TextRounds:
         staged: Staged | None = None,
     ) -> float:
         """By the cost model; exit_layer 0: no layer was asked for drafts, and without any this is a step of plain
-        decoding. made: the drafts that were made, where one more was than is verified; staged: what was done to make
+        decoding. made: the drafts that layers made, where one more was than is verified; staged: what was done to make
         them."""
-        made = (drafted if made is None else made) if exit_layer else 0
+        if not exit_layer:
+            made = 0
+        elif made is None:
+            made = drafted - int(staged.told if staged else 0)
         key = place, exit_layer, drafted, made, int8, staged
         if key not in self._seconds:
             experts = self.experts(place, exit_layer, drafted, int8=int8) if self._moe_layers else None

@@ -25,7 +25,7 @@ from layerskip_moe.generation.verification import Round
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.compiling import compiling
 from layerskip_moe.nn.int8_copies import why_no_int8
-from layerskip_moe.nn.ragged import Judged, Staged
+from layerskip_moe.nn.ragged import Judged
 
 
 @dataclass(frozen=True)
@@ -208,10 +208,10 @@ def drafts_never_right() -> Iterator[None]:
         tokens, accepted = settle(round_, logits)
         return tokens, [0] * len(accepted)
 
-    def refused_in_one_call(*arguments: Any) -> tuple[Tensor, list[int], list[list[Judged]] | None, Staged | None]:
-        tokens, accepted, judged, staged = in_one_call(*arguments)
+    def refused_in_one_call(*arguments: Any) -> tuple[Any, ...]:
+        tokens, accepted, judged, *how = in_one_call(*arguments)
         wrong = None if judged is None else [[(margin, False) for margin, _ in of_row[:1]] for of_row in judged]
-        return tokens, [0] * len(accepted), wrong, staged
+        return tokens, [0] * len(accepted), wrong, *how
 
     def wrong_shadow(session: Session, *arguments: Any) -> tuple[Tensor, Tensor]:
         said, margins = shadow(session, *arguments)

@@ -15,7 +15,7 @@ from layerskip_moe.nn.ragged import MOST_PROPOSED, TOLD_PER_REPEATED, Stage, Sta
 
 
 class MadeInStages(NamedTuple):
-    """Drafts of a round: how many are verified, how many were made, how many are right before the first that is not,
+    """Drafts of a round: how many are verified, how many layers made, how many are right before the first that is not,
     and what was done."""
 
     drafted: int
@@ -44,7 +44,7 @@ def staged_drafts(
             accepted = text.accepted(place, exit_layer, done, int8=True)
             accepted += min(follows, told) if accepted == done else 0
             staged = Staged(stage.exit_layer, proposing, choosing, places, heads, told)
-            return MadeInStages(done + told, done + told, accepted, staged)
+            return MadeInStages(done + told, done, accepted, staged)
         if repeated:
             count, runs, choices = longest, 1, 0
             same = [right[done + at] and at < follows for at in range(count - 1)]

@@ -182,7 +182,7 @@ class SelfSpeculative:
             plan = policy.plan(session)
             shadow, experts = policy.shadow, getattr(policy, "experts", False)
             rule, int8 = getattr(policy, "margin_rule", None), getattr(policy, "int8_drafts", False)
-            stage = getattr(policy, "stage", None)
+            stage, given = getattr(policy, "stage", None), getattr(policy, "given", ())
         _check_plan(plan, session)
         if rule is not None and not isinstance(rule, MarginRule):
             raise ValueError(f"the policy's margin_rule={shown(rule)} is no rule; give a MarginRule, or None.")
@@ -199,11 +199,12 @@ class SelfSpeculative:
         round_ = Round.begin(session, [length for _, length in plan], self.coupling, confident=stop is not None)
         exit_layers = [layer if limit else 0 for (layer, _), limit in zip(plan, round_.limits, strict=True)]
         confidences: list[list[float]] = [[] for _ in plan]
-        judged, staged, wanted = None, None, round_.limits
+        judged, staged, wanted, told = None, None, round_.limits, [0] * len(plan)
         if go_together(session, round_, exit_layers, drafter):
             copies = kept_copies(session.model) if int8 else None
-            how = watch, rule, copies, stage
-            tokens, accepted, judged, staged = draft_and_verify(session, round_, max(exit_layers), *how)
+            given = [drafts[:limit] for drafts, limit in zip(given, wanted, strict=False)]
+            how = watch, rule, copies, given, stage
+            tokens, accepted, judged, told, staged = draft_and_verify(session, round_, max(exit_layers), *how)
         else:
             drafted, confidences = draft(session, round_, exit_layers, stop, drafter, watch)
             tokens, accepted = round_.settle(verify(session, round_, drafted, watch))
@@ -214,6 +215,7 @@ class SelfSpeculative:
         appending = _clock(session)
         session.append(tokens, accepted, drafted=round_.limits)
         seconds += _clock(session) - appending
+        lets_go = rule is not None and judged is not None  # one draft more than is kept
         report = RoundReport(
             rows=rows,
             exit_layers=exit_layers,
@@ -225,9 +227,11 @@ class SelfSpeculative:
             experts=read,
             shadow=said,
             judged=judged,
-            made=[min(kept + 1, limit) for kept, limit in zip(round_.limits, wanted, strict=True)]
-            if rule is not None and judged is not None and not (staged and staged.told)
-            else round_.limits,
+            made=[
+                kept - known if known else min(kept + lets_go, limit)
+                for kept, known, limit in zip(round_.limits, told, wanted, strict=True)
+            ],
+            told=told,
             shadow_margins=margins,
             staged=staged,
         )

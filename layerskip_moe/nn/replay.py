@@ -71,6 +71,7 @@ def drafts_of(
         limits,
         None,
         0.0,
+        None,
         True,
     )
     return [drafts, *states]
@@ -84,14 +85,15 @@ def round_of(
     noise: Tensor | None,
     limits: Tensor,
     rule: MarginRule | None,
+    told: Tensor | None,
     stage: Stage | None,
     history: Tensor,
 ) -> list[Tensor]:
     """Draft by two recordings and verify by a third, which goes on from the draft's states or takes tokens, see
-    `cpp/rounds.h`; with a fourth, of the layers that go on from proposals, draft in stages as `stage` says, after a
-    text [.], see `cpp/staged.h`: the full model's tokens [A, n + 1], drafts [A, n], their margins [A, n], how many of
-    each row's first limits [A] were kept and how many of these were right [A], what was done in stages [5], then states
-    of drafting [A, n + 1, .] and of verification [N, .]."""
+    `cpp/rounds.h`; told [A, n]: drafts of rows that have some, and -1; with a fourth, of the layers that go on from
+    proposals, draft in stages as `stage` says, after a text [.], see `cpp/staged.h`: the full model's tokens [A, n +
+    1], drafts [A, n], their margins [A, n], how many of each row's first limits [A] were kept and how many of these
+    were right [A], what was done in stages [5], then states of drafting [A, n + 1, .] and of verification [N, .]."""
     halves, least = (None, 0.0) if rule is None else (torch.tensor(rule.halves, dtype=torch.float64), rule.least)
     states_of, choice_of, verify, *deepen = (recording.number for recording in recordings)
     return torch.ops.layerskip_moe_few_rows.replay_round.default(
@@ -102,6 +104,7 @@ def round_of(
         limits,
         halves,
         least,
+        told,
         deepen[0] if deepen else 0,
         0.0 if stage is None else stage.sure,
         history,

@@ -28,10 +28,10 @@ def drafted_by(monkeypatch):
     """What drafted in each round: (exit layer, whether from copies, which takes a round that is one call)."""
     seen, own = [], self_speculative.draft_and_verify
 
-    def noted(session, round_, exit_layer, watch, rule, copies, stage):
-        tokens, accepted, judged, staged = own(session, round_, exit_layer, watch, rule, copies, stage)
+    def noted(session, round_, exit_layer, watch, rule, copies, *how):
+        tokens, accepted, judged, *more = own(session, round_, exit_layer, watch, rule, copies, *how)
         seen.append((exit_layer, copies is not None and judged is not None))
-        return tokens, accepted, judged, staged
+        return tokens, accepted, judged, *more
 
     monkeypatch.setattr(self_speculative, "draft_and_verify", noted)
     return seen
@@ -107,7 +107,7 @@ def test_what_the_text_tells_is_drafted_and_verified(trained_model, temperature,
     assert told and any(round.staged.told == round.drafted[0] for round in told)  # no layer was asked
     for round in told:
         asked = int(round.drafted[0] - round.staged.told)
-        assert round.made == round.drafted and len(round.judged[0]) == min(round.accepted[0] + 1, asked)
+        assert round.made == [asked] and len(round.judged[0]) == min(round.accepted[0] + 1, asked)
         assert not any(math.isnan(margin) for margin, _ in round.judged[0])
 
 

@@ -7,6 +7,7 @@ A rows, K drafts at most, L layers. Knows nothing of how a round is made. Next: 
 
 import math
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 
 from layerskip_moe.generation.cost_model import CostModel
@@ -92,6 +93,7 @@ class Adaptive:
         self.shadow = self.experts = False
         self.margin_rule: MarginRule | None = None
         self.stage: Stage | None = None
+        self.given: Sequence[Sequence[int]] = ()
         self._given = cost_model is not None
         self._prepared_for: weakref.ref[MoEDecoder] | None = None
         self._prepared_how: tuple[int, bool] | None = None  # for so many rows, and whether rounds may be one call
@@ -138,11 +140,14 @@ class Adaptive:
         if self._is_new_text(session):
             self._begin(session)
         assert self._reckoning is not None
-        n_rows, drafts = len(session.row_numbers), self._plan.exit_layer if not self._rest else 0
+        n_rows, drafts, self.given = len(session.row_numbers), self._plan.exit_layer if not self._rest else 0, ()
         most = min(self.length or MOST_DRAFTS, few_rows.MOST_ROWS // n_rows - 1)
         if most < 1 or (n_rows == 1 and drafts and self._reckoning.in_stages(drafts)):
             return []
         found = self._telling.tell(session, most)
+        if drafts and self.int8_drafts and session.one_call:  # the others draft meanwhile
+            self.given = [tokens for _, tokens in found] if any(tokens for _, tokens in found) else ()
+            return []
         worth = told_worth(self._reckoning, [(repeated, len(tokens)) for repeated, tokens in found])
         plain = n_rows / self._reckoning.seconds(0, 0, n_rows, n_rows)
         pays = worth > _PAYS * max(plain, self._plan.truly if drafts else 0.0)
@@ -232,7 +237,9 @@ class Adaptive:
         if drafts and self._plan.least > 0:
             halves = [self._acceptance.half(row, self._plan.exit_layer) for row in rows]
             self.margin_rule = MarginRule(halves, self._plan.least)
-        return [(self._plan.exit_layer or 1, self._plan.length)] * len(rows)
+        self.given = self.given if drafts else ()
+        drafted = [len(tokens) or self._plan.length for tokens in self.given] or [self._plan.length] * len(rows)
+        return [(self._plan.exit_layer or 1, length) for length in drafted]
 
     def _stage(self, session: Session) -> Stage | None:
         """How one row's int8 drafts are made: the first layers propose where they are sure."""
@@ -290,24 +297,23 @@ class Adaptive:
         """Learn what was accepted, and where it was asked what other exits would have said and how many experts were
         read; then perhaps rest."""
         assert self._acceptance is not None and self._reckoning is not None
-        others = {*round.exit_layers} - {0, *self._acceptance.exits}
-        if others or (round.shadow is not None and round.shadow.shape[1] != self._n_layers):  # another thread's model
+        unknown = {*round.exit_layers} - {0, *self._acceptance.exits}
+        if unknown or (round.shadow is not None and round.shadow.shape[1] != self._n_layers):  # another thread's model
             return
         if max(round.exit_layers) and self._tells_margins != (round.judged is not None):
             self._tells_margins, self._rows = not self._tells_margins, []  # and plan anew
         self._reckoning.see_staged(round)
-        if round.staged is not None and round.staged.told:
-            asked = round.drafted[0] - int(round.staged.told)
-            if round.accepted[0] >= asked:  # (behind a wrong draft nothing is known)
-                self._telling.see(round.rows[0], round.drafted[0] - asked, round.accepted[0] - asked)
+        for row, drafted, accepted, told in zip(round.rows, round.drafted, round.accepted, round.told, strict=False):
+            if told and accepted >= drafted - told:  # (behind a wrong draft nothing is known)
+                self._telling.see(row, told, accepted - (drafted - told))
         for index, row in enumerate(round.rows):  # (another thread may have had another plan made meanwhile)
             if round.exit_layers[index]:
                 self._acceptance.see(row, round.exit_layers[index], judged_drafts(round, index))
         if round.shadow is not None:
             self._last = None
-            told = self._acceptance.told
-            for row, exit_layer, judged in judged_shadow(round, told):
-                self._acceptance.see(row, exit_layer, judged, exits_told=len(told))
+            others = self._acceptance.told
+            for row, exit_layer, judged in judged_shadow(round, others):
+                self._acceptance.see(row, exit_layer, judged, exits_told=len(others))
             self._reckoning.see_experts(round)
         else:
             self._see_seconds(round)

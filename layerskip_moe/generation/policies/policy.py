@@ -37,7 +37,8 @@ class RoundReport:
         shadow: [A, L, T] int64, the token that the state after each layer says at each place, by the shared head and
             with the drafts' noise (the last layer's are `tokens`); -1 beyond a row's drafts and one more, and at layers
             that are not among the policy's `exits`. None where its `shadow` is False.
-        made: drafts of each row, one more than `drafted` where a margin rule let one go
+        made: drafts of each row that layers made, one more than are kept where a margin rule let one go
+        told: how many of each row's drafts, the last ones, no layer was asked for
         judged: for each row the margin (`nn/ragged.py`) of each draft, and whether the full model agreed, as far as
             that is known: up to the first wrong one, and of one that was let go behind right ones. Known of rounds
             that are one call: where all rows draft by the same layers, the policy has no `should_stop`, and sampling
@@ -57,6 +58,7 @@ class RoundReport:
     experts: list[int] | None = None
     shadow: Tensor | None = None
     made: list[int] = field(default_factory=list)
+    told: list[int] = field(default_factory=list)
     judged: list[list[Judged]] | None = None
     shadow_margins: Tensor | None = None
     staged: Staged | None = None
@@ -76,6 +78,8 @@ class Policy(Protocol):
         is left aside in rounds of which nothing would be `judged`
     int8_drafts: asked after each `plan`: whether drafts are made from int8 copies of the weights, as `SelfSpeculative`
         says, where the round is one call; elsewhere it is left aside
+    given: asked after each `plan`: a list of drafts for each row, empty for those whose drafts layers make; for the
+        others the plan says as many. Only in rounds of `int8_drafts`, without `stage`; elsewhere left aside
     stage: asked after each `plan`: how int8 drafts of one row are made in two stages, a `Stage`, or None; where fewer
         layers are to draft than it says, or the same, it is left aside
     tells: a method of the session, asked first, unless there is a draft model or coupling="rejection": drafts for each

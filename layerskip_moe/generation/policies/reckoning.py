@@ -88,7 +88,7 @@ class Reckoning:
             return
         exit_layer = max(round.exit_layers)
         sums, before = self._staged.setdefault(exit_layer, [*_FIRST_STAGED]), self._expected(exit_layer, _EXACT)
-        for part, amount in enumerate((max(round.made), did.proposing, did.choosing, did.places, did.heads)):
+        for part, amount in enumerate((round.made[0] + did.told, did.proposing, did.choosing, did.places, did.heads)):
             sums[part] = _STAGED_MEMORY * sums[part] + amount
         if self._expected(exit_layer, _EXACT) != before:  # of which what is known was reckoned
             self._known.clear()

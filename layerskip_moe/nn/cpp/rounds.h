@@ -13,6 +13,7 @@ namespace few_rows {
 // verify: (states [N, .], row [N], position [N]) -> (logits [N, V], ...), which is given the newest token's place and those
 // of the drafts that are kept, N in all, row by row; states as they were drafted, or, where it takes tokens [N] and runs
 // every layer again, these.
+// told: as `replay_drafts` has it, where verification takes tokens.
 // deepen, sure, history, lookup, sure_lookup, most: where there is such a program (not 0), `replay_staged` drafts, of one row, and
 // verification takes tokens.
 //
@@ -21,16 +22,16 @@ namespace few_rows {
 // [A, n + 1, .] and what `verify` gives but the first [N, .]. Tokens are of no meaning beyond what was kept, drafts and margins beyond one more.
 inline std::vector<Tensor> replay_round(
     int64_t states_of, int64_t choice_of, int64_t verify, const Tensor& newest, const Tensor& rows, const Tensor& positions,
-    const std::optional<Tensor>& noise, const Tensor& limits, const std::optional<Tensor>& halves, double least, int64_t deepen,
-    double sure, const Tensor& history, int64_t lookup, int64_t sure_lookup, int64_t most) {
+    const std::optional<Tensor>& noise, const Tensor& limits, const std::optional<Tensor>& halves, double least,
+    const std::optional<Tensor>& told, int64_t deepen, double sure, const Tensor& history, int64_t lookup, int64_t sure_lookup, int64_t most) {
   Program& program = find_program(verify);
   check_sizes(program.inputs.size() == 3 && !program.outputs.empty() && (!noise || noise->size(1) == positions.size(1)));
   const bool anew = program.inputs[0].scalar_type() == ScalarType::Long;
   const bool staged = deepen != 0;
-  check_sizes(anew || !staged);
+  check_sizes(anew || !(staged || told));
   std::vector<Tensor> drafted = staged
       ? replay_staged(states_of, deepen, choice_of, newest, rows, positions, noise, limits, halves, least, sure, history, lookup, sure_lookup, most)
-      : replay_drafts(states_of, choice_of, newest, rows, positions, noise, limits, halves, least, !anew);
+      : replay_drafts(states_of, choice_of, newest, rows, positions, noise, limits, halves, least, told, !anew);
   const Tensor &drafts = drafted[0], &kept = drafted[2], &states = drafted[3];
   const int64_t n_rows = newest.numel(), places = positions.size(1), longest = places - 1;
   const int64_t* count = static_cast<const int64_t*>(kept.data_ptr());
