@@ -35,20 +35,21 @@ def contenders(
 
     int8_cost, most_int8: of rounds of int8 drafts, and how many there may be in one; None: there are none. Then those
     policies make them that can (the others are asked in between drafts, which int8 ones are not), and so do pairs that
-    never change, in stages.
+    never change, in stages; in the end of a round the text may tell some, too.
     """
     exits = range(1, n_layers)
     cascades: list[MakePolicy] = [partial(Cascade, n) for n in exits]
+    more: dict[str, list[MakePolicy]] = {}
     if int8_cost is None:
         ours = {"Adaptive": cost}
-        more: dict[str, list[MakePolicy]] = {}
     else:
         ours = {"Adaptive": int8_cost, "Adaptive by the weights": cost}
         longest = min(_CASCADE_INT8, most_int8)
         cascades += [partial(Cascade, n, length=longest, int8_drafts=True) for n in (*exits, n_layers)]
         lengths = sorted({min(length, most_int8) for length in _LENGTHS})
-        stages = [Stage(proposing_layers(n_layers), sure) for sure in _SURE]
-        more = {"fixed in stages": [partial(Fixed, n_layers, n, True, stage) for n in lengths for stage in stages]}
+        for name, sure_lookup in (("fixed in stages", 0), ("fixed in stages, and the text", Stage(1, 0.0).sure_lookup)):
+            stages = [Stage(proposing_layers(n_layers), sure, sure_lookup=sure_lookup) for sure in _SURE]
+            more[name] = [partial(Fixed, n_layers, n, True, stage) for n in lengths for stage in stages]
     adaptive: dict[str, list[MakePolicy]] = {}
     for name, of in ours.items():
         if isinstance(of, CostModel):

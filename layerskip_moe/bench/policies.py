@@ -254,7 +254,7 @@ def _as_rounds(text: TextRounds, foreseen: Sequence[ForeseenRound]) -> list[Repl
 def _counts(rounds_by_prompt: Sequence[Sequence[ReplayedRound]], tokens: int) -> dict[str, Any]:
     """What a run's rounds come to."""
     rounds = [round for rounds in rounds_by_prompt for round in rounds]
-    drafting = [round for round in rounds if round.drafted]
+    drafting = [round for round in rounds if round.exit_layer and round.drafted]  # (or the text told all)
     drafted = sum(round.drafted for round in rounds)
     experts = [fmean(round.experts) for round in rounds if round.experts]
     return {
