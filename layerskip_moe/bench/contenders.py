@@ -12,6 +12,7 @@ from layerskip_moe.generation.fit_cost_model import fit_cost_model
 from layerskip_moe.generation.policies import DEL, Adaptive, Cascade, DraftVerify, Fixed, Heuristic
 from layerskip_moe.generation.policies.exits import MOST_DRAFTS, candidate_exits, proposing_layers
 from layerskip_moe.generation.policies.policy import Policy
+from layerskip_moe.generation.policies.text_lookup import REPEATED
 from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.compiling import can_compile, compiling
 from layerskip_moe.nn.int8_copies import are_made_unasked, why_no_int8
@@ -35,7 +36,7 @@ def contenders(
 
     int8_cost, most_int8: of rounds of int8 drafts, and how many there may be in one; None: there are none. Then those
     policies make them that can (the others are asked in between drafts, which int8 ones are not), and so do pairs that
-    never change, in stages; in the end of a round the text may tell some, too.
+    never change, in stages, at the end of which what texts repeat may be looked up.
     """
     exits = range(1, n_layers)
     cascades: list[MakePolicy] = [partial(Cascade, n) for n in exits]
@@ -47,7 +48,7 @@ def contenders(
         longest = min(_CASCADE_INT8, most_int8)
         cascades += [partial(Cascade, n, length=longest, int8_drafts=True) for n in (*exits, n_layers)]
         lengths = sorted({min(length, most_int8) for length in _LENGTHS})
-        for name, sure_lookup in (("fixed in stages", 0), ("fixed in stages, and the text", Stage(1, 0.0).sure_lookup)):
+        for name, sure_lookup in (("fixed in stages", 0), ("fixed in stages, with lookup", REPEATED)):
             stages = [Stage(proposing_layers(n_layers), sure, sure_lookup=sure_lookup) for sure in _SURE]
             more[name] = [partial(Fixed, n_layers, n, True, stage) for n in lengths for stage in stages]
     adaptive: dict[str, list[MakePolicy]] = {}
@@ -55,6 +56,8 @@ def contenders(
         if isinstance(of, CostModel):
             length = min(MOST_DRAFTS, most_int8) if of.int8_drafts else None
             adaptive[name] = [partial(Adaptive, length=length, cost_model=of)]
+            if of.int8_drafts == (int8_cost is not None):  # the default
+                adaptive["Adaptive without lookup"] = [partial(Adaptive, length=length, cost_model=of, lookup=False)]
     return {
         **more,
         **adaptive,

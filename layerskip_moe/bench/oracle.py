@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 from layerskip_moe.bench.rounds import TextRounds
 from layerskip_moe.bench.staging import foreseen_drafts
-from layerskip_moe.generation.policies.exits import MOST_DRAFTS, has_stages
-from layerskip_moe.nn.ragged import Stage, Staged
-
-_LOOKUP = Stage(1, 0.0).lookup  # last tokens that must have stood in a text before for it to tell what comes
+from layerskip_moe.generation.policies.exits import has_stages
+from layerskip_moe.nn import few_rows
+from layerskip_moe.nn.ragged import Staged
 
 
 def fixed_seconds(text: TextRounds, exit_layer: int, draft_length: int, *, int8: bool = False) -> float:
@@ -54,14 +53,14 @@ def oracle(
     in_stages = [exit_layer for exit_layer in int8_exits if has_stages(exit_layer, proposing)]
     for place in reversed(range(text.length)):
         rest = text.length - place - 1
-        told = min(text.repetition(place, _LOOKUP)[1], rest, MOST_DRAFTS)
-        ways = [ForeseenRound(0, drafted) for drafted in range(told + 1)]
+        looked_up = min(text.foretold(place), rest, few_rows.MOST_ROWS - 1)
+        ways = [ForeseenRound(0, drafted) for drafted in range(looked_up + 1)]
         for exits, int8 in ((exit_layers, False), (int8_exits, True)):
             for exit_layer in exits:
                 longest = text.accepted(place, exit_layer, rest, int8=int8)
                 ways += [ForeseenRound(exit_layer, drafted, int8) for drafted in range(1, longest + 1)]
         for drafted, staged in _in_stages(text, place, proposing) if in_stages else ():
-            asked = drafted - int(staged.told)
+            asked = drafted - staged.looked_up
             able = (layer for layer in in_stages if text.accepted(place, layer, asked, int8=True) == asked)
             ways += [ForeseenRound(exit_layer, drafted, True, staged) for exit_layer in able]
 
@@ -85,7 +84,7 @@ def _in_stages(text: TextRounds, place: int, proposing: int) -> list[tuple[int, 
     rest = min(text.length - place - 1, text.most_int8)
     ways, asked = list[tuple[int, Staged]](), 0
     for drafted in range(1, rest + 1):
-        while asked < drafted and text.repetition(place + asked, _LOOKUP)[1] < drafted - asked:
+        while asked < drafted and text.foretold(place + asked) < drafted - asked:
             asked += 1
-        ways.append((drafted, foreseen_drafts(text, place, asked, drafted - asked, proposing, _LOOKUP)))
+        ways.append((drafted, foreseen_drafts(text, place, asked, drafted - asked, proposing)))
     return ways

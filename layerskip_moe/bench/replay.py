@@ -66,10 +66,11 @@ class ReplaySession:
     max_new_tokens: int
     newest: torch.Tensor
     new_tokens: list[list[int]] = field(default_factory=lambda: [[]])
+    one_call: bool = True
 
-    def text(self, index: int) -> list[int]:
-        """As `Session.text`."""
-        return self.text_rounds.all_tokens[: self.text_rounds.text.prompt_length + len(self.new_tokens[index])]
+    def texts(self) -> list[list[int]]:
+        """As `Session.texts`."""
+        return [self.text_rounds.all_tokens[: self.text_rounds.text.prompt_length + len(self.new_tokens[0])]]
 
     def go_on(self, place: int) -> None:
         """The text has so many new tokens now."""
@@ -107,15 +108,8 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
     rounds: list[ReplayedRound] = []
     place = 0
     while place < text.length:
-        [drafts] = getattr(policy, "tells", _nothing)(cast(Session, session)) or [[]]
-        if drafts:
-            rounds.append(_verified(text, place, drafts))
-            getattr(policy, "told", _ignored)([0], [rounds[-1].drafted], [rounds[-1].accepted])
-            place += rounds[-1].accepted + 1
-            session.go_on(place)
-            continue
         if getattr(policy, "rests", _never)(cast(Session, session)):
-            rounds.append(_verified(text, place, []))
+            rounds.append(ReplayedRound(0, 0, 0, text.experts(place, 0, 0), text.seconds(place, 0, 0)))
             place += 1
             session.go_on(place)
             continue
@@ -125,26 +119,34 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
                 f"the policy planned exit layer {exit_layer} and {length} drafts; exit layers are 1 to "
                 f"{config.n_layers}, and 0 drafts or more."
             )
-        limit = min(length, session.remaining[0] - 1)
-        exit_layer = exit_layer if limit else 0
+        [lookups] = getattr(policy, "lookup_drafts", ()) or [[]]
+        limit = min(len(lookups) or length, session.remaining[0] - 1)
+        exit_layer = exit_layer if limit and not lookups else 0
         stop = policy.should_stop
-        int8 = bool(limit and stop is None and getattr(policy, "int8_drafts", False))
+        int8 = bool(exit_layer and stop is None and getattr(policy, "int8_drafts", False))
         if int8 and limit > text.most_int8:
             raise ValueError(
                 f"the policy planned {limit} int8 drafts, and the trace has {text.most_int8} at most; plan fewer, or "
                 "record a trace where int8 copies can be made."
             )
-        drafted, confidences = _draft(text, place, exit_layer, limit, policy, int8)
-        made = min(drafted + 1, limit) if stop is None else drafted
-        accepted = text.accepted(place, exit_layer, drafted, int8=int8)
+        if lookups:
+            drafted, made, confidences, looked_up = limit, 0, list[float](), limit
+            same = (one == other for one, other in zip(lookups, text.tokens[place:].tolist(), strict=False))
+            accepted = [*same, False][: limit + 1].index(False)
+        else:
+            drafted, confidences = _draft(text, place, exit_layer, limit, policy, int8)
+            made, looked_up = min(drafted + 1, limit) if stop is None else drafted, 0
+            accepted = text.accepted(place, exit_layer, drafted, int8=int8)
         stage, staged = getattr(policy, "stage", None) if int8 else None, None
         if stage is not None and stage.exit_layer < exit_layer:
             drafted, made, accepted, staged = staged_drafts(text, place, exit_layer, limit, drafted, made, stage)
+            looked_up, exit_layer = staged.looked_up, exit_layer if made else 0
         experts = text.experts(place, exit_layer, drafted, int8=int8)
         seconds = text.seconds(place, exit_layer, drafted, made, int8=int8, staged=staged)
         places = slice(place, place + drafted + 1)
-        judged = _judged(text, place, exit_layer, min(accepted + 1, made), int8) if limit and stop is None else None
-        shadow = _shadow(text, places, policy, config) if policy.shadow else None
+        asked = limit and stop is None and not lookups
+        judged = _judged(text, place, exit_layer, min(accepted + 1, made), int8) if asked else None
+        shadow = _shadow(text, places, policy, config) if policy.shadow and not lookups else None
         place += accepted + 1
         session.go_on(place)
         report = RoundReport(
@@ -155,25 +157,17 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
             confidences=[confidences],
             seconds=seconds,
             tokens=_tokens(text.tokens[places]),
-            experts=experts if experts and getattr(policy, "experts", False) else None,
+            experts=experts if experts and getattr(policy, "experts", False) and not lookups else None,
             shadow=shadow,
             judged=judged,
             made=[made],
-            told=[int(staged.told) if staged else 0],
+            looked_up=[looked_up],
             shadow_margins=None if shadow is None else _shadow_margins(text, places, shadow),
             staged=staged,
         )
         policy.observe(report)
         rounds.append(ReplayedRound(exit_layer, drafted, accepted, experts, seconds, int8))
     return rounds
-
-
-def _verified(text: TextRounds, place: int, drafts: Sequence[int]) -> ReplayedRound:
-    """A round of drafts that no layer was asked for; without any, a step of plain decoding."""
-    limit = min(len(drafts), text.length - place - 1)
-    same = [one == other for one, other in zip(drafts[:limit], text.tokens[place:].tolist(), strict=False)]
-    experts, seconds = text.experts(place, 0, limit), text.seconds(place, 0, limit)
-    return ReplayedRound(0, limit, [*same, False].index(False), experts, seconds)
 
 
 def _draft(
@@ -222,15 +216,6 @@ def _shadow_margins(text: TextRounds, places: slice, shadow: torch.Tensor) -> to
 def _never(session: Session) -> bool:
     """A policy without `rests` does not."""
     return False
-
-
-def _nothing(session: Session) -> list[list[int]]:
-    """Nor does one without `tells`."""
-    return []
-
-
-def _ignored(*numbers: list[int]) -> None:
-    """Without `told` nobody wants to know."""
 
 
 def _tokens(of_row: Any) -> torch.Tensor:

@@ -17,8 +17,9 @@ from typing import Protocol
 import numpy as np
 
 from layerskip_moe.analysis.trace import Array, TracedText
+from layerskip_moe.generation.policies.text_lookup import REPEATED
 from layerskip_moe.nn import ModelConfig
-from layerskip_moe.nn.ragged import LOOK_BACK, Staged
+from layerskip_moe.nn.ragged import LOOK_BACK, Stage, Staged
 
 
 class RoundCost(Protocol):
@@ -108,6 +109,10 @@ class TextRounds:
             self._repetitions[place, least] = found
         return self._repetitions[place, least]
 
+    def foretold(self, place: int) -> int:
+        """How many tokens from a place on are right, whichever lookup that policies do finds them."""
+        return max(self.repetition(place, least)[1] for least in (Stage(1, 0.0).lookup, REPEATED))
+
     def seconds(
         self,
         place: int,
@@ -118,13 +123,13 @@ class TextRounds:
         int8: bool = False,
         staged: Staged | None = None,
     ) -> float:
-        """By the cost model; exit_layer 0: no layer was asked for drafts, and without any this is a step of plain
+        """By the cost model; exit_layer 0: no layer was asked for drafts; without any this is a step of plain
         decoding. made: the drafts that layers made, where one more was than is verified; staged: what was done to make
         them."""
         if not exit_layer:
             made = 0
         elif made is None:
-            made = drafted - int(staged.told if staged else 0)
+            made = drafted - (staged.looked_up if staged else 0)
         key = place, exit_layer, drafted, made, int8, staged
         if key not in self._seconds:
             experts = self.experts(place, exit_layer, drafted, int8=int8) if self._moe_layers else None

@@ -11,7 +11,7 @@ Knows nothing of policies and seconds. Next: `replay.py` and `oracle.py`, which 
 from typing import NamedTuple
 
 from layerskip_moe.bench.rounds import TextRounds
-from layerskip_moe.nn.ragged import MOST_PROPOSED, TOLD_PER_REPEATED, Stage, Staged
+from layerskip_moe.nn.ragged import MOST_PER_REPEATED, MOST_PROPOSED, Stage, Staged
 
 
 class MadeInStages(NamedTuple):
@@ -40,11 +40,11 @@ def staged_drafts(
         longest = min(MOST_PROPOSED, limit - done)
         repeated, follows = text.repetition(place + done, lookup)
         if stage.sure_lookup and repeated >= stage.sure_lookup:
-            told = min(limit - done, TOLD_PER_REPEATED * repeated)
+            looked_up = min(limit - done, MOST_PER_REPEATED * repeated)
             accepted = text.accepted(place, exit_layer, done, int8=True)
-            accepted += min(follows, told) if accepted == done else 0
-            staged = Staged(stage.exit_layer, proposing, choosing, places, heads, told)
-            return MadeInStages(done + told, done, accepted, staged)
+            accepted += min(follows, looked_up) if accepted == done else 0
+            staged = Staged(stage.exit_layer, proposing, choosing, places, heads, looked_up)
+            return MadeInStages(done + looked_up, done, accepted, staged)
         if repeated:
             count, runs, choices = longest, 1, 0
             same = [right[done + at] and at < follows for at in range(count - 1)]
@@ -62,10 +62,10 @@ def staged_drafts(
 
 
 def foreseen_drafts(
-    text: TextRounds, place: int, asked: int, told: int, proposing: int, lookup: int = Stage(1, 0.0).lookup
+    text: TextRounds, place: int, asked: int, looked_up: int, proposing: int, lookup: int = Stage(1, 0.0).lookup
 ) -> Staged:
     """The least that is done to make right drafts in stages, where it is known which proposals are right: none other is
-    followed. asked, told: how many drafts layers are asked for, and how many the text tells after them."""
+    followed. asked, looked_up: how many drafts layers are asked for, and how many are looked up after them."""
     early_right = text.text.int8_right[proposing - 1, place].tolist()
     done = runs = choosing = 0
     while done < asked:
@@ -75,4 +75,4 @@ def foreseen_drafts(
         runs += 1 if by_text >= by_layers else by_layers + 1
         done, choosing = done + max(by_text, by_layers) + 1, choosing + 1
     # (The head runs as often: what the last place of a run would propose is not asked, and the choice is one more.)
-    return Staged(proposing, runs, choosing, asked, heads=runs, told=told)
+    return Staged(proposing, runs, choosing, asked, heads=runs, looked_up=looked_up)

@@ -84,13 +84,13 @@ def draft_and_verify(
     watch: Watch,
     rule: MarginRule | None,
     copies: Int8Copies | None,
-    told: Sequence[Sequence[int]],
+    looked_up: Sequence[Sequence[int]],
     stage: Stage | None,
 ) -> tuple[Tensor, list[int], list[list[Judged]] | None, list[int], Staged | None]:
-    """Draft, from copies of the weights where there are some, verify and choose in one call: tokens and how many drafts
-    were accepted, as `Round.settle` has them, and of `RoundReport` what is judged, told and staged: told only beside
-    drafts from copies, staged only such drafts of one row. Where a rule keeps fewer drafts, `round_` gets lower
-    limits."""
+    """Draft, from copies of the weights where there are some, verify and choose in one call: tokens and how many
+    drafts were accepted, as `Round.settle` has them, and of `RoundReport` what is judged, looked up and staged:
+    looked up only beside drafts from copies, staged only such drafts of one row. Where a rule keeps fewer drafts,
+    `round_` gets lower limits."""
     if copies is None or len(round_.limits) > 1 or (stage is not None and stage.exit_layer >= exit_layer):
         stage = None
     done = speculate(
@@ -105,7 +105,7 @@ def draft_and_verify(
         collect=watch.collect(range(session.model.config.n_layers)),
         choices=watch.choices,
         copies=copies,
-        told=told if copies is not None and stage is None else (),
+        looked_up=looked_up if copies is not None and stage is None else (),
         stage=stage,
         history=None if stage is None else _latest(session),
     )
@@ -115,7 +115,7 @@ def draft_and_verify(
     if watch.shadow:
         rows, places = in_turn([range(limit + 1) for limit in round_.limits])
         watch.seen += [(layer, States(rows, places, states[:, None])) for layer, states in done.collected.items()]
-    return done.tokens, done.accepted, judged, done.told, done.staged
+    return done.tokens, done.accepted, judged, done.looked_up, done.staged
 
 
 def _latest(session: Session) -> Tensor:
@@ -126,11 +126,11 @@ def _latest(session: Session) -> Tensor:
 
 def _judged(done: Speculated, margins: Tensor, limits: Sequence[int]) -> list[list[Judged]]:
     """By row, of drafts that stand behind right ones alone: the margin, and whether the full model agrees. Drafts that
-    were told have none."""
+    were looked up have none."""
     drafts, tokens = done.drafts.tolist(), done.tokens.tolist()
     judged = []
     for row, of_row in enumerate(margins.tolist()):
-        asked = done.drafted[row] - done.told[row] if done.told[row] else limits[row]
+        asked = done.drafted[row] - done.looked_up[row] if done.looked_up[row] else limits[row]
         known = min(done.accepted[row] + 1, asked)
         judged.append([(of_row[at], drafts[row][at] == tokens[row][at]) for at in range(known)])
     return judged

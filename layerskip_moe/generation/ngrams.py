@@ -1,7 +1,7 @@
 """What followed the last tokens of a text when they occurred in it before: drafts that no network has to compute.
 
 Knows nothing of models. Next: `prompt_lookup.py`, `lookup_speculative.py`,
-`policies/telling.py`.
+`policies/text_lookup.py`.
 """
 
 from collections.abc import Sequence
@@ -48,15 +48,15 @@ class Text:
                 return followed[:count]
         return []
 
-    def repeated(self) -> int:
-        """How many of the last tokens, of the longest n-grams or more, stand where `continuation` goes on from; 0 where
-        these stand nowhere else."""
+    def repeated(self, most: int) -> int:
+        """How many of the last tokens, as many as the longest n-grams have or more, up to `most`, stand where
+        `continuation` goes on from; 0 where these stand nowhere else."""
         tokens, count = self._tokens, self._longest
         place = self._after.get(tuple(tokens[-count:]))
         if place is None:
             return 0
         period = len(tokens) - place
-        while count < place and tokens[place - 1 - count] == tokens[place + period - 1 - count]:
+        while count < min(place, most) and tokens[place - 1 - count] == tokens[place + period - 1 - count]:
             count += 1
         return count
 

@@ -156,13 +156,6 @@ class SelfSpeculative:
         """One round: draft, verify, append what the full model chose. Raises ValueError for a plan that cannot be
         followed."""
         drafter, policy = self.draft_model or session.model, self._policy
-        tells = getattr(policy, "tells", None)
-        if tells is not None and session.state is None and self.coupling == "shared":
-            with _asking:
-                drafts = tells(session)
-            if any(drafts):
-                _verify_told(session, policy, drafts)
-                return
         rests = getattr(policy, "rests", None)
         if rests is not None:
             with _asking:
@@ -182,7 +175,7 @@ class SelfSpeculative:
             plan = policy.plan(session)
             shadow, experts = policy.shadow, getattr(policy, "experts", False)
             rule, int8 = getattr(policy, "margin_rule", None), getattr(policy, "int8_drafts", False)
-            stage, given = getattr(policy, "stage", None), getattr(policy, "given", ())
+            stage, lookups = getattr(policy, "stage", None), getattr(policy, "lookup_drafts", ())
         _check_plan(plan, session)
         if rule is not None and not isinstance(rule, MarginRule):
             raise ValueError(f"the policy's margin_rule={shown(rule)} is no rule; give a MarginRule, or None.")
@@ -193,32 +186,47 @@ class SelfSpeculative:
             )
         if stage is not None and not isinstance(stage, Stage):
             raise ValueError(f"the policy's stage={shown(stage)} is no stage; give a Stage, or None.")
+        lookups = lookups if any(lookups) and self.coupling == "shared" else [[] for _ in plan]
+        _check_lookups(lookups, session)
         started = _clock(session)
         watch = Watch(watched_exits(policy, session.model.config) if shadow else (), experts, shadow)
-        stop = policy.should_stop
-        round_ = Round.begin(session, [length for _, length in plan], self.coupling, confident=stop is not None)
-        exit_layers = [layer if limit else 0 for (layer, _), limit in zip(plan, round_.limits, strict=True)]
+        stop, copies = policy.should_stop, kept_copies(session.model) if int8 else None
+        lengths = [len(drafts) or length for (_, length), drafts in zip(plan, lookups, strict=True)]
+        round_ = Round.begin(session, lengths, self.coupling, confident=stop is not None)
+        exit_layers = [
+            layer if limit and not drafts else 0
+            for (layer, _), limit, drafts in zip(plan, round_.limits, lookups, strict=True)
+        ]
         confidences: list[list[float]] = [[] for _ in plan]
-        judged, staged, wanted, told = None, None, round_.limits, [0] * len(plan)
-        if go_together(session, round_, exit_layers, drafter):
-            copies = kept_copies(session.model) if int8 else None
-            given = [drafts[:limit] for drafts, limit in zip(given, wanted, strict=False)]
-            how = watch, rule, copies, given, stage
-            tokens, accepted, judged, told, staged = draft_and_verify(session, round_, max(exit_layers), *how)
+        judged, staged, wanted, looked_up = None, None, round_.limits, [0] * len(plan)
+        together = go_together(session, round_, exit_layers, drafter)
+        if any(lookups) and (copies is None or not together):
+            watch, exit_layers = Watch((), False, False), [0] * len(plan)
+            propose(round_, lookups)  # the other rows draft nothing
+            tokens, accepted = round_.settle(verify_proposals(round_))
+            looked_up = round_.limits
+        elif together:
+            known = [drafts[:limit] for drafts, limit in zip(lookups, wanted, strict=True)]
+            how = watch, rule, copies, known, stage
+            tokens, accepted, judged, looked_up, staged = draft_and_verify(session, round_, max(exit_layers), *how)
         else:
             drafted, confidences = draft(session, round_, exit_layers, stop, drafter, watch)
             tokens, accepted = round_.settle(verify(session, round_, drafted, watch))
         seconds = _clock(session) - started  # a GPU was waited for: it was asked how many drafts were right
         rows = session.row_numbers
-        read = experts_read(watch, session.model.config) if experts else None
+        read = experts_read(watch, session.model.config) if watch.choices else None
         said, margins = shadow_tokens(session, round_, watch, tokens) if watch.shadow else (None, None)
         appending = _clock(session)
         session.append(tokens, accepted, drafted=round_.limits)
         seconds += _clock(session) - appending
         lets_go = rule is not None and judged is not None  # one draft more than is kept
+        made = [
+            kept - known if known else min(kept + lets_go, limit)
+            for kept, known, limit in zip(round_.limits, looked_up, wanted, strict=True)
+        ]
         report = RoundReport(
             rows=rows,
-            exit_layers=exit_layers,
+            exit_layers=[layer if count else 0 for layer, count in zip(exit_layers, made, strict=True)],
             drafted=round_.limits,
             accepted=accepted,
             confidences=confidences,
@@ -227,11 +235,8 @@ class SelfSpeculative:
             experts=read,
             shadow=said,
             judged=judged,
-            made=[
-                kept - known if known else min(kept + lets_go, limit)
-                for kept, known, limit in zip(round_.limits, told, wanted, strict=True)
-            ],
-            told=told,
+            made=made,
+            looked_up=looked_up,
             shadow_margins=margins,
             staged=staged,
         )
@@ -254,18 +259,6 @@ class SelfSpeculative:
         return Speculative(draft, self.draft_length, self.coupling, self.exit_layer)
 
 
-def _verify_told(session: Session, policy: Policy, drafts: list[list[int]]) -> None:
-    """A round of drafts that no layer was asked for."""
-    round_, rows = Round.begin(session, list(map(len, drafts)), "shared"), session.row_numbers
-    propose(round_, drafts)
-    tokens, accepted = round_.settle(verify_proposals(round_))
-    session.append(tokens, accepted, drafted=round_.limits)
-    told = getattr(policy, "told", None)
-    if told is not None:
-        with _asking:
-            told(rows, round_.limits, accepted)
-
-
 def _clock(session: Session) -> float:
     """Seconds, but those in which a user is told of tokens."""
     return time.perf_counter() - session.telling_seconds
@@ -282,6 +275,18 @@ def _check_plan(plan: list[tuple[int, int]], session: Session) -> None:
                 f"the policy planned exit layer {exit_layer} and {length} drafts; exit layers are 1 to {n_layers}, "
                 "and 0 drafts or more."
             )
+
+
+def _check_lookups(lookups: Sequence[Sequence[int]], session: Session) -> None:
+    """Raise ValueError for drafts of another number of rows, and for tokens that there are not."""
+    n_rows, vocab_size = len(session.row_numbers), session.model.config.vocab_size
+    if len(lookups) != n_rows:
+        raise ValueError(
+            f"the policy looked up drafts for {len(lookups)} rows, and {n_rows} are active; give a list for each."
+        )
+    strange = [token for drafts in lookups for token in drafts if not 0 <= token < vocab_size]
+    if strange:
+        raise ValueError(f"the policy looked up token {strange[0]}, and there are 0 to {vocab_size - 1}.")
 
 
 def watched_exits(policy: Policy, config: ModelConfig) -> Sequence[int]:

@@ -150,10 +150,10 @@ class Session:
         """The new tokens of each active row."""
         return [self.outputs[row] for row in self._active]
 
-    def text(self, index: int) -> list[int]:
-        """The tokens of one active row, prompt and new ones."""
-        row = self._active[index]
-        return self.tokens[index, : self._prompt_lengths[row] + len(self.outputs[row])].tolist()
+    def texts(self) -> list[list[int]]:
+        """The tokens of each active row, prompt and new ones."""
+        rows = zip(self._active, self.tokens.tolist(), strict=True)
+        return [tokens[: self._prompt_lengths[row] + len(self.outputs[row])] for row, tokens in rows]
 
     @property
     def row_numbers(self) -> list[int]:

@@ -171,7 +171,7 @@ def repeat_round(
     limits: Sequence[int],
     rule: MarginRule | None,
     copies: "Int8Copies | None",
-    told: Sequence[Sequence[int]],
+    looked_up: Sequence[Sequence[int]],
     stage: Stage | None,
     history: Tensor | None,
 ) -> list[Tensor] | None:
@@ -181,11 +181,11 @@ def repeat_round(
     wanted: layers of drafting and of verification whose states are
     copies: of weights, that drafts are made from; verification then begins with the tokens, and writes over what drafts
         left in the cache
-    told: by row, drafts that no layer is asked for, where others are made from copies; of none, or of all rows
+    looked_up: by row, drafts that no layer is asked for, where others are made from copies; of none, or of all rows
     stage, history: of drafts of one row made from copies
     """
     assert stage is None or (copies is not None and len(newest) == 1 and stage.exit_layer < exit_layer)
-    assert copies is not None or not any(told)
+    assert copies is not None or not any(looked_up)
     if not few_rows.serves(newest.device):
         return None
     check_positions(positions, model.config, cache)
@@ -223,7 +223,7 @@ def repeat_round(
     if not found.complete:
         return None
     text = newest[0] if history is None else history
-    padded = [[*drafts, *[-1] * (positions.shape[1] - 1 - len(drafts))] for drafts in told]
-    known = torch.tensor(padded) if any(told) else None
+    padded = [[*drafts, *[-1] * (positions.shape[1] - 1 - len(drafts))] for drafts in looked_up]
+    known = torch.tensor(padded) if any(looked_up) else None
     where = newest, cache.rows, positions
     return round_of(found.recordings, *where, noise, torch.tensor(limits), rule, known, stage, text)

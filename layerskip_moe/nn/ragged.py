@@ -18,7 +18,9 @@ from layerskip_moe.refusals import require_index
 
 MOST_PROPOSED = 8  # places that are run over at a time, see `Stage`
 LOOK_BACK = 1024  # tokens of a text in which its last ones are looked for
-TOLD_PER_REPEATED = 2  # as in cpp/staged.h
+# Drafts that are looked up, over the tokens by which a text has repeated itself. After m of these it goes on to do so
+# for k more with a probability of about m / (m + k), and a third is about what verifying one more must promise.
+MOST_PER_REPEATED = 2
 
 Judged = tuple[float, bool]  # of a draft: its margin (nan: not known), and whether the model that verifies agreed
 
@@ -62,48 +64,54 @@ class MarginRule:
 
 @dataclass(frozen=True)
 class Stage:
-    """How drafts are made in two stages: the first layers propose tokens one after another while they are sure, and the
-    other layers that draft run over all of these at once, `MOST_PROPOSED` at most, and choose. The drafts are the same,
-    in fewer runs of the later layers (staged speculative decoding, Spector and Re, arXiv 2308.04623). Where the text's
-    last tokens stood in it before, what followed them there is proposed instead, and both stages run over it once; in a
-    round in which such a proposal was wrong, there are no more of them. Where so many stood there that the text may be
-    trusted to go on repeating itself, what followed is drafted as it is, and nothing after it: no layer is asked, up to
-    `TOLD_PER_REPEATED` times as many tokens as stood there.
+    """How drafts are made in two stages: the first layers propose tokens one after another while they are sure, and
+    the other layers that draft run over all of these at once, `MOST_PROPOSED` at most, and choose. The drafts are the
+    same, in fewer runs of the later layers (staged speculative decoding, Spector and Re, arXiv 2308.04623). Where the
+    text's last tokens stood in it before, what followed them there is proposed instead, and both stages run over it
+    once. Where so many stood there that the text may be trusted to go on repeating itself, what followed is drafted
+    as it is, and nothing after it: no layer is asked, for up to `MOST_PER_REPEATED` times as many tokens as stood
+    there. In a round in which a proposal of the text was wrong, the text is not asked again.
 
     Attributes:
         exit_layer: the layers that propose, fewer than draft
         sure: the least margin of a proposal that is followed, 0 or more
         lookup: how many last tokens must have stood in the text before, of the last `LOOK_BACK`, for what followed to
             be proposed; 0: the text is not asked
-        sure_lookup: how many for it to be drafted as it is, `lookup` or more; 0: it never is
+        sure_lookup: how many for it to be drafted as it is, `lookup` or more; 0: it never is, and drafts are those that
+            the layers would make one by one, to the last bit
     """
 
     exit_layer: int
     sure: float
     lookup: int = 4
-    sure_lookup: int = 8
+    sure_lookup: int = 0
 
     def __post_init__(self) -> None:
         for name in ("exit_layer", "lookup", "sure_lookup"):
             require_index(name, getattr(self, name))
-        if not (self.exit_layer >= 1 and self.sure >= 0 and 0 <= self.lookup < LOOK_BACK and self.sure_lookup >= 0):
+        if not (self.exit_layer >= 1 and self.sure >= 0 and 0 <= self.lookup < LOOK_BACK):
             raise ValueError(
-                f"exit_layer={self.exit_layer} must be 1 or more, sure={self.sure} 0 or more, "
-                f"lookup={self.lookup} 0 to {LOOK_BACK - 1}, and sure_lookup={self.sure_lookup} 0 or more."
+                f"exit_layer={self.exit_layer} must be 1 or more, sure={self.sure} 0 or more, and lookup={self.lookup} "
+                f"0 to {LOOK_BACK - 1}."
+            )
+        if self.sure_lookup and not 0 < self.lookup <= self.sure_lookup < LOOK_BACK:
+            raise ValueError(
+                f"sure_lookup={self.sure_lookup} must be 0, or from lookup={self.lookup}, which then is 1 or more, to "
+                f"{LOOK_BACK - 1}."
             )
 
 
 class Staged(NamedTuple):
     """What was done to make drafts in stages: how many layers propose, how often they ran, how often the others that
-    draft did, the places that both ran over, how often the head did, and how many drafts, the last ones, the text told
-    instead. Of what is expected, not whole numbers."""
+    draft did, the places that both ran over, how often the head did; of what is expected, not whole numbers; and how
+    many drafts, the last ones, were looked up instead."""
 
     exit_layer: int
     proposing: float
     choosing: float
     places: float
     heads: float
-    told: float = 0
+    looked_up: int = 0
 
 
 def in_turn(places: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:

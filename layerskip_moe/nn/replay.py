@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layerskip_moe.nn.ragged import MOST_PROPOSED, MarginRule, Stage
+from layerskip_moe.nn.ragged import MOST_PER_REPEATED, MOST_PROPOSED, MarginRule, Stage
 
 _OURS = "layerskip_moe_few_rows"
 
@@ -85,15 +85,16 @@ def round_of(
     noise: Tensor | None,
     limits: Tensor,
     rule: MarginRule | None,
-    told: Tensor | None,
+    looked_up: Tensor | None,
     stage: Stage | None,
     history: Tensor,
 ) -> list[Tensor]:
     """Draft by two recordings and verify by a third, which goes on from the draft's states or takes tokens, see
-    `cpp/rounds.h`; told [A, n]: drafts of rows that have some, and -1; with a fourth, of the layers that go on from
-    proposals, draft in stages as `stage` says, after a text [.], see `cpp/staged.h`: the full model's tokens [A, n +
-    1], drafts [A, n], their margins [A, n], how many of each row's first limits [A] were kept and how many of these
-    were right [A], what was done in stages [5], then states of drafting [A, n + 1, .] and of verification [N, .]."""
+    `cpp/rounds.h`; looked_up [A, n]: drafts of rows that have some, and -1; with a fourth, of the layers that go on
+    from proposals, draft in stages as `stage` says, after a text [.], see `cpp/staged.h`: the full model's tokens
+    [A, n + 1], drafts [A, n], their margins [A, n], how many of each row's first limits [A] were kept and how many
+    of these were right [A], what was done in stages [5], then states of drafting [A, n + 1, .] and of verification
+    [N, .]."""
     halves, least = (None, 0.0) if rule is None else (torch.tensor(rule.halves, dtype=torch.float64), rule.least)
     states_of, choice_of, verify, *deepen = (recording.number for recording in recordings)
     return torch.ops.layerskip_moe_few_rows.replay_round.default(
@@ -104,12 +105,13 @@ def round_of(
         limits,
         halves,
         least,
-        told,
+        looked_up,
         deepen[0] if deepen else 0,
         0.0 if stage is None else stage.sure,
         history,
         0 if stage is None else stage.lookup,
         0 if stage is None else stage.sure_lookup,
+        MOST_PER_REPEATED,
         MOST_PROPOSED,
     )
 

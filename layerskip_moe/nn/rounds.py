@@ -28,11 +28,12 @@ class Speculated:
     tokens:    [A, T] int64, what the full model chooses after the newest token and after each draft, of no meaning
                beyond the drafts that a row kept
     drafts:    [A, T - 1] int64, of no meaning beyond those that were made
-    margins:   [A, T - 1] float64, of the drafts, likewise, and no numbers where these were told; None where the round
-               was not one call
-    told:      how many of each row's drafts, the last ones, no layer was asked for
+    margins:   [A, T - 1] float64, of the drafts, likewise, and no numbers where these were looked up; None where the
+               round was not one call
+    looked_up: how many of each row's drafts, the last ones, no layer was asked for
     staged:    what was done where drafts were made in stages; None elsewhere
-    drafted:   how many drafts of each row were kept, and verified; one more was made where a rule let it go
+    drafted:   how many drafts of each row were kept, and verified; one more was made where a rule let it go, but
+               for rows whose drafts were looked up
     accepted:  how many of them the full model agreed with before the first that it did not
     collected: layer index -> its states [N, D], of newest token and drafts, row by row
     chosen:    layer index -> experts [N, K] of them, in the layers that verified them
@@ -41,7 +42,7 @@ class Speculated:
     tokens: Tensor
     drafts: Tensor
     margins: Tensor | None
-    told: list[int]
+    looked_up: list[int]
     staged: Staged | None
     drafted: list[int]
     accepted: list[int]
@@ -62,7 +63,7 @@ def speculate(
     collect: Sequence[int] = (),
     choices: bool = False,
     copies: Int8Copies | None = None,
-    told: Sequence[Sequence[int]] = (),
+    looked_up: Sequence[Sequence[int]] = (),
     stage: Stage | None = None,
     history: Tensor | None = None,
 ) -> Speculated:
@@ -76,15 +77,15 @@ def speculate(
     collect: layers whose states are wanted; choices: whether `Speculated.chosen` is
     copies: of the model's weights, which drafts are made from where the round is one call. All layers verify then, for
         what the draft computed is not what they would
-    told: by row, its drafts, as many as its limit says, where no layer is to be asked for them, else none; () of no
-        row. Only beside drafts made from copies, and left aside where the round is not one call
+    looked_up: by row, its drafts, as many as its limit says, where no layer is to be asked for them, else none; () of
+        no row. Only beside drafts made from copies, and left aside where the round is not one call
     stage: how drafts of one row made from copies are made in two stages
     history: [.] int64, the row's text up to the newest token, where proposals are looked for; None: that token alone
     """
     first = exit_layer if copies is None else 0  # of the layers that verify
     wanted, most, made = _parted(collect, first), sum(limits) + len(limits), None
     if model.compiled and can_repeat(most, model.dtype, newest.device):
-        how = noise, limits, rule, copies, told, stage, history
+        how = noise, limits, rule, copies, looked_up, stage, history
         made = repeat_round(model, exit_layer, wanted, choices, newest, positions, cache, *how)
     if made is None:
         wanted = _parted(collect, exit_layer)
@@ -96,8 +97,8 @@ def speculate(
     routed = [layer for layer in range(first, model.config.n_layers) if choices and model.config.is_moe(layer)]
     chosen = dict(zip(routed, late[len(wanted[1]) :], strict=True))
     staged = None if stage is None else Staged(stage.exit_layer, *counts.tolist())
-    known = list(map(len, told)) or [0] * len(limits)
-    known = known if staged is None else [int(staged.told)]
+    known = list(map(len, looked_up)) or [0] * len(limits)
+    known = known if staged is None else [staged.looked_up]
     return Speculated(tokens, drafts, margins, known, staged, drafted, accepted.tolist(), collected, chosen)
 
 

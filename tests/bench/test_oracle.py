@@ -1,6 +1,8 @@
 """The oracle against every way there is to make a short text, and fixed pairs against their replay."""
 
 import functools
+import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from layerskip_moe.bench.oracle import fixed_seconds, oracle
 from layerskip_moe.bench.replay import replay
 from layerskip_moe.bench.rounds import TextRounds
 from layerskip_moe.bench.staging import foreseen_drafts, staged_drafts
-from layerskip_moe.generation.policies import Fixed
+from layerskip_moe.generation.cost_model import CostModel, moe_layers
+from layerskip_moe.generation.policies import Adaptive, Fixed
 from layerskip_moe.nn.ragged import Stage
 
 
@@ -27,17 +30,17 @@ def by_brute_force(text, drafters):
     def least(place):
         if place == text.length:
             return 0.0
-        told = min(text.repetition(place, 4)[1], text.length - place - 1)  # no layer is asked for these
-        found = [text.seconds(place, 0, drafted) + least(place + drafted + 1) for drafted in range(told + 1)]
+        looked_up = min(text.foretold(place), text.length - place - 1)  # no layer is asked for these
+        found = [text.seconds(place, 0, drafted) + least(place + drafted + 1) for drafted in range(looked_up + 1)]
         for layer, int8 in drafters:
             for drafted in range(1, min(text.length - place, text.most_int8 + 1 if int8 else text.length)):
                 after = place + text.accepted(place, layer, drafted, int8=int8) + 1
                 found.append(text.seconds(place, layer, drafted, int8=int8) + least(after))
                 for asked in range(drafted + 1) if int8 and layer >= 2 else ():
-                    told = drafted - asked
+                    looked_up = drafted - asked
                     right = text.accepted(place, layer, asked, int8=True) == asked
-                    if right and (not told or text.repetition(place + asked, 4)[1] >= told):
-                        way = foreseen_drafts(text, place, asked, told, 1)
+                    if right and (not looked_up or text.foretold(place + asked) >= looked_up):
+                        way = foreseen_drafts(text, place, asked, looked_up, 1)
                         seconds = text.seconds(place, layer, drafted, int8=True, staged=way)
                         found.append(seconds + least(place + drafted + 1))
         return min(found)
@@ -57,10 +60,10 @@ def test_oracle_is_the_best_of_all_ways(small_model, invented_text, cost_of, rig
     text = TextRounds(invented, small_model().config, cost_of(4), cost_of(4, 0.3))
     rounds, place, seconds = oracle(text, exits, int8_exits, proposing=1), 0, 0.0
     for layer, drafted, int8, staged in rounds:
-        told = staged.told if staged else drafted if layer == 0 else 0
-        asked = drafted - told
+        looked_up = staged.looked_up if staged else drafted if layer == 0 else 0
+        asked = drafted - looked_up
         assert layer in (int8_exits if int8 else exits) or not asked
-        assert not told or text.repetition(place + asked, 4)[1] >= told
+        assert not looked_up or text.foretold(place + asked) >= looked_up
         assert text.accepted(place, layer, asked, int8=int8) == asked
         seconds += text.seconds(place, layer, drafted, int8=int8, staged=staged)
         place += drafted + 1
@@ -117,3 +120,39 @@ def test_rounds_by_hand(small_model, invented_text, cost_of):
     assert rounds.experts(1, 2, 2) == [2, 2, *unions] and rounds.experts(1, 0, 0) == [2] * 4
     assert rounds.seconds(1, 2, 2) == pytest.approx(3 * 2 + 0.5 * 2 + 2 + 0.5 + 0.1 * (4 + sum(unions)))
     assert rounds.seconds(4, 0, 0) == pytest.approx(4 + 0.5 + 0.8)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    right=rows(40),
+    seed=st.integers(0, 99).map(lambda half: 2 * half + 1),
+    sure=st.floats(0, 2),
+    sure_lookup=st.integers(4, 9),
+    length=st.integers(1, 12),
+    drafting=st.sampled_from([1e-5, 1.0]),
+)
+def test_no_policy_takes_less_than_the_oracle(
+    small_model, invented_text, right, seed, sure, sure_lookup, length, drafting
+):
+    """Nor does one that looks up what texts repeat, in rounds in stages or in rounds of their own."""
+    config = small_model().config
+    cost = CostModel(4, moe_layers(config), config.num_experts, config.top_k, (1e-3, 0, 0, drafting, 0, 1e-3, 0, 0, 0))
+    int8_cost = replace(cost, int8_drafts=True)
+    text = TextRounds(invented_text(config, right, seed, int8_drafts=12), config, cost, int8_cost)
+    best = sum(
+        text.seconds(place, way.exit_layer, way.drafted, int8=way.int8, staged=way.staged)
+        for place, way in placed(oracle(text, [1, 2, 3], [1, 2, 3, 4], proposing=1))
+    )
+    for policy in (
+        Fixed(4, length, True, Stage(1, sure, 4, sure_lookup)),
+        Adaptive(cost_model=cost),
+        Adaptive(cost_model=int8_cost, length=12),
+    ):
+        [rounds] = replay([text], policy, config)
+        assert best <= sum(round.seconds for round in rounds) * (1 + 1e-9)
+
+
+def placed(ways):
+    """Each with the place where it begins."""
+    starts = itertools.accumulate((way.drafted + 1 for way in ways), initial=0)
+    return zip(starts, ways, strict=False)

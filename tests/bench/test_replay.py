@@ -121,11 +121,11 @@ def test_stages_do_in_replays_what_they_do_in_decoding(small_model, texts, cost_
     flat = [list(itertools.chain(*some)) for some in (told, again, rounds)]
     for real, copy, one in zip(*flat, strict=True):
         assert copy.accepted == real.accepted and (copy.staged is None) == (real.staged is None)
-        if real.staged is not None and real.accepted == real.made:
+        if real.staged is not None and real.accepted == real.drafted:
             assert copy.staged.choosing == real.staged.choosing and one.seconds == copy.staged.places
-            wrong = max(real.staged.places, copy.staged.places) > real.made[0] - real.staged.told
-            assert copy.staged.told == real.staged.told and (wrong or copy.staged == real.staged)
-            compared += real.staged.places > real.staged.choosing or real.staged.told > 0
+            wrong = max(real.staged.places, copy.staged.places) > real.made[0]
+            assert copy.staged.looked_up == real.staged.looked_up and (wrong or copy.staged == real.staged)
+            compared += real.staged.places > real.staged.choosing or real.staged.looked_up > 0
     assert compared >= 2
 
 

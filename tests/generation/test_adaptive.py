@@ -30,10 +30,10 @@ def cost_model(*, layer=1.0, row=0.0, head=0.1, overhead=0.1, config=None):
 
 
 class Noted(Adaptive):
-    """Notes its rounds."""
+    """Notes its rounds, whose drafts are all made by layers: the texts here repeat themselves."""
 
     def __init__(self, **how):
-        super().__init__(**how)
+        super().__init__(lookup=False, **how)
         self.rounds = []
 
     def observe(self, round):
@@ -323,12 +323,22 @@ class OneText:
     model: MoEDecoder
     sampling: Sampling = field(default_factory=Sampling)
     row_numbers: list[int] = field(default_factory=lambda: [0])
-    remaining: tuple[int, ...] = (1000,)
     one_call: bool = True
 
     @property
     def stats(self):
         return [None] * len(self.row_numbers)
+
+    @property
+    def remaining(self):
+        return [1000] * len(self.row_numbers)
+
+    @property
+    def new_tokens(self):
+        return [[] for _ in self.row_numbers]
+
+    def texts(self):
+        return [[0] for _ in self.row_numbers]
 
     def prompt_agreement(self, exits):
         return []

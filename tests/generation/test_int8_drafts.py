@@ -94,8 +94,8 @@ def test_stages_change_nothing_but_the_time(trained_model, lookup, temperature, 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("least", [None, 0.3])
-def test_what_the_text_tells_is_drafted_and_verified(trained_model, temperature, least):
-    """The text stays the model's; of what it told there are no margins."""
+def test_what_is_looked_up_is_drafted_and_verified(trained_model, temperature, least):
+    """The text stays the model's; of what was looked up there are no margins."""
     model = copy.deepcopy(trained_model(n_layers=3, max_seq_len=64))
     how = dict(max_new_tokens=40, temperature=temperature, seed=4)
     policy = InStages(3, 12, 1, 2)
@@ -103,10 +103,10 @@ def test_what_the_text_tells_is_drafted_and_verified(trained_model, temperature,
     prompt = [[4, 5, 6] * 5]
     found = generate(model, prompt, SelfSpeculative(policy=policy), **how)
     assert found.tokens == generate(model, prompt, Autoregressive(), **how).tokens
-    told = [round for round in policy.rounds if round.staged is not None and round.staged.told]
-    assert told and any(round.staged.told == round.drafted[0] for round in told)  # no layer was asked
+    told = [round for round in policy.rounds if round.staged is not None and round.staged.looked_up]
+    assert told and any(round.staged.looked_up == round.drafted[0] for round in told)  # no layer was asked
     for round in told:
-        asked = int(round.drafted[0] - round.staged.told)
+        asked = int(round.drafted[0] - round.staged.looked_up)
         assert round.made == [asked] and len(round.judged[0]) == min(round.accepted[0] + 1, asked)
         assert not any(math.isnan(margin) for margin, _ in round.judged[0])
 
@@ -116,8 +116,13 @@ def test_a_stage_that_is_none_is_refused(trained_model):
     policy.plan = lambda session: setattr(policy, "stage", 2) or [(3, 4)]
     with pytest.raises(ValueError, match="stage=2 is no stage; give a Stage, or None"):
         generate(model, PROMPTS[:1], SelfSpeculative(policy=policy), max_new_tokens=9)
-    for arguments in ((0, 0.1), (1, -1.0), (1, 0.1, -1), (1, float("nan")), (1, 0.1, 1024), (1, 0.1, 4, -1)):
-        with pytest.raises(ValueError, match=r"exit_layer=.* must be 1 or more, sure=.* 0 or more, lookup=.* 0 to"):
+    for arguments in ((0, 0.1), (1, -1.0), (1, 0.1, -1), (1, float("nan")), (1, 0.1, 1024)):
+        with pytest.raises(ValueError, match=r"exit_layer=.* must be 1 or more, sure=.* 0 or more, and lookup=.* 0 to"):
+            Stage(*arguments)
+    for arguments in ((1, 0.1, 4, -1), (1, 0.1, 4, 3), (1, 0.1, 0, 8), (1, 0.1, 4, 1024)):
+        with pytest.raises(
+            ValueError, match=r"sure_lookup=.* must be 0, or from lookup=.*, which then is 1 or more, to"
+        ):
             Stage(*arguments)
     for arguments in ((1.5, 0.1), (1, 0.1, 2.5), (1, 0.1, 4, 0.5)):
         with pytest.raises(ValueError, match="whole number"):

@@ -115,3 +115,19 @@ def test_what_was_not_promised_does_not_count():
     for _ in range(10):
         reckoning.see_round(report(2, 3, 0, 1.0), 0.0)
     assert reckoning.trust(2) == 1.0
+
+
+def test_what_is_looked_up_is_not_what_layers_cost():
+    """A round that no layer drafted in says nothing of drafting, one that looked up in the end only of the rest."""
+    reckoning = Reckoning(INT8, doubt=0.1)
+    before = reckoning.seconds(8, 8, 9, 1, 8)
+    all_looked_up = in_stages(8, 31, Staged(2, 0, 0, 0, 0, looked_up=31))
+    all_looked_up.made = [0]
+    reckoning.see_staged(all_looked_up)
+    assert reckoning.seconds(8, 8, 9, 1, 8) == before
+    some, others = Reckoning(INT8, doubt=0.1), Reckoning(INT8, doubt=0.1)
+    with_some = in_stages(8, 20, Staged(2, 4, 2, 8, 6, looked_up=12))
+    with_some.made = [8]
+    some.see_staged(with_some)
+    others.see_staged(in_stages(8, 8, Staged(2, 4, 2, 8, 6)))
+    assert some.seconds(8, 8, 9, 1, 8) == others.seconds(8, 8, 9, 1, 8)

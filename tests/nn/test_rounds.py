@@ -12,7 +12,7 @@ from layerskip_moe.nn import KVCache, few_rows, rounds
 from layerskip_moe.nn.compiling import compiling
 from layerskip_moe.nn.int8_copies import int8_copies
 from layerskip_moe.nn.kernels import has_kernels
-from layerskip_moe.nn.ragged import TOLD_PER_REPEATED, MarginRule, Stage
+from layerskip_moe.nn.ragged import MOST_PER_REPEATED, MarginRule, Stage
 from layerskip_moe.nn.rounds import speculate
 from layerskip_moe.pretrained import quantize
 
@@ -166,7 +166,7 @@ def test_drafts_in_stages_are_the_same_drafts(
     least=st.sampled_from([None, 0.0, 0.5]),
     temperature=st.sampled_from([0.0, 0.7]),
 )
-def test_what_a_text_tells_ends_the_round(model, text, longest, sure_lookup, least, temperature):
+def test_what_is_looked_up_ends_the_round(model, text, longest, sure_lookup, least, temperature):
     """As it followed before, behind drafts that are those of a round without it; and it is verified as others are."""
     newest = torch.tensor([text[-1:]])
     noise = temperature * torch.randn(1, longest + 1, 23, generator=torch.Generator().manual_seed(len(text))).double()
@@ -180,19 +180,19 @@ def test_what_a_text_tells_ends_the_round(model, text, longest, sure_lookup, lea
         whole = speculate(model, newest, 3, **how)
         stage = Stage(1, 0.1, 1, sure_lookup)
         done = speculate(model, newest, 3, stage=stage, history=torch.tensor(text), **how)
-        told, kept = int(done.staged.told), done.drafted[0]
-        asked = kept - told
+        [looked_up], kept = done.looked_up, done.drafted[0]
+        asked = kept - looked_up
         drafts = done.drafts[0, :kept].tolist()
         assert drafts[:asked] == whole.drafts[0, :asked].tolist()
         assert done.margins[0, :asked].tolist() == whole.margins[0, :asked].tolist()
         assert done.margins[0, asked:kept].isnan().all()
-        if not told:
+        if not looked_up:
             assert kept == whole.drafted[0]
             return
         before = text + drafts[:asked]
         length, _ = repeated_tokens([*before, *drafts[asked:]], len(before), 1)
-        assert length >= sure_lookup and told == min(longest - asked, TOLD_PER_REPEATED * length)
-        assert repeated_tokens([*before, *drafts[asked:]], len(before), 1) == (length, told)
+        assert length >= sure_lookup and looked_up == min(longest - asked, MOST_PER_REPEATED * length)
+        assert repeated_tokens([*before, *drafts[asked:]], len(before), 1) == (length, looked_up)
         tokens = torch.cat([newest, done.drafts[:, :kept]], dim=1)
         _, logits = model.decode(tokens, range(4), positions=positions[:, : kept + 1], cache=cache)
         expected = (logits + noise[:, : kept + 1]).argmax(dim=-1)[0].tolist()

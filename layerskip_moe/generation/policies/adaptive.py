@@ -17,10 +17,10 @@ from layerskip_moe.generation.policies.exits import MOST_DRAFTS, candidate_exits
 from layerskip_moe.generation.policies.fixed import check_length
 from layerskip_moe.generation.policies.judging import judged_drafts, judged_shadow
 from layerskip_moe.generation.policies.new_text import NewText
-from layerskip_moe.generation.policies.plans import PLAIN, best_by_margin, best_length, told_worth
+from layerskip_moe.generation.policies.plans import PLAIN, best_by_margin, best_length, lookup_worth
 from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.policies.reckoning import Reckoning
-from layerskip_moe.generation.policies.telling import Telling
+from layerskip_moe.generation.policies.text_lookup import REPEATED, TextLookup
 from layerskip_moe.generation.session import MOST_NOISE, Session
 from layerskip_moe.nn import MoEDecoder, few_rows
 from layerskip_moe.nn.int8_copies import are_made_unasked, why_no_int8
@@ -56,29 +56,36 @@ class Adaptive:
     (`MarginRule`); where margins are not known, all rows draft a fixed number. Several rows wait for the one that
     drafts most, so the number of their drafts is limited, too. For one row, int8 drafts are made in two stages where
     at least as many layers then choose as propose (`Stage`): the first quarter proposes where it is sure, or the text
-    does, where it repeats itself. What a text that has done so for long would go on with is drafted as it is, while
-    it mostly is right, at the end of such rounds or, elsewhere, in rounds of such drafts alone (`telling.py`). The
-    plan is chosen anew every eighth round, and changed for one that is 2% better, by what exits promise and by how
-    much of their promises they have kept; drafting must promise 3% more than plain decoding, 6% of two to four rows
-    or by int8 copies, 20% of more, and less while costs are in doubt. Every now and then a round asks what other
-    exits would have said. Where drafting does not pay, decoding is plain for 16 steps, then 32, and so on up to 256,
-    from look to look. What was learnt of acceptance is kept from text to text, and how long steps take beside what
-    was reckoned, too: where it is in doubt which of the two is faster, the other one is tried.
+    does, where it repeats itself. What followed in a text that has done so for long is drafted as it is, no layer
+    asked (`text_lookup.py`): at the end of such rounds, in batches beside other rows' int8 drafts, and else in rounds
+    of their own, where these promise more tokens per second. The plan is chosen anew every eighth round, and changed
+    for one that is 2% better, by what exits promise and by how much of their promises they have kept; drafting must
+    promise 3% more than plain decoding, 6% of two to four rows or by int8 copies, 20% of more, and less while costs
+    are in doubt. Every now and then a round asks what other exits would have said. Where drafting does not pay,
+    decoding is plain for 16 steps, then 32, and so on up to 256, from look to look. What was learnt of acceptance is
+    kept from text to text, and how long steps take beside what was reckoned, too: where it is in doubt which of the
+    two is faster, the other one is tried.
 
-    length: the most drafts of a row in a round, K; None: 7, or 31 int8 ones. Of several rows as many as make 64 places
-        together, of 33 to 64 none
+    length: the most drafts of a row in a round, K; None: 7, or 31 int8 ones or such that are looked up. Of several
+        rows as many as make 64 places together, of 33 to 64 none
     cost_model: seconds of a round, which are taken as they are; None: fitted to the model when first needed, see
         `fit_cost_model`, and corrected by how long steps take
     int8_drafts: whether drafts are made from int8 copies of the weights; None: of up to 32 rows, where they can be, on
         a processor with AVX2 or AVX-512, and where they take 1 GiB or less; with a cost model, as that has it. Then
         exits are up to the last layer. (What is told of other exits is of the weights themselves, which is nearly the
         same.)
+    lookup: whether texts that repeat themselves are drafted from
     """
 
     should_stop = None
 
     def __init__(
-        self, *, length: int | None = None, cost_model: CostModel | None = None, int8_drafts: bool | None = None
+        self,
+        *,
+        length: int | None = None,
+        cost_model: CostModel | None = None,
+        int8_drafts: bool | None = None,
+        lookup: bool = True,
     ) -> None:
         if length is not None:
             check_length("length", length)
@@ -88,19 +95,19 @@ class Adaptive:
         self.int8_drafts = cost_model is not None and cost_model.int8_drafts
         if cost_model is not None and int8_drafts not in (None, self.int8_drafts):
             raise ValueError("the cost model is of the other kind of drafts; leave out int8_drafts.")
-        self._wants_int8 = int8_drafts
+        self._wants_int8, self.lookup = int8_drafts, lookup
         self.exits: tuple[int, ...] = ()
         self.shadow = self.experts = False
         self.margin_rule: MarginRule | None = None
         self.stage: Stage | None = None
-        self.given: Sequence[Sequence[int]] = ()
+        self.lookup_drafts: Sequence[Sequence[int]] = ()
         self._given = cost_model is not None
         self._prepared_for: weakref.ref[MoEDecoder] | None = None
         self._prepared_how: tuple[int, bool] | None = None  # for so many rows, and whether rounds may be one call
         # By whether texts are greedy, and filtered, and drafts are int8.
         self._acceptances: dict[tuple[bool, bool, bool], Acceptance] = {}
         self._acceptance: Acceptance | None = None
-        self._is_new_text, self._telling = NewText(), Telling()
+        self._is_new_text, self._text_lookup = NewText(), TextLookup()
         # (A given cost model is taken as it is.)
         self._reckoning = None if cost_model is None else Reckoning(cost_model, doubt=0.0)
         self._last: tuple[int, int] | None = None  # what the last round was: exit layer and rows; None: none
@@ -134,32 +141,6 @@ class Adaptive:
             self._reckoning = Reckoning(cost, doubt=_DOUBT)
         self.cost_model, self._prepared_for, self._prepared_how = cost, weakref.ref(model), (rows, one_call)
 
-    def tells(self, session: Session) -> list[list[int]]:
-        """Drafts for each row that no layer is asked for, where that promises most tokens per second: what followed
-        before in texts that repeat themselves. (Drafts in stages end with them.)"""
-        if self._is_new_text(session):
-            self._begin(session)
-        assert self._reckoning is not None
-        n_rows, drafts, self.given = len(session.row_numbers), self._plan.exit_layer if not self._rest else 0, ()
-        most = min(self.length or MOST_DRAFTS, few_rows.MOST_ROWS // n_rows - 1)
-        if most < 1 or (n_rows == 1 and drafts and self._reckoning.in_stages(drafts)):
-            return []
-        found = self._telling.tell(session, most)
-        if drafts and self.int8_drafts and session.one_call:  # the others draft meanwhile
-            self.given = [tokens for _, tokens in found] if any(tokens for _, tokens in found) else ()
-            return []
-        worth = told_worth(self._reckoning, [(repeated, len(tokens)) for repeated, tokens in found])
-        plain = n_rows / self._reckoning.seconds(0, 0, n_rows, n_rows)
-        pays = worth > _PAYS * max(plain, self._plan.truly if drafts else 0.0)
-        return [tokens for _, tokens in found] if pays else []
-
-    def told(self, rows: list[int], drafted: list[int], accepted: list[int]) -> None:
-        """How many of those drafts were right, in a round of them alone."""
-        self._last = None
-        for row, told, right in zip(rows, drafted, accepted, strict=True):
-            if told:
-                self._telling.see(row, told, right)
-
     def rests(self, session: Session) -> bool:
         """Whether this step is one of plain decoding, of which nothing is to be told."""
         if self._is_new_text(session):
@@ -168,6 +149,8 @@ class Adaptive:
         if not self._rest:
             return not self._most_drafts(n_rows)
         if n_rows < len(self._rows) and min(session.remaining) > _REST:  # of fewer rows another plan may be best
+            return False
+        if any(self._look_up(session)):
             return False
         self._rest -= 1
         return True
@@ -198,7 +181,7 @@ class Adaptive:
             self._acceptances[kind] = Acceptance(self.exits, sure=whole)
         self._acceptance = self._acceptances[kind]
         self._acceptance.begin()
-        self._telling.begin()
+        self._text_lookup.begin()
         self._rest, self._next_rest, self._plan, self._last = 0, 0, PLAIN, None
         self._rows = list[int]()
         self._filters = session.sampling.filters
@@ -221,7 +204,13 @@ class Adaptive:
         if self._is_new_text(session):
             self._begin(session)
         assert self._acceptance is not None
-        rows, self._rounds = session.row_numbers, self._rounds + 1
+        rows = session.row_numbers
+        self.shadow, self.experts, self.margin_rule, self.stage, self.lookup_drafts = False, False, None, None, ()
+        if self._rest:
+            self.lookup_drafts = self._look_up(session)
+            if any(self.lookup_drafts):
+                return [(1, 0)] * len(rows)
+        self._rest, self._rounds = 0, self._rounds + 1
         if not self._plan.exit_layer or self._rounds % _RETHINK == 0 or rows != self._rows:
             self._choose(rows)
         self._has_room = min(session.remaining) > self._plan.length
@@ -232,14 +221,13 @@ class Adaptive:
         if self.shadow:
             self._looks += 1
             self._to_look = min(_LOOK + 2 * self._looks * len(rows), _LOOK_LATER * len(rows))
-        self.margin_rule = None
+        else:
+            self.lookup_drafts = self._look_up(session)
         self.stage = self._stage(session)
         if drafts and self._plan.least > 0:
             halves = [self._acceptance.half(row, self._plan.exit_layer) for row in rows]
             self.margin_rule = MarginRule(halves, self._plan.least)
-        self.given = self.given if drafts else ()
-        drafted = [len(tokens) or self._plan.length for tokens in self.given] or [self._plan.length] * len(rows)
-        return [(self._plan.exit_layer or 1, length) for length in drafted]
+        return [(self._plan.exit_layer or 1, self._plan.length)] * len(rows)
 
     def _stage(self, session: Session) -> Stage | None:
         """How one row's int8 drafts are made: the first layers propose where they are sure."""
@@ -247,8 +235,27 @@ class Adaptive:
         [row, *more], proposing = session.row_numbers, self._reckoning.proposing
         if more or not self._reckoning.in_stages(self._plan.exit_layer):
             return None
-        stage = Stage(proposing, _SURE_TIMES * self._acceptance.half(row, self._told(proposing)))
-        return stage if self._telling.pays(row, len(session.new_tokens[0])) else replace(stage, sure_lookup=0)
+        sure = _SURE_TIMES * self._acceptance.half(row, self._told(proposing))
+        looks_up = self.lookup and self._text_lookup.pays(row, len(session.new_tokens[0]))
+        return Stage(proposing, sure, sure_lookup=REPEATED if looks_up else 0)
+
+    def _look_up(self, session: Session) -> list[list[int]]:
+        """For each row drafts that no layer is asked for, where they promise most tokens per second: what followed in a
+        text that repeats itself. (Rounds in stages look up themselves.)"""
+        assert self._reckoning is not None
+        n_rows, exit_layer = len(session.row_numbers), 0 if self._rest else self._plan.exit_layer
+        one_call = session.one_call and self.int8_drafts
+        most = min(self.length or self._most_int8, few_rows.MOST_ROWS // n_rows - 1)
+        in_stages = n_rows == 1 and one_call and exit_layer and self._reckoning.in_stages(exit_layer)
+        if not self.lookup or most < 1 or in_stages:
+            return []
+        found = self._text_lookup.drafts(session, most)
+        drafts = [tokens for _, tokens in found]
+        if exit_layer and n_rows > 1:  # the others are to draft meanwhile, or not to wait
+            return drafts if one_call or all(drafts) else []
+        plain = n_rows / self._reckoning.seconds(0, 0, n_rows, n_rows)
+        best = max(plain, self._plan.truly if exit_layer else 0.0)
+        return drafts if lookup_worth(self._reckoning, found) > self._pays(n_rows) * best else []
 
     def _told(self, layer: int) -> int:
         """The exit that is known of next to that layer."""
@@ -259,8 +266,7 @@ class Adaptive:
         """The best plan, unless the present one is nearly as good."""
         assert self._acceptance is not None and self._reckoning is not None
         reckoning = self._reckoning
-        several = _PAYS_FOR_SEVERAL if len(rows) <= _FEW or self.int8_drafts else _PAYS_IN_BATCHES
-        pays = _PAYS if len(rows) == 1 else several
+        pays = self._pays(len(rows))
         # What is not done now is tried where it may well be better.
         tried = math.exp(max(reckoning.doubt - _SURE, 0.0) * (1 if self._plan.exit_layer else -1))
         plain = replace(PLAIN, worth=len(rows) / reckoning.seconds(0, 0, len(rows), len(rows)))
@@ -281,6 +287,11 @@ class Adaptive:
         goes_on = same or bool(self._rows and present.exit_layer)
         self._plan = present if goes_on and best.truly <= _BETTER * present.truly else best
         self._rows = rows
+
+    def _pays(self, n_rows: int) -> float:
+        """By how much drafting for so many rows must promise to be faster than plain decoding."""
+        several = _PAYS_FOR_SEVERAL if n_rows <= _FEW or self.int8_drafts else _PAYS_IN_BATCHES
+        return _PAYS if n_rows == 1 else several
 
     def _most_drafts(self, n_rows: int) -> int:
         """Of each of so many rows. Verification of more than 64 places is another kind of work than that of fewer."""
@@ -303,9 +314,10 @@ class Adaptive:
         if max(round.exit_layers) and self._tells_margins != (round.judged is not None):
             self._tells_margins, self._rows = not self._tells_margins, []  # and plan anew
         self._reckoning.see_staged(round)
-        for row, drafted, accepted, told in zip(round.rows, round.drafted, round.accepted, round.told, strict=False):
-            if told and accepted >= drafted - told:  # (behind a wrong draft nothing is known)
-                self._telling.see(row, told, accepted - (drafted - told))
+        for index, count in enumerate(round.looked_up):
+            right = round.accepted[index] - round.made[index]
+            if count and right >= 0:  # (behind a wrong draft nothing is known)
+                self._text_lookup.see(round.rows[index], count, right)
         for index, row in enumerate(round.rows):  # (another thread may have had another plan made meanwhile)
             if round.exit_layers[index]:
                 self._acceptance.see(row, round.exit_layers[index], judged_drafts(round, index))
@@ -315,9 +327,13 @@ class Adaptive:
             for row, exit_layer, judged in judged_shadow(round, others):
                 self._acceptance.see(row, exit_layer, judged, exits_told=len(others))
             self._reckoning.see_experts(round)
+        elif any(round.looked_up):  # which says nothing of what drafting takes
+            self._last = None
         else:
             self._see_seconds(round)
-        if self._plan.exit_layer:
+        if self._rest:  # which goes on
+            self._rest -= 1
+        elif self._plan.exit_layer:
             self._next_rest = 0
         else:
             self._begin_rest()

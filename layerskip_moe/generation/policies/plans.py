@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from layerskip_moe.generation.policies.acceptance import Acceptance
 from layerskip_moe.generation.policies.reckoning import Reckoning
-from layerskip_moe.generation.policies.telling import expected_right
+from layerskip_moe.generation.policies.text_lookup import expected_right
 
 _SUREST = 0.98  # of how likely a draft must be right
 # Of how likely one draft must be right to be worth its time, what is asked of all together: of one row's int8 drafts,
@@ -112,11 +112,11 @@ def best_length(
     return best
 
 
-def told_worth(reckoning: Reckoning, told: Sequence[tuple[int, int]]) -> float:
-    """Tokens per second of a round of drafts that texts tell: by row, for how many tokens it has repeated itself, and
-    drafts. 0 where there are none."""
-    n_rows, drafts = len(told), sum(count for _, count in told)
+def lookup_worth(reckoning: Reckoning, found: Sequence[tuple[int, list[int]]]) -> float:
+    """Tokens per second of a round of drafts that were looked up, and no others: by row, for how many tokens its text
+    has repeated itself, and drafts. 0 where there are none."""
+    n_rows, drafts = len(found), sum(len(tokens) for _, tokens in found)
     if not drafts:
         return 0.0
-    right = sum(expected_right(repeated, count) for repeated, count in told)
+    right = sum(expected_right(repeated, len(tokens)) for repeated, tokens in found)
     return (n_rows + right) / reckoning.seconds(0, 0, n_rows + drafts, n_rows, 0)

@@ -38,7 +38,7 @@ class RoundReport:
             with the drafts' noise (the last layer's are `tokens`); -1 beyond a row's drafts and one more, and at layers
             that are not among the policy's `exits`. None where its `shadow` is False.
         made: drafts of each row that layers made, one more than are kept where a margin rule let one go
-        told: how many of each row's drafts, the last ones, no layer was asked for
+        looked_up: how many of each row's drafts, the last ones, no layer was asked for
         judged: for each row the margin (`nn/ragged.py`) of each draft, and whether the full model agreed, as far as
             that is known: up to the first wrong one, and of one that was let go behind right ones. Known of rounds
             that are one call: where all rows draft by the same layers, the policy has no `should_stop`, and sampling
@@ -58,7 +58,7 @@ class RoundReport:
     experts: list[int] | None = None
     shadow: Tensor | None = None
     made: list[int] = field(default_factory=list)
-    told: list[int] = field(default_factory=list)
+    looked_up: list[int] = field(default_factory=list)
     judged: list[list[Judged]] | None = None
     shadow_margins: Tensor | None = None
     staged: Staged | None = None
@@ -78,15 +78,13 @@ class Policy(Protocol):
         is left aside in rounds of which nothing would be `judged`
     int8_drafts: asked after each `plan`: whether drafts are made from int8 copies of the weights, as `SelfSpeculative`
         says, where the round is one call; elsewhere it is left aside
-    given: asked after each `plan`: a list of drafts for each row, empty for those whose drafts layers make; for the
-        others the plan says as many. Only in rounds of `int8_drafts`, without `stage`; elsewhere left aside
+    lookup_drafts: asked after each `plan`: for each row drafts that no layer is asked for, or none, or () where no
+        row has any; a row that has some drafts no others. In rounds of `int8_drafts` that are one call, rows that
+        have none draft as planned; elsewhere these draft nothing then, and the round is not asked for `shadow` and
+        `experts`. Left aside with coupling="rejection"
     stage: asked after each `plan`: how int8 drafts of one row are made in two stages, a `Stage`, or None; where fewer
         layers are to draft than it says, or the same, it is left aside
-    tells: a method of the session, asked first, unless there is a draft model or coupling="rejection": drafts for each
-        row that no layer is asked for. Where there are any, the round is of these alone, without `plan` and `observe`
-    told: a method of (rows, drafted, accepted), called after such a round: the rows' numbers, how many drafts they had,
-        and how many of these were accepted
-    rests: a method of the session, asked next: where it returns True, this step is one of plain decoding, without
+    rests: a method of the session, asked first: where it returns True, this step is one of plain decoding, without
         `plan` and `observe`
     rested: a method of (rows, seconds), called after such a step: of how many rows it was, and how long it took, as in
         `RoundReport.seconds`

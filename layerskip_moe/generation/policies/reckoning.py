@@ -84,11 +84,11 @@ class Reckoning:
     def see_staged(self, round: RoundReport) -> None:
         """What was done in stages."""
         did = round.staged
-        if did is None:
+        if did is None or not round.made[0]:
             return
         exit_layer = max(round.exit_layers)
         sums, before = self._staged.setdefault(exit_layer, [*_FIRST_STAGED]), self._expected(exit_layer, _EXACT)
-        for part, amount in enumerate((round.made[0] + did.told, did.proposing, did.choosing, did.places, did.heads)):
+        for part, amount in enumerate((round.made[0], did.proposing, did.choosing, did.places, did.heads)):
             sums[part] = _STAGED_MEMORY * sums[part] + amount
         if self._expected(exit_layer, _EXACT) != before:  # of which what is known was reckoned
             self._known.clear()
@@ -100,7 +100,8 @@ class Reckoning:
         drafts, *did = self._staged.get(exit_layer, _FIRST_STAGED)
         # (Not to the last digit: rounds are the same then, and known. Neither stage runs less than once.)
         parts = [max(most * round(_EXACT * amount / drafts) / _EXACT, 1.0) for amount in did]
-        return Staged(self.proposing, *parts)
+        proposing, choosing, places, heads = parts
+        return Staged(self.proposing, proposing, choosing, places, heads)
 
     def trust(self, exit_layer: int) -> float:
         """The share of its promises that an exit has kept; near 1 while it has made few."""

@@ -19,15 +19,16 @@ inline double likely_right(double margin, double half) { return std::isinf(margi
 // probability m / (m + half), and is kept while all of a row's drafts so far, it too, are right with probability `least` or
 // more; then the row drafts no more.
 //
-// told: [A, n], drafts that no layer is asked for, of rows that have some, and -1 beyond: these rows draft no others
+// looked_up: [A, n], drafts that no layer is asked for, of rows that have some, and -1 beyond: these rows draft no others,
+// and no rule holds for them
 //
 // last_too: whether the states of a row's last draft are wanted, after which it chooses no other.
 //
-// -> drafts [A, n], margins [A, n] (not numbers of what was told), how many of each row's are kept [A], and each of the states [A, n + 1, .], of newest and
+// -> drafts [A, n], margins [A, n] (not numbers of those that were looked up), how many of each row's are kept [A], and each of the states [A, n + 1, .], of newest and
 // of every draft. Without a rule a row keeps what it wants; where the last row drafts no more, what would follow is zeros.
 inline std::vector<Tensor> replay_drafts(
     int64_t states_of, int64_t choice_of, const Tensor& newest, const Tensor& rows, const Tensor& positions,
-    const std::optional<Tensor>& noise, const Tensor& limits, const std::optional<Tensor>& halves, double least, const std::optional<Tensor>& told, bool last_too) {
+    const std::optional<Tensor>& noise, const Tensor& limits, const std::optional<Tensor>& halves, double least, const std::optional<Tensor>& looked_up, bool last_too) {
   Program &states_program = find_program(states_of), &choice_program = find_program(choice_of);
   const int64_t n_rows = newest.numel(), places = positions.size(1), longest = places - 1;
   for (const Tensor* numbers : {&newest, &rows, &positions, &limits}) check_dense(*numbers, ScalarType::Long);
@@ -54,11 +55,11 @@ inline std::vector<Tensor> replay_drafts(
   int64_t* kept = static_cast<int64_t*>(results[2].data_ptr());
   std::vector<int64_t> active, token, row(n_rows), at(n_rows);  // of the rows that draft on
   std::vector<double> all_right(n_rows, 1.0);
-  if (told) check_dense(*told, ScalarType::Long), check_sizes(told->numel() == n_rows * longest);
-  const int64_t* known = told ? static_cast<const int64_t*>(told->data_ptr()) : nullptr;
+  if (looked_up) check_dense(*looked_up, ScalarType::Long), check_sizes(looked_up->numel() == n_rows * longest);
+  const int64_t* known = looked_up ? static_cast<const int64_t*>(looked_up->data_ptr()) : nullptr;
   for (int64_t r = 0; r < n_rows; ++r) {
-    for (int64_t at = r * longest; known != nullptr && kept[r] < limit[r] && known[at] >= 0; ++at)
-      draft[at] = known[at], margin[at] = NAN, ++kept[r];
+    for (int64_t i = r * longest; known != nullptr && kept[r] < limit[r] && known[i] >= 0; ++i)
+      draft[i] = known[i], margin[i] = NAN, ++kept[r];
     if (kept[r] == 0) active.push_back(r), token.push_back(static_cast<const int64_t*>(newest.data_ptr())[r]);
   }
   for (int64_t place = 0; !active.empty(); ++place) {

@@ -43,11 +43,11 @@ STABLE_TORCH_LIBRARY(layerskip_moe_few_rows, library) {
   library.def("replay(int program, Tensor[] inputs, int rows) -> Tensor[]");
   library.def(
       "replay_drafts(int states_of, int choice_of, Tensor newest, Tensor rows, Tensor positions, Tensor? noise, "
-      "Tensor limits, Tensor? halves, float least, Tensor? told, bool last_too) -> Tensor[]");
+      "Tensor limits, Tensor? halves, float least, Tensor? looked_up, bool last_too) -> Tensor[]");
   library.def(
       "replay_round(int states_of, int choice_of, int verify, Tensor newest, Tensor rows, Tensor positions, Tensor? noise, "
-      "Tensor limits, Tensor? halves, float least, Tensor? told, int deepen, float sure, Tensor history, int lookup, int sure_lookup, "
-      "int most) -> Tensor[]");
+      "Tensor limits, Tensor? halves, float least, Tensor? looked_up, int deepen, float sure, Tensor history, int lookup, int sure_lookup, "
+      "int per_repeated, int most) -> Tensor[]");
   library.def("forget(int program) -> int");
 }
 

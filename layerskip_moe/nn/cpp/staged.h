@@ -36,27 +36,23 @@ inline Repetition repetition(const std::vector<int64_t>& text, int64_t least) {
   return {};
 }
 
-// Drafts that a text ends a round with, as they followed before, over the tokens by which it has repeated itself: after m of
-// these it does for k more with a probability of about m / (m + k), and a third is what running a draft through all layers
-// is worth.
-constexpr int64_t TOLD_PER_REPEATED = 2;
-
 // states_of, choice_of, newest, rows, positions, noise, limits, halves, least: as `replay_drafts` has them, of one row; the
 // first states that `states_of` gives are after the layers that propose.
 // deepen: (states [N, .], row [N], position [N]) -> states [N, .] after all layers that draft, which `choice_of` takes, too
 // sure: the least margin of a proposal that is followed
 // history: [.] the text, of which newest is the last; lookup: how many of its tokens are looked for earlier in it, 0 for no
-// such proposals; nor are there more in a round in which the first of some was wrong; sure_lookup: how many must have stood
-// there for the text to end the round, 0 if it never does
+// such proposals; sure_lookup: how many must have stood there for what followed to end the round, per_repeated times as many
+// drafts as stood there at most, 0 if it never does; neither is done again in a round in which the first of some proposals was
+// wrong
 // most: places that the later layers run over at a time
 //
-// -> drafts [1, n], margins [1, n] (not numbers of what the text told) and how many are kept [1], as `replay_drafts` has them,
-// and [5] what was done: runs of the layers that propose, runs of the others, places that both ran over, runs of the head,
-// and drafts that the text told
+// -> drafts [1, n], margins [1, n] (not numbers of those that were looked up) and how many are kept [1], as `replay_drafts` has
+// them, and [5] what was done: runs of the layers that propose, runs of the others, places that both ran over, runs of the
+// head, and drafts that were looked up
 inline std::vector<Tensor> replay_staged(
     int64_t states_of, int64_t deepen, int64_t choice_of, const Tensor& newest, const Tensor& rows, const Tensor& positions,
     const std::optional<Tensor>& noise, const Tensor& limits, const std::optional<Tensor>& halves, double least, double sure,
-    const Tensor& history, int64_t lookup, int64_t sure_lookup, int64_t most) {
+    const Tensor& history, int64_t lookup, int64_t sure_lookup, int64_t per_repeated, int64_t most) {
   Program &first = find_program(states_of), &later = find_program(deepen), &choice = find_program(choice_of);
   const int64_t longest = positions.size(1) - 1, vocabulary = noise ? noise->size(2) : 0;
   for (const Tensor* numbers : {&newest, &rows, &positions, &limits, &history}) check_dense(*numbers, ScalarType::Long);
@@ -103,7 +99,7 @@ inline std::vector<Tensor> replay_staged(
     run[0] = done == 0 ? *static_cast<const int64_t*>(newest.data_ptr()) : draft[done - 1];
     const Repetition found = repetition(text, lookup);
     if (sure_lookup > 0 && found.length >= sure_lookup) {
-      for (int64_t token : found.continuation(text, std::min(limit - done, TOLD_PER_REPEATED * found.length)))
+      for (int64_t token : found.continuation(text, std::min(limit - done, per_repeated * found.length)))
         draft[kept] = token, margin[kept++] = NAN, ++counts[4];
       break;
     }
