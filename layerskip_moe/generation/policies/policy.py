@@ -21,7 +21,7 @@ class RoundReport:
 
     Attributes:
         rows: the number of the prompt that each of A rows continues, counted over all of `generate`'s prompts
-        exit_layers: the layers that drafted; 0 where nothing was to be drafted
+        exit_layers: the layers that drafted; 0 where nothing was to be drafted, or no layer was asked
         drafted: tokens drafted and verified, no more than planned: a row that may get r more has use for r - 1, and a
             margin rule may let the last one go
         accepted: how many of them the full model agreed with, before the first that it did not
@@ -40,9 +40,9 @@ class RoundReport:
         made: drafts of each row that layers made, one more than are kept where a margin rule let one go
         looked_up: how many of each row's drafts, the last ones, no layer was asked for
         judged: for each row the margin (`nn/ragged.py`) of each draft, and whether the full model agreed, as far as
-            that is known: up to the first wrong one, and of one that was let go behind right ones. Known of rounds
-            that are one call: where all rows draft by the same layers, the policy has no `should_stop`, and sampling
-            has neither filters nor coupling="rejection". None elsewhere.
+            that is known: up to the first wrong one, and of one that was let go behind right ones, but of none that
+            was looked up. Known of rounds that are one call: where all rows draft by the same layers, the policy has
+            no `should_stop`, and sampling has neither filters nor coupling="rejection". None elsewhere.
         staged: what was done to make one row's int8 drafts in stages; None of rounds that were not
         shadow_margins: [A, L, T] float64, the margins of `shadow`; nan where there are none, and where sampling filters
             or penalises. None where `shadow` is.
