@@ -251,3 +251,16 @@ def test_texts_that_take_turns_have_their_own_lookups(looping_model):
                 assert len(policy.plan(session)) == len(session.row_numbers)
                 assert len(policy.lookup_drafts) in (0, len(session.row_numbers))
             Autoregressive().step(session)
+
+
+def test_a_text_that_does_not_repeat_itself_is_hardly_asked_at_rest(trained_model, monkeypatch):
+    """To ask takes time, and a rest is to be as fast as plain decoding."""
+    model = trained_model(n_layers=3, max_seq_len=64)
+    cost = CostModel(3, moe_layers(model.config), model.config.num_experts, 2, (1e-3, 0, 0, 1.0, 0, 1e-3, 0, 0, 0))
+    policy, asked = Adaptive(cost_model=cost), []
+    drafts = policy._text_lookup.drafts
+    monkeypatch.setattr(policy._text_lookup, "drafts", lambda *how: asked.append(how) or drafts(*how))
+    how = dict(max_new_tokens=40, temperature=2.0, seed=1)
+    out = generate(model, [[5]], SelfSpeculative(policy=policy), **how)
+    assert out.tokens == generate(model, [[5]], **how).tokens and out.stats.rounds == 40
+    assert 1 <= len(asked) <= 8

@@ -43,6 +43,7 @@ _DOUBT = 0.15  # of a fitted cost model: how far drafting may be from what it sa
 _SURE = 0.08  # doubt beyond this is worth a try of what else may be best
 # Times the margin at which the layers that propose are right half of the time: with what margin they are followed.
 _SURE_TIMES = 5.0
+_LOOK_UP = 8  # plain steps from one lookup to the next, of texts that do not repeat themselves
 _TIMED = 8  # plain steps that are timed, at the end of a rest
 
 
@@ -112,7 +113,7 @@ class Adaptive:
         self._reckoning = None if cost_model is None else Reckoning(cost_model, doubt=0.0)
         self._last: tuple[int, int] | None = None  # what the last round was: exit layer and rows; None: none
         self._rounds = self._rest = self._looks = 0
-        self._to_look, self._next_rest = _LOOK, 0
+        self._to_look, self._next_rest, self._looks_on = _LOOK, 0, False
         self._plan, self._rows = PLAIN, list[int]()
         self._n_layers, self._most_int8 = 0, MOST_DRAFTS
         self._has_room = False  # whether texts end after the longest drafts of this round
@@ -150,8 +151,10 @@ class Adaptive:
             return not self._most_drafts(n_rows)
         if n_rows < len(self._rows) and min(session.remaining) > _REST:  # of fewer rows another plan may be best
             return False
-        if any(self._look_up(session)):
-            return False
+        if self._looks_on or self._rest % _LOOK_UP == 0:  # (to ask takes time, too)
+            self._looks_on = any(self._look_up(session))
+            if self._looks_on:
+                return False
         self._rest -= 1
         return True
 
@@ -182,7 +185,7 @@ class Adaptive:
         self._acceptance = self._acceptances[kind]
         self._acceptance.begin()
         self._text_lookup.begin()
-        self._rest, self._next_rest, self._plan, self._last = 0, 0, PLAIN, None
+        self._rest, self._next_rest, self._plan, self._last, self._looks_on = 0, 0, PLAIN, None, False
         self._rows = list[int]()
         self._filters = session.sampling.filters
         if not self._acceptance.seen:  # people's text is harder than the model's own, and no measure of it for long
@@ -251,6 +254,8 @@ class Adaptive:
             return []
         found = self._text_lookup.drafts(session, most)
         drafts = [tokens for _, tokens in found]
+        if not any(drafts):  # mostly
+            return []
         if exit_layer and n_rows > 1:  # the others are to draft meanwhile, or not to wait
             return drafts if one_call or all(drafts) else []
         plain = n_rows / self._reckoning.seconds(0, 0, n_rows, n_rows)

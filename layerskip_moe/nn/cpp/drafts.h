@@ -24,11 +24,13 @@ inline double likely_right(double margin, double half) { return std::isinf(margi
 //
 // last_too: whether the states of a row's last draft are wanted, after which it chooses no other.
 //
-// -> drafts [A, n], margins [A, n] (not numbers of those that were looked up), how many of each row's are kept [A], and each of the states [A, n + 1, .], of newest and
-// of every draft. Without a rule a row keeps what it wants; where the last row drafts no more, what would follow is zeros.
+// -> drafts [A, n], margins [A, n] (not numbers of those that were looked up), how many of each row's are kept [A], and each of
+// the states [A, n + 1, .], of newest and of every draft. Without a rule a row keeps what it wants; where the last row drafts
+// no more, what would follow is zeros.
 inline std::vector<Tensor> replay_drafts(
     int64_t states_of, int64_t choice_of, const Tensor& newest, const Tensor& rows, const Tensor& positions,
-    const std::optional<Tensor>& noise, const Tensor& limits, const std::optional<Tensor>& halves, double least, const std::optional<Tensor>& looked_up, bool last_too) {
+    const std::optional<Tensor>& noise, const Tensor& limits, const std::optional<Tensor>& halves, double least,
+    const std::optional<Tensor>& looked_up, bool last_too) {
   Program &states_program = find_program(states_of), &choice_program = find_program(choice_of);
   const int64_t n_rows = newest.numel(), places = positions.size(1), longest = places - 1;
   for (const Tensor* numbers : {&newest, &rows, &positions, &limits}) check_dense(*numbers, ScalarType::Long);

@@ -46,8 +46,8 @@ STABLE_TORCH_LIBRARY(layerskip_moe_few_rows, library) {
       "Tensor limits, Tensor? halves, float least, Tensor? looked_up, bool last_too) -> Tensor[]");
   library.def(
       "replay_round(int states_of, int choice_of, int verify, Tensor newest, Tensor rows, Tensor positions, Tensor? noise, "
-      "Tensor limits, Tensor? halves, float least, Tensor? looked_up, int deepen, float sure, Tensor history, int lookup, int sure_lookup, "
-      "int per_repeated, int most) -> Tensor[]");
+      "Tensor limits, Tensor? halves, float least, Tensor? looked_up, int deepen, float sure, Tensor history, int lookup, "
+      "int sure_lookup, int per_repeated, int most) -> Tensor[]");
   library.def("forget(int program) -> int");
 }
 

@@ -14,23 +14,27 @@ namespace few_rows {
 // of the drafts that are kept, N in all, row by row; states as they were drafted, or, where it takes tokens [N] and runs
 // every layer again, these.
 // looked_up: as `replay_drafts` has it, where verification takes tokens.
-// deepen, sure, history, lookup, sure_lookup, per_repeated, most: where there is such a program (not 0), `replay_staged` drafts, of one row, and
-// verification takes tokens.
+// deepen, sure, history, lookup, sure_lookup, per_repeated, most: where there is such a program (not 0), `replay_staged` drafts,
+// of one row, and verification takes tokens.
 //
 // -> the full model's tokens [A, n + 1], drafts [A, n], their margins [A, n], how many were kept [A], how many of these it
 // agreed with before the first that it did not [A], what `replay_staged` counts [5], then what `states_of` gives but the first
-// [A, n + 1, .] and what `verify` gives but the first [N, .]. Tokens are of no meaning beyond what was kept, drafts and margins beyond one more.
+// [A, n + 1, .] and what `verify` gives but the first [N, .]. Tokens are of no meaning beyond what was kept, drafts and margins
+// beyond one more.
 inline std::vector<Tensor> replay_round(
     int64_t states_of, int64_t choice_of, int64_t verify, const Tensor& newest, const Tensor& rows, const Tensor& positions,
     const std::optional<Tensor>& noise, const Tensor& limits, const std::optional<Tensor>& halves, double least,
-    const std::optional<Tensor>& looked_up, int64_t deepen, double sure, const Tensor& history, int64_t lookup, int64_t sure_lookup, int64_t per_repeated, int64_t most) {
+    const std::optional<Tensor>& looked_up, int64_t deepen, double sure, const Tensor& history, int64_t lookup,
+    int64_t sure_lookup, int64_t per_repeated, int64_t most) {
   Program& program = find_program(verify);
   check_sizes(program.inputs.size() == 3 && !program.outputs.empty() && (!noise || noise->size(1) == positions.size(1)));
   const bool anew = program.inputs[0].scalar_type() == ScalarType::Long;
   const bool staged = deepen != 0;
   check_sizes(anew || !(staged || looked_up));
   std::vector<Tensor> drafted = staged
-      ? replay_staged(states_of, deepen, choice_of, newest, rows, positions, noise, limits, halves, least, sure, history, lookup, sure_lookup, per_repeated, most)
+      ? replay_staged(
+            states_of, deepen, choice_of, newest, rows, positions, noise, limits, halves, least, sure, history, lookup, sure_lookup,
+            per_repeated, most)
       : replay_drafts(states_of, choice_of, newest, rows, positions, noise, limits, halves, least, looked_up, !anew);
   const Tensor &drafts = drafted[0], &kept = drafted[2], &states = drafted[3];
   const int64_t n_rows = newest.numel(), places = positions.size(1), longest = places - 1;
