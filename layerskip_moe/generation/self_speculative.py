@@ -44,6 +44,7 @@ from layerskip_moe.refusals import shown
 # What a policy plans and observes it does whole: threads that share a strategy may come in between, and a callback in
 # the same thread. (One for all policies: it is held for microseconds, but where one times a model or reads a prompt.)
 _asking = threading.RLock()
+_PLAIN = Autoregressive()
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class SelfSpeculative:
                 resting = rests(session)
             if resting:
                 n_rows, started = len(session.row_numbers), _clock(session)
-                Autoregressive().step(session)
+                _PLAIN.step(session)
                 rested, seconds = getattr(policy, "rested", None), _clock(session) - started
                 if rested is not None:
                     with _asking:

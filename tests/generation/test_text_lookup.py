@@ -66,11 +66,12 @@ class Rows(SimpleNamespace):
         return self.tokens
 
 
-def test_what_is_told():
+def test_what_is_looked_up():
     repeating, fresh = [*range(REPEATED), *range(REPEATED)], list(range(50))
     lookup = TextLookup()
     found = lookup.drafts(Rows.of([repeating, fresh, repeating[:-1]], 0), 31)
-    assert found == [(REPEATED, list(range(REPEATED))), (0, []), (0, [])]  # as many as the budget
+    assert found == [(REPEATED, [0, 1, 2, 3]), (0, []), (0, [])]  # as many as the budget
+    lookup.see(0, 4, 4)
     longer = [*repeating, 0, 1, 2]
     assert lookup.drafts(Rows.of([longer, [*fresh, 0], fresh], 3), 5)[0] == (REPEATED + 3, [3, 4, 5, 6, 7])
     assert lookup.drafts(Rows.of([longer, fresh, fresh], 3, left=3), 5)[0] == (REPEATED + 3, [3, 4])
@@ -78,26 +79,28 @@ def test_what_is_told():
 
 
 def test_a_row_is_asked_less_where_it_was_wrong_and_for_more_where_it_was_right():
-    lookup, text = TextLookup(), [*range(REPEATED)] * 12
+    lookup, text = TextLookup(), [*range(REPEATED)] * 14
 
-    def told(new):
+    def drafts(new):
         return len(lookup.drafts(Rows.of([text[: 16 + new]], new), 64)[0][1])
 
-    assert told(0) == 8
+    assert drafts(0) == 4
+    lookup.see(0, 4, 4)
+    assert drafts(5) == 8
     lookup.see(0, 8, 8)
-    assert told(9) == 16
+    assert drafts(14) == 16
     lookup.see(0, 16, 8)  # right often enough
-    assert told(15) == 16
-    lookup.see(0, 16, 1)
-    assert [told(16), told(15 + 15), told(15 + 16)] == [0, 0, 8]
-    assert not lookup.pays(0, 30) and lookup.pays(0, 31) and lookup.pays(1, 0)
+    assert drafts(15) == 16
+    lookup.see(0, 16, 7)
+    assert [drafts(16), drafts(15 + 31), drafts(15 + 32)] == [0, 0, 8]
+    assert not lookup.pays(0, 46) and lookup.pays(0, 47) and lookup.pays(1, 0)
     lookup.see(0, 8, 0)
-    assert [told(31 + 31), told(31 + 32)] == [0, 4], "twice as long"
+    assert [drafts(47 + 63), lookup.pays(0, 47 + 64)] == [0, True], "twice as long"
     for _ in range(9):
         lookup.see(0, 4, 0)
-    assert lookup.pays(0, 63 + 256), "no longer than that"
+    assert not lookup.pays(0, 111 + 255) and lookup.pays(0, 111 + 256), "no longer than that"
     lookup.begin()
-    assert told(0) == 8
+    assert drafts(0) == 4
 
 
 @pytest.mark.parametrize(("repeated", "told"), [(8, 1), (9, 4), (20, 40)])

@@ -15,8 +15,8 @@ from layerskip_moe.nn.few_rows import MOST_ROWS
 from layerskip_moe.nn.ragged import LOOK_BACK, MOST_PER_REPEATED
 
 REPEATED = 8  # last tokens that must have stood in the text before
-_BUDGET, _LEAST_BUDGET = 8, 4  # drafts of a row at first, and where they were wrong
-_WAIT, _LONGEST_WAIT = 16, 256  # tokens from drafts that were wrong to the next, twice as many each time
+_BUDGET = 4  # drafts of a row at first, and at least
+_WAIT, _LONGEST_WAIT = 32, 256  # tokens from drafts that were wrong to the next, twice as many each time
 _PAYS = 0.5  # share of the drafts that must be right
 
 
@@ -73,7 +73,7 @@ class TextLookup:
             of_row.wait = _WAIT
             of_row.budget = max(of_row.budget, 2 * drafted) if right == drafted else of_row.budget
         else:
-            of_row.until, of_row.budget = of_row.at + of_row.wait, max(of_row.budget // 2, _LEAST_BUDGET)
+            of_row.until, of_row.budget = of_row.at + of_row.wait, max(of_row.budget // 2, _BUDGET)
             of_row.wait = min(2 * of_row.wait, _LONGEST_WAIT)
 
 
