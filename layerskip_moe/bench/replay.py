@@ -108,10 +108,12 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
     rounds: list[ReplayedRound] = []
     place = 0
     while place < text.length:
-        if getattr(policy, "rests", _never)(cast(Session, session)):
-            rounds.append(ReplayedRound(0, 0, 0, text.experts(place, 0, 0), text.seconds(place, 0, 0)))
-            place += 1
-            session.go_on(place)
+        if resting := int(getattr(policy, "rests", _never)(cast(Session, session))):
+            for step in range(place, min(place + resting, text.length)):
+                rounds.append(ReplayedRound(0, 0, 0, text.experts(step, 0, 0), text.seconds(step, 0, 0)))
+            place += resting
+            if place < text.length:
+                session.go_on(place)
             continue
         [(exit_layer, length)] = policy.plan(cast(Session, session))
         if length < 0 or (length and not 1 <= exit_layer <= config.n_layers):
@@ -213,9 +215,9 @@ def _shadow_margins(text: TextRounds, places: slice, shadow: torch.Tensor) -> to
     return margins.where(shadow >= 0, math.nan)
 
 
-def _never(session: Session) -> bool:
+def _never(session: Session) -> int:
     """A policy without `rests` does not."""
-    return False
+    return 0
 
 
 def _tokens(of_row: Any) -> torch.Tensor:

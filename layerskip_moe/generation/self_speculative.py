@@ -156,6 +156,10 @@ class SelfSpeculative:
     def step(self, session: Session) -> None:
         """One round: draft, verify, append what the full model chose. Raises ValueError for a plan that cannot be
         followed."""
+        if session.resting:  # (a rest is to be as fast as plain decoding)
+            session.resting -= 1
+            _PLAIN.step(session)
+            return
         drafter, policy = self.draft_model or session.model, self._policy
         rests = getattr(policy, "rests", None)
         if rests is not None:
@@ -163,6 +167,7 @@ class SelfSpeculative:
                 resting = rests(session)
             if resting:
                 n_rows, started = len(session.row_numbers), _clock(session)
+                session.resting = int(resting) - 1
                 _PLAIN.step(session)
                 rested, seconds = getattr(policy, "rested", None), _clock(session) - started
                 if rested is not None:

@@ -40,6 +40,7 @@ class Session:
     outputs, layers_run: new tokens of every row (finished ones too), and how many layers ran to choose each
     stats:   the counts of every row
     telling_seconds: how long `on_token` took until now
+    resting: steps of plain decoding until a policy is asked again; 0 as soon as a row ends
     one_call: whether rounds of self-speculation may be one call: sampling has no filters, and the strategy, which may
         say otherwise, accepts by shared noise
     """
@@ -68,6 +69,7 @@ class Session:
         self.prompt: tuple[int, RunOutput] | None = None
         self.state: Any = None
         self.telling_seconds = 0.0
+        self.resting = 0
         self.one_call = not sampling.filters
         self.rows = torch.arange(first_row, first_row + len(prompts), device=device)
         self._active = list(range(len(prompts)))  # the same rows, counted within this batch
@@ -328,7 +330,7 @@ class Session:
 
     def _keep(self, stays: list[int]) -> None:
         """Drop the finished rows, so that no work is spent on them."""
-        self._active = [self._active[index] for index in stays]
+        self._active, self.resting = [self._active[index] for index in stays], 0
         kept = torch.tensor(stays, dtype=torch.int64, device=self.newest.device)
         self.rows, self.newest, self._last_slot = self.rows[kept], self.newest[kept], self._last_slot[kept]
         self.tokens = self.tokens[kept]

@@ -286,3 +286,28 @@ def test_the_readme_s_own_policy_works(trained_model):
     assert len(code.strip().splitlines()) <= 25
     plain = generate(names["model"], names["prompts"], max_new_tokens=32)
     assert names["out"].tokens == plain.tokens and names["out"].stats.accepted > 0
+
+
+def test_a_rest_is_so_many_plain_steps_and_ends_with_a_row(trained_model, monkeypatch):
+    """The policy is asked after them, and not before; a number of rows that it has not seen it is asked about."""
+
+    class Rests(Fixed):
+        def rests(self, session):
+            asked.append((len(session.row_numbers), session.remaining[0]))
+            return self.draft_length
+
+        def rested(self, rows, seconds):
+            timed.append((rows, seconds > 0))
+
+    asked, timed = [], []
+    model, prompts = trained_model(), [[3, 9, 21], [5]]
+    plain = generate(model, prompts, max_new_tokens=10)
+    out = generate(model, prompts, SelfSpeculative(policy=Rests(1, 4)), max_new_tokens=10)
+    assert out.tokens == plain.tokens and asked == [(2, 10), (2, 6), (2, 2)] and timed == [(2, True)] * 3
+    asked.clear()
+    ends = plain.tokens[0][5]  # one row's text ends here, the other's goes on, mostly
+    out = generate(model, prompts, SelfSpeculative(policy=Rests(1, 4)), max_new_tokens=10, stop_tokens=[ends])
+    assert out.tokens == generate(model, prompts, max_new_tokens=10, stop_tokens=[ends]).tokens
+    lengths = sorted(map(len, out.tokens))
+    assert lengths[0] < lengths[1], "or this shows nothing"
+    assert (1, 10 - lengths[0] - 1) in asked

@@ -266,4 +266,4 @@ def test_a_text_that_does_not_repeat_itself_is_hardly_asked_at_rest(trained_mode
     how = dict(max_new_tokens=40, temperature=2.0, seed=1)
     out = generate(model, [[5]], SelfSpeculative(policy=policy), **how)
     assert out.tokens == generate(model, [[5]], **how).tokens and out.stats.rounds == 40
-    assert 1 <= len(asked) <= 8
+    assert 1 <= len(asked) <= 5

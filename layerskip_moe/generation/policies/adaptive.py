@@ -142,21 +142,22 @@ class Adaptive:
             self._reckoning = Reckoning(cost, doubt=_DOUBT)
         self.cost_model, self._prepared_for, self._prepared_how = cost, weakref.ref(model), (rows, one_call)
 
-    def rests(self, session: Session) -> bool:
-        """Whether this step is one of plain decoding, of which nothing is to be told."""
+    def rests(self, session: Session) -> int:
+        """How many steps are plain decoding from here on, of which nothing is to be told but of the first."""
         if self._is_new_text(session):
             self._begin(session)
         n_rows = len(session.row_numbers)
         if not self._rest:
-            return not self._most_drafts(n_rows)
+            return 0 if self._most_drafts(n_rows) else _LOOK_UP
         if n_rows < len(self._rows) and min(session.remaining) > _REST:  # of fewer rows another plan may be best
-            return False
-        if self._looks_on or self._rest % _LOOK_UP == 0:  # (to ask takes time, too)
+            return 0
+        if self._looks_on or self._rest >= _TIMED:  # (to ask takes time, too)
             self._looks_on = any(self._look_up(session))
             if self._looks_on:
-                return False
-        self._rest -= 1
-        return True
+                return 0
+        steps = min(max(self._rest - _TIMED, 1), _LOOK_UP)  # (the last ones are timed, each by itself)
+        self._rest -= steps
+        return steps
 
     def rested(self, rows: int, seconds: float) -> None:
         """How long that step took. The last few before a look count, which are not cold, and next to what follows."""

@@ -84,10 +84,10 @@ class Policy(Protocol):
         `experts`. Left aside with coupling="rejection"
     stage: asked after each `plan`: how int8 drafts of one row are made in two stages, a `Stage`, or None; where fewer
         layers are to draft than it says, or the same, it is left aside
-    rests: a method of the session, asked first: where it returns True, this step is one of plain decoding, without
-        `plan` and `observe`
-    rested: a method of (rows, seconds), called after such a step: of how many rows it was, and how long it took, as in
-        `RoundReport.seconds`
+    rests: a method of the session, asked first: how many steps are plain decoding from here on, without `plan` and
+        `observe`, or until a row ends, before it is asked again; 0: none is
+    rested: a method of (rows, seconds), called after the first of them: of how many rows it was, and how long it took,
+        as in `RoundReport.seconds`
     prepare: a method of (model, rows, one_call), called before a batch of so many rows and before anything is timed;
         one_call: whether rounds may be one call, for sampling has no filters, and coupling is "shared"
     """
