@@ -28,6 +28,7 @@ _STYLES = (
     ("#6b6b6b", "v"),
     ("#8c1d40", "<"),
     ("#e69f00", ">"),
+    ("#7f4fc9", "p"),
 )
 # What no policy does: the tree, the oracle that is held to one exit layer, and the other.
 _OTHERS = {"best tree": ("white", "v"), "oracle of one": ("white", "*"), "oracle": ("#f0e442", "*")}
