@@ -15,7 +15,7 @@ Knows nothing of how policies are compared. Next: `policies.py`, which does; `ro
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -55,28 +55,35 @@ class ReplayedRound:
 class ReplaySession:
     """What stands in for `Session` in `plan`: of one row, those of its attributes that a plan may depend on.
 
-    model has nothing but its `config`; the prompt is that of `text_rounds`.
+    model has nothing but its `config`; the prompt is that of `text_rounds`; place: how many new tokens there are.
     """
 
     text_rounds: TextRounds
     model: SimpleNamespace
     sampling: Sampling
     row_numbers: list[int]
-    remaining: list[int]
     max_new_tokens: int
-    newest: torch.Tensor
-    new_tokens: list[list[int]] = field(default_factory=lambda: [[]])
+    place: int = 0
     one_call: bool = True
+
+    @property
+    def remaining(self) -> list[int]:
+        """As `Session.remaining`."""
+        return [self.max_new_tokens - self.place]
+
+    @property
+    def new_tokens(self) -> list[list[int]]:
+        """As `Session.new_tokens`."""
+        return [self.text_rounds.tokens[: self.place].tolist()]
+
+    @property
+    def newest(self) -> torch.Tensor:
+        """As `Session.newest`."""
+        return torch.tensor([self.texts()[0][-1:]])
 
     def texts(self) -> list[list[int]]:
         """As `Session.texts`."""
-        return [self.text_rounds.all_tokens[: self.text_rounds.text.prompt_length + len(self.new_tokens[0])]]
-
-    def go_on(self, place: int) -> None:
-        """The text has so many new tokens now."""
-        [new] = self.new_tokens
-        new += self.text_rounds.tokens[len(new) : place].tolist()
-        self.remaining, self.newest = [self.max_new_tokens - place], torch.tensor([new[-1:]])
+        return [self.text_rounds.all_tokens[: self.text_rounds.text.prompt_length + self.place]]
 
     def prompt_agreement(self, exits: Sequence[int]) -> list[dict[int, list[Judged]]]:
         """As `Session.prompt_agreement`."""
@@ -101,19 +108,14 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
         model=SimpleNamespace(config=config),
         sampling=Sampling(text.text.temperature, seed=text.text.seed),
         row_numbers=[0],
-        remaining=[text.length],
         max_new_tokens=text.length,
-        newest=torch.tensor([[int(text.text.tokens[text.text.prompt_length - 1])]]),
     )
     rounds: list[ReplayedRound] = []
-    place = 0
-    while place < text.length:
+    while (place := session.place) < text.length:
         if resting := int(getattr(policy, "rests", _never)(cast(Session, session))):
-            for step in range(place, min(place + resting, text.length)):
+            session.place = min(place + resting, text.length)
+            for step in range(place, session.place):
                 rounds.append(ReplayedRound(0, 0, 0, text.experts(step, 0, 0), text.seconds(step, 0, 0)))
-            place += resting
-            if place < text.length:
-                session.go_on(place)
             continue
         [(exit_layer, length)] = policy.plan(cast(Session, session))
         if length < 0 or (length and not 1 <= exit_layer <= config.n_layers):
@@ -133,8 +135,8 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
             )
         if lookups:
             drafted, made, confidences, looked_up = limit, 0, list[float](), limit
-            same = (one == other for one, other in zip(lookups, text.tokens[place:].tolist(), strict=False))
-            accepted = [*same, False][: limit + 1].index(False)
+            same = (one == other for one, other in zip(lookups[:limit], text.tokens[place:].tolist(), strict=False))
+            accepted = [*same, False].index(False)
         else:
             drafted, confidences = _draft(text, place, exit_layer, limit, policy, int8)
             made, looked_up = min(drafted + 1, limit) if stop is None else drafted, 0
@@ -149,8 +151,7 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
         asked = limit and stop is None and not lookups
         judged = _judged(text, place, exit_layer, min(accepted + 1, made), int8) if asked else None
         shadow = _shadow(text, places, policy, config) if policy.shadow and not lookups else None
-        place += accepted + 1
-        session.go_on(place)
+        session.place += accepted + 1
         report = RoundReport(
             rows=[0],
             exit_layers=[exit_layer],

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from layerskip_moe.analysis.trace import Array, TracedText
+from layerskip_moe.generation.ngrams import Text
 from layerskip_moe.generation.policies.text_lookup import REPEATED
 from layerskip_moe.nn import ModelConfig
 from layerskip_moe.nn.ragged import LOOK_BACK, Stage, Staged
@@ -111,7 +112,7 @@ class TextRounds:
 
     def foretold(self, place: int) -> int:
         """How many tokens from a place on are right, whichever lookup that policies do finds them."""
-        return max(self.repetition(place, least)[1] for least in (Stage(1, 0.0).lookup, REPEATED))
+        return max(self.repetition(place, least)[1] for least in (Stage.lookup, REPEATED))
 
     def seconds(
         self,
@@ -141,14 +142,9 @@ class TextRounds:
 
 def repeated_tokens(tokens: Sequence[int], end: int, least: int) -> tuple[int, int]:
     """Where the last tokens before `end` last stood, `least` or more: how many of them, and how many tokens from `end`
-    on are what followed them there, as the kernel finds it; (0, 0) where they stand nowhere else. In texts that end,
-    which are taken to go on repeating themselves."""
-    text = tokens[max(end - LOOK_BACK, 0) : end]
-    for start in range(len(text) - 1 - least, -1, -1) if least else ():
-        if text[start : start + least] == text[len(text) - least :]:
-            length, period = least, len(text) - start - least
-            while length < start + least and text[start + least - 1 - length] == text[-1 - length]:
-                length += 1
-            same = (tokens[at] == tokens[at - period] for at in range(end, len(tokens)))
-            return length, [*same, False].index(False)
-    return 0, 0
+    on are what followed them there, as the kernel finds it; (0, 0) where they stand nowhere else."""
+    if not least:
+        return 0, 0
+    text, after = Text(tokens[max(end - LOOK_BACK, 0) : end], least, least), tokens[end:]
+    same = (one == other for one, other in zip(text.continuation(len(after)), after, strict=False))
+    return text.repeated(LOOK_BACK), [*same, False].index(False)

@@ -62,7 +62,7 @@ def staged_drafts(
 
 
 def foreseen_drafts(
-    text: TextRounds, place: int, asked: int, looked_up: int, proposing: int, lookup: int = Stage(1, 0.0).lookup
+    text: TextRounds, place: int, asked: int, looked_up: int, proposing: int, lookup: int = Stage.lookup
 ) -> Staged:
     """The least that is done to make right drafts in stages, where it is known which proposals are right: none other is
     followed. asked, looked_up: how many drafts layers are asked for, and how many are looked up after them."""

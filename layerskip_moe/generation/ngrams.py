@@ -65,9 +65,7 @@ class Texts:
     """The `Text` of each active row of a session."""
 
     def __init__(self, session: Session, longest: int, shortest: int) -> None:
-        lengths = session.cache.lengths.tolist()
-        rows = zip(session.tokens.tolist(), lengths, strict=True)
-        self.rows = [Text(tokens[: length + 1], longest, shortest) for tokens, length in rows]
+        self.rows = [Text(tokens, longest, shortest) for tokens in session.texts()]
 
     def extend(self, tokens: Tensor, accepted: Sequence[int]) -> None:
         """Add to each row the first accepted[r] + 1 of its tokens [A, T]."""

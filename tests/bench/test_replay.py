@@ -153,6 +153,39 @@ def test_what_followed_before(text, data, least):
     assert repeated_tokens(text, end, least) == (longest, [*map(int.__eq__, longer[end:], after), False].index(False))
 
 
+class LooksFar:
+    """A policy that looks up more than there is room for: the text itself, or what it is not, from the third place."""
+
+    shadow, should_stop = False, None
+
+    def __init__(self, said):
+        self.said = said
+
+    def plan(self, session):
+        place = len(session.new_tokens[0])
+        right = self.said[place:].tolist()
+        self.lookup_drafts = [[*right[:2], *(right[2:] if place % 2 else [1] * 9), 0, 0, 0]]
+        return [(1, 1)]
+
+    def observe(self, round):
+        pass
+
+
+def test_lookups_have_the_very_rounds_of_decoding(small_model, texts, cost_of):
+    """Also where more is looked up than the text has room for."""
+    model = small_model()
+    for text in texts:
+        said = text.tokens[text.prompt_length :]
+        told, (again, rounds) = (
+            really(model, [text], LooksFar(said)),
+            replayed(model, [text], LooksFar(said), cost_of(4)),
+        )
+        assert [round.accepted for round in rounds[0]] == [report.accepted[0] for report in told[0]]
+        for real, copy in zip(told[0], again[0], strict=True):
+            assert (copy.drafted, copy.looked_up, copy.made) == (real.drafted, real.looked_up, real.made)
+            assert copy.exit_layers == real.exit_layers == [0] and copy.judged is real.judged is None
+
+
 @needs_kernels
 def test_copies_say_other_things_than_the_weights(texts):
     """Or the test above shows nothing."""

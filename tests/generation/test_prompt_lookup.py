@@ -47,9 +47,7 @@ def test_a_repetition_goes_on_repeating():
 
 
 def test_texts_follow_the_rows_that_stay():
-    session = SimpleNamespace(tokens=torch.tensor([[1, 2, 0], [3, 0, 0], [4, 5, 4]]), cache=SimpleNamespace())
-    session.cache.lengths = torch.tensor([1, 0, 2])  # the newest token is at its length
-    texts = Texts(session, 3, 1)
+    texts = Texts(SimpleNamespace(texts=lambda: [[1, 2], [3], [4, 5, 4]]), 3, 1)
     texts.extend(torch.tensor([[1, 9], [3, 3], [8, 8]]), [0, 1, 0])
     texts.select(torch.tensor([0, 2]))
     assert [text.continuation(2) for text in texts.rows] == [[2, 1], []]
