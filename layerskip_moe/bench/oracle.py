@@ -28,7 +28,7 @@ def fixed_seconds(text: TextRounds, exit_layer: int, draft_length: int, *, int8:
 
 
 class ForeseenRound(NamedTuple):
-    """A round whose drafts are all right: the layers that draft, 0 where the text tells them or there are none, how
+    """A round whose drafts are all right: the layers that draft, 0 where they are looked up or there are none, how
     many drafts, whether they are int8, and what is done to make them in stages, if they are."""
 
     exit_layer: int
@@ -38,22 +38,28 @@ class ForeseenRound(NamedTuple):
 
 
 def oracle(
-    text: TextRounds, exit_layers: Sequence[int], int8_exits: Sequence[int] = (), proposing: int = 0
+    text: TextRounds,
+    exit_layers: Sequence[int],
+    int8_exits: Sequence[int] = (),
+    proposing: int = 0,
+    *,
+    lookup: bool = True,
 ) -> list[ForeseenRound]:
     """The rounds that make the text's continuation in the least seconds.
 
     least(N) = 0 and least(n) = min over e in exit_layers and d >= 0 of seconds(n, e, d) + least(n + d + 1), where
     the d drafts from layer e at n are all right, and over int8 drafts by int8_exits likewise, one by one or, where
-    `has_stages` says so, in stages: then it is known which proposals are right, and the text tells the last drafts
-    wherever it repeats itself, or all, in rounds that ask no layer. Longer drafts are not tried: what a round
-    refuses, it had better not have drafted.
+    `has_stages` says so, in stages: then it is known which proposals are right, and the last drafts are looked up
+    wherever the text repeats itself, or all, in rounds that ask no layer. Without proposing and lookup it is the best
+    that choosing a pair of exit layer and draft length can do. Longer drafts are not tried: what a round refuses, it
+    had better not have drafted.
     """
     least = [0.0] * (text.length + 1)
     best = [ForeseenRound(0, 0)] * text.length
     in_stages = [exit_layer for exit_layer in int8_exits if has_stages(exit_layer, proposing)]
     for place in reversed(range(text.length)):
         rest = text.length - place - 1
-        looked_up = min(text.foretold(place), rest, few_rows.MOST_ROWS - 1)
+        looked_up = min(text.foretold(place), rest, few_rows.MOST_ROWS - 1) if lookup else 0
         ways = [ForeseenRound(0, drafted) for drafted in range(looked_up + 1)]
         for exits, int8 in ((exit_layers, False), (int8_exits, True)):
             for exit_layer in exits:
@@ -80,7 +86,7 @@ def oracle(
 
 def _in_stages(text: TextRounds, place: int, proposing: int) -> list[tuple[int, Staged]]:
     """Numbers of drafts, 1 and more, and what is done to make them in stages, by layers that are right as long as they
-    are asked: the text tells the rest as soon as it does."""
+    are asked: the rest is looked up as soon as it can be."""
     rest = min(text.length - place - 1, text.most_int8)
     ways, asked = list[tuple[int, Staged]](), 0
     for drafted in range(1, rest + 1):

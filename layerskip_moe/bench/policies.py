@@ -30,6 +30,9 @@ from layerskip_moe.generation.policies import Fixed
 from layerskip_moe.generation.policies.exits import proposing_layers
 from layerskip_moe.nn import ModelConfig
 
+# To which policies are on the way from the best fixed pair: that of pairs, as it is, and that of every way to draft.
+ORACLES = "oracle of pairs", "oracle"
+
 
 @dataclass(frozen=True)
 class PolicyRun:
@@ -65,7 +68,8 @@ class PolicyComparison:
         fixed_seconds: [exit layers, draft lengths] of all prompts together
         int8_exit_layers, int8_draft_lengths, int8_fixed_seconds: likewise, of int8 drafts; none where these were not
             recorded
-        runs: plain, best fixed, then the policies, the best tree, then the oracles of one exit layer and of all
+        runs: plain, best fixed, then the policies, the best tree, then the oracles: of pairs of exit layer and draft
+            length, as plans are; and of every way to draft, by one exit layer and by all
         told: how well exits tell where they are right, as `told_by_margin` has it
         resamples: of the prompts, for the intervals
         seed: of these
@@ -91,7 +95,7 @@ class PolicyComparison:
         totals = seconds.sum(axis=1)
         resampled = seconds[:, drawn].sum(axis=2)  # [runs, resamples]
         names = [run.name for run in self.runs]
-        plain, fixed, best = (names.index(name) for name in ("plain", "best fixed", "oracle"))
+        plain, fixed = names.index("plain"), names.index("best fixed")
         rows = []
         for index, run in enumerate(self.runs):
             rows.append(
@@ -101,7 +105,12 @@ class PolicyComparison:
                     "draftable": run.make is not None,
                     "tokens_per_second": sum(self.tokens) / float(totals[index]),
                     "speed_up": _interval(totals[plain] / totals[index], resampled[plain] / resampled[index]),
-                    "share_of_way": _interval(*(_share(part, index, fixed, best) for part in (totals, resampled))),
+                    "share_of_way": {
+                        best: _interval(
+                            *(_share(part, index, fixed, names.index(best)) for part in (totals, resampled))
+                        )
+                        for best in ORACLES
+                    },
                     "faster_than": {
                         other: _interval(
                             totals[names.index(other)] / totals[index] - 1,
@@ -169,7 +178,7 @@ def compare_policies(
     proposing = proposing_layers(config.n_layers) if most_int8 else 0
     if policies is None:
         policies = contenders(config.n_layers, cost, int8_cost if most_int8 else None, most_int8)
-    total = 2 + 2 * len(exits) + len(int8_exits) + sum(map(len, policies.values()))
+    total = 3 + 2 * len(exits) + len(int8_exits) + sum(map(len, policies.values()))
     with tqdm(total=total, desc="replaying policies", disable=not progress, leave=False) as bar:
 
         def grid(layers: Sequence[int], lengths: Sequence[int], *, int8: bool) -> Array:
@@ -190,9 +199,12 @@ def compare_policies(
             bar.update()
             return PolicyRun(name, make, setting, replay(rounds, policy, config))
 
-        def oracle_of(name: str, layers: Sequence[int], int8_layers: Sequence[int], setting: str | None) -> PolicyRun:
+        def oracle_of(
+            name: str, layers: Sequence[int], int8_layers: Sequence[int], setting: str | None, *, pairs: bool = False
+        ) -> PolicyRun:
             bar.update()
-            found = [_as_rounds(text, oracle(text, layers, int8_layers, proposing)) for text in rounds]
+            way = partial(oracle, proposing=0 if pairs else proposing, lookup=not pairs)
+            found = [_as_rounds(text, way(text, layers, int8_layers)) for text in rounds]
             return PolicyRun(name, None, setting, found)
 
         seconds, int8_seconds = grid(exits, lengths, int8=False), grid(int8_exits, int8_lengths, int8=True)
@@ -209,6 +221,7 @@ def compare_policies(
         if isinstance(cost, CostModel):
             setting, tree = best_tree(rounds, cost, exits, lengths)
             runs.append(PolicyRun("best tree", None, setting, tree))
+        runs.append(oracle_of("oracle of pairs", exits, int8_exits, None, pairs=True))
         ones = [oracle_of("oracle of one", [layer], [], f"exit layer {layer}") for layer in exits]
         ones += [oracle_of("oracle of one", [], [layer], f"exit layer {layer}, int8") for layer in int8_exits]
         runs.append(_fastest(ones))

@@ -6,7 +6,8 @@
     exit             layers that drafted, mean over the rounds that did
     drafts           tokens drafted and verified, mean over all rounds
     int8             share of the rounds that drafted whose drafts are made from int8 copies
-    way              from the best fixed pair's tokens/s, 0%, to the oracle's, 100%, which may draft in stages
+    way              from the best fixed pair's tokens/s, 0%, to 100% where each round has its best pair, in hindsight
+    whole way        to 100% where each is drafted in the best way there is, also in stages and by lookups
     agrees           share of tokens at which an exit says what the last layer says
     told by margin   how often it is larger where they agree than where not: area under the ROC curve, 0.50 is chance
     by probability   likewise
@@ -20,6 +21,7 @@ from typing import Any
 from layerskip_moe.analysis.findings import decoding_label
 from layerskip_moe.analysis.report_text.markdown import code, figure, number, percent, table
 from layerskip_moe.bench.contenders import PUBLISHED
+from layerskip_moe.bench.policies import ORACLES
 from layerskip_moe.bench.tables import aligned
 
 _HEAD = (
@@ -34,6 +36,8 @@ _HEAD = (
     "drafts",
     "int8",
     "way",
+    "95%",
+    "whole way",
     "95%",
 )
 _TOLD_HEAD = ("exit layer", "agrees", "told by margin", "by probability")
@@ -84,7 +88,7 @@ def _tables(comparison: Mapping[str, Any]) -> Iterator[tuple[Sequence[str], list
 
 
 def _cells(row: Mapping[str, Any]) -> Sequence[str]:
-    way = row["share_of_way"]
+    ways = [cell for name in ORACLES for cell in _way(row["share_of_way"][name])]
     return (
         row["name"] if row["setting"] is None else f"{row['name']} ({row['setting']})",
         number(row["tokens_per_second"], 1),
@@ -96,9 +100,13 @@ def _cells(row: Mapping[str, Any]) -> Sequence[str]:
         number(row["mean_exit_layer"], 1),
         number(row["mean_draft_length"], 1),
         _whole_percent(row["int8_share"]),
-        _whole_percent(way["value"]),
-        "-" if way["low"] is None else f"{_whole_percent(way['low'])} to {_whole_percent(way['high'])}",
+        *ways,
     )
+
+
+def _way(share: Mapping[str, Any]) -> tuple[str, str]:
+    low, high = _whole_percent(share["low"]), _whole_percent(share["high"])
+    return _whole_percent(share["value"]), "-" if share["low"] is None else f"{low} to {high}"
 
 
 def _faster(difference: Mapping[str, Any] | None) -> str:

@@ -30,21 +30,23 @@ def compared(small_model, cost_of, texts, policies=None, **how):
 def test_ends_and_what_lies_between(small_model, cost_of, texts):
     report = compared(small_model, cost_of, texts).as_report()
     rows = {row["name"]: row for row in report["rows"]}
-    assert list(rows) == ["plain", "best fixed", *PUBLISHED, "oracle of one", "oracle"]
+    assert list(rows) == ["plain", "best fixed", *PUBLISHED, "oracle of pairs", "oracle of one", "oracle"]
     assert report["prompts"] == 5 and report["tokens"] == 120
     grid = np.array(report["speed_up"])
     assert grid.shape == (3, 6) and grid[:, 0] == pytest.approx(1)
     assert rows["best fixed"]["speed_up"]["value"] == pytest.approx(grid.max())
     layer, length = np.unravel_index(grid.argmax(), grid.shape)
     assert rows["best fixed"]["setting"] == f"exit layer {layer + 1}, {length} drafts"
-    assert rows["best fixed"]["share_of_way"] == {"value": 0, "low": 0, "high": 0}
-    assert rows["oracle"]["share_of_way"] == {"value": 1, "low": 1, "high": 1}
+    for oracle in ("oracle of pairs", "oracle"):
+        assert rows["best fixed"]["share_of_way"][oracle] == {"value": 0, "low": 0, "high": 0}
+        assert rows[oracle]["share_of_way"][oracle] == {"value": 1, "low": 1, "high": 1}
     speeds = {name: row["tokens_per_second"] for name, row in rows.items()}
     assert all(speeds[name] < speeds["oracle"] for name in PUBLISHED)
     assert speeds["best fixed"] < speeds["oracle of one"] < speeds["oracle"]
-    way = (speeds["DEL"] - speeds["best fixed"]) / (speeds["oracle"] - speeds["best fixed"])
-    assert rows["DEL"]["share_of_way"]["value"] == pytest.approx(way)
-    assert rows["DEL"]["share_of_way"]["low"] < way < rows["DEL"]["share_of_way"]["high"]
+    assert speeds["best fixed"] < speeds["oracle of pairs"] <= speeds["oracle"]
+    for oracle, share in rows["DEL"]["share_of_way"].items():
+        way = (speeds["DEL"] - speeds["best fixed"]) / (speeds[oracle] - speeds["best fixed"])
+        assert share["value"] == pytest.approx(way) and share["low"] < way < share["high"]
     faster = rows["DEL"]["faster_than"]["Cascade"]
     assert faster["value"] == pytest.approx(speeds["DEL"] / speeds["Cascade"] - 1)
     assert faster["low"] < faster["value"] < faster["high"]
@@ -76,6 +78,8 @@ def test_int8_drafts_are_compared_where_they_were_recorded(small_model, invented
             assert f"{row['name']}, {row['speed_up']['value']:.2f} x" in named[row["int8_share"] > 0.5]
     assert rows["fixed in stages"]["setting"].startswith("exit layer 4, 7 drafts, sure at ")
     assert rows["oracle"]["tokens_per_second"] >= max(row["tokens_per_second"] for row in report["rows"])
+    pairs = rows["oracle of pairs"]["tokens_per_second"]
+    assert rows["best fixed"]["tokens_per_second"] < pairs < rows["oracle"]["tokens_per_second"]
     with_none = compare_policies(texts, config, cost_of(4), **how).as_report()
     assert with_none["int8_exit_layers"] == with_none["int8_speed_up"] == []
 

@@ -23,20 +23,20 @@ def rows(length):
     return st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=3, max_size=3)
 
 
-def by_brute_force(text, drafters):
-    """Least seconds, over drafts of all lengths, longer than what is accepted too."""
+def by_brute_force(text, drafters, *, pairs=False):
+    """Least seconds, over drafts of all lengths, longer than what is accepted, too; one by one, if of pairs."""
 
     @functools.cache
     def least(place):
         if place == text.length:
             return 0.0
-        looked_up = min(text.foretold(place), text.length - place - 1)  # no layer is asked for these
+        looked_up = 0 if pairs else min(text.foretold(place), text.length - place - 1)  # no layer is asked for these
         found = [text.seconds(place, 0, drafted) + least(place + drafted + 1) for drafted in range(looked_up + 1)]
         for layer, int8 in drafters:
             for drafted in range(1, min(text.length - place, text.most_int8 + 1 if int8 else text.length)):
                 after = place + text.accepted(place, layer, drafted, int8=int8) + 1
                 found.append(text.seconds(place, layer, drafted, int8=int8) + least(after))
-                for asked in range(drafted + 1) if int8 and layer >= 2 else ():
+                for asked in range(drafted + 1) if int8 and layer >= 2 and not pairs else ():
                     looked_up = drafted - asked
                     right = text.accepted(place, layer, asked, int8=True) == asked
                     if right and (not looked_up or text.foretold(place + asked) >= looked_up):
@@ -54,14 +54,16 @@ def by_brute_force(text, drafters):
     seed=st.integers(0, 99),
     exits=st.sampled_from([[1, 2, 3], [2], [3, 1], []]),
     int8_exits=st.sampled_from([[], [4], [2, 4]]),
+    pairs=st.booleans(),
 )
-def test_oracle_is_the_best_of_all_ways(small_model, invented_text, cost_of, right, seed, exits, int8_exits):
+def test_oracle_is_the_best_of_all_ways(small_model, invented_text, cost_of, right, seed, exits, int8_exits, pairs):
     invented = invented_text(small_model().config, right, seed, int8_drafts=6)
     text = TextRounds(invented, small_model().config, cost_of(4), cost_of(4, 0.3))
-    rounds, place, seconds = oracle(text, exits, int8_exits, proposing=1), 0, 0.0
+    rounds, place, seconds = oracle(text, exits, int8_exits, proposing=1 - pairs, lookup=not pairs), 0, 0.0
     for layer, drafted, int8, staged in rounds:
         looked_up = staged.looked_up if staged else drafted if layer == 0 else 0
         asked = drafted - looked_up
+        assert not (pairs and (staged or looked_up))
         assert layer in (int8_exits if int8 else exits) or not asked
         assert not looked_up or text.foretold(place + asked) >= looked_up
         assert text.accepted(place, layer, asked, int8=int8) == asked
@@ -69,7 +71,7 @@ def test_oracle_is_the_best_of_all_ways(small_model, invented_text, cost_of, rig
         place += drafted + 1
     assert place == text.length
     drafters = [(layer, False) for layer in exits] + [(layer, True) for layer in int8_exits]
-    assert seconds == pytest.approx(by_brute_force(text, drafters))
+    assert seconds == pytest.approx(by_brute_force(text, drafters, pairs=pairs))
 
 
 @settings(deadline=None, max_examples=30)

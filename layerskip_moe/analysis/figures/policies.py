@@ -30,8 +30,13 @@ _STYLES = (
     ("#e69f00", ">"),
     ("#7f4fc9", "p"),
 )
-# What no policy does: the tree, the oracle that is held to one exit layer, and the other.
-_OTHERS = {"best tree": ("white", "v"), "oracle of one": ("white", "*"), "oracle": ("#f0e442", "*")}
+# What no policy does: the tree, and the oracles, that of pairs and those that draft in every way.
+_OTHERS = {
+    "best tree": ("white", "v"),
+    "oracle of pairs": ("#56b4e9", "*"),
+    "oracle of one": ("white", "*"),
+    "oracle": ("#f0e442", "*"),
+}
 
 
 def policy_map(comparisons: Sequence[Mapping[str, Any]]) -> "Figure":
