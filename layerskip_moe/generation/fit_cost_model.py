@@ -126,7 +126,8 @@ def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int], int8_drafts: 
     if int8_drafts:
         int8_copies(model)  # which is not to be timed
     policy = _OneAfterAnother(int8_drafts)
-    timed = [some for rows in sizes for some in _time_rounds(model, rows, policy, kinds, seconds / len(sizes))]
+    shares = [(rows, seconds * rows / sum(sizes)) for rows in sizes]  # the rounds of more take longer
+    timed = [some for rows, share in shares for some in _time_rounds(model, rows, policy, kinds, share)]
     blocks = [block for some in timed for block in some]
     top_k = config.top_k * bool(config.num_experts)
     empty = CostModel(config.n_layers, moe_layers(config), config.num_experts, top_k, (), int8_drafts)
@@ -208,7 +209,9 @@ def _kinds(config: ModelConfig, batch_size: int, exits: Sequence[int], most: int
     """The rounds to time: plain ones, early to late exits, no drafts, short and long drafts, of at most so many."""
     exits = exits or list(dict.fromkeys(max(config.n_layers // part, 1) for part in (6, 4, 2)))
     exits = exits if batch_size == 1 else list(dict.fromkeys([exits[0], exits[-1]]))  # their rounds take longer
-    longest = max(min(most, few_rows.MOST_ROWS // batch_size - 1, config.max_seq_len - 4), 1)
+    # (Of several rows half of what there may be: the longest would take the time that several turns of all need.)
+    room = few_rows.MOST_ROWS // batch_size // min(batch_size, 2)
+    longest = max(min(most, room - 1, config.max_seq_len - 4), 1)
     pairs = [_Kind(exit_layer, length) for exit_layer in exits for length in sorted({1, longest})]
     let_go = [_Kind(exit_layer, 1, True) for exit_layer in sorted({exits[0], exits[-1]})]
     return [_Kind(0, 0), *pairs, *(_Kind(exits[-1], length) for length in range(3, longest, most // 2)), *let_go]

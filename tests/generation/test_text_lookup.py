@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerskip_moe.bench.rounds import repeated_tokens
 from layerskip_moe.generation import Autoregressive, Sampling, SelfSpeculative, Session, generate
 from layerskip_moe.generation.cost_model import CostModel, moe_layers
 from layerskip_moe.generation.ngrams import Text
@@ -24,14 +23,20 @@ PROMPTS = [[4, 5, 6] * 5, [3, 9, 21], [7, 2] * 6]
 
 @given(st.lists(st.integers(0, 2), max_size=25), st.integers(1, 4), st.integers(0, 6))
 def test_a_text_knows_how_long_it_has_repeated_itself(tokens, count, wanted):
-    """By the definition of the other place where that is looked for, which reads the text from its end."""
+    """By the definition: the latest place where its last tokens stood before, and all that stood there before these."""
     text = Text(tokens, count, count)
-    repeated = text.repeated(99)
-    assert repeated == repeated_tokens(tokens, len(tokens), count)[0]
-    assert not repeated or text.repeated(count) == count
-    found = text.continuation(wanted)
-    assert len(found) == (wanted if repeated else 0)
-    assert not repeated or repeated_tokens([*tokens, *found], len(tokens), count) == (repeated, wanted)
+    found, repeated = text.continuation(wanted), text.repeated(99)
+    starts = [at for at in range(len(tokens) - count) if tokens[at : at + count] == tokens[len(tokens) - count :]]
+    if not starts:
+        assert repeated == 0 and found == []
+        return
+    next_ = starts[-1] + count
+    ends = (size for size in range(count, next_ + 1) if tokens[next_ - size : next_] == tokens[len(tokens) - size :])
+    assert repeated == max(ends) and text.repeated(count) == count
+    longer = list(tokens)
+    for _ in range(wanted):
+        longer.append(longer[next_ + len(longer) - len(tokens)])
+    assert found == longer[len(tokens) :]
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +106,13 @@ def test_a_row_is_asked_less_where_it_was_wrong_and_for_more_where_it_was_right(
     assert not lookup.pays(0, 111 + 255) and lookup.pays(0, 111 + 256), "no longer than that"
     lookup.begin()
     assert drafts(0) == 4
+    lookup.see(0, 4, 0)
+    assert not lookup.pays(0, 255) and lookup.pays(0, 256), "no sooner in the next text"
+    lookup.see(0, 4, 4)
+    lookup.begin()
+    assert drafts(0) == 4
+    lookup.see(0, 4, 0)
+    assert not lookup.pays(0, 31) and lookup.pays(0, 32), "but where they have been right since"
 
 
 @pytest.mark.parametrize(("repeated", "told"), [(8, 1), (9, 4), (20, 40)])

@@ -437,9 +437,17 @@ def test_what_counts_as_few():
     assert not few_rows.are_few(x)
 
 
-@pytest.mark.parametrize("place", [0, 3, 6])
-def test_what_is_not_a_number_is_chosen_as_torch_chooses_it(place):
-    logits = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
-    logits[1, place] = logits[1, 6] = float("nan")
-    with torch.no_grad():
-        assert few_rows.choose(logits, None).tolist() == logits.argmax(dim=-1).tolist()
+strange = st.sampled_from([0.0, 1.0, 1.5, -2.0, math.inf, -math.inf, math.nan])
+
+
+@given(st.lists(strange, min_size=1, max_size=40), st.booleans(), seeds)
+@settings(max_examples=200, deadline=None)
+@torch.no_grad()
+def test_ties_and_what_is_not_finite_are_chosen_as_torch_chooses_them(values, noisy, seed):
+    logits = torch.tensor([values, values[::-1]])
+    noise = torch.randint(2, logits.shape, generator=torch.Generator().manual_seed(seed)).double() if noisy else None
+    scores = logits.double() if noise is None else logits + noise
+    tokens, margins = few_rows.choose_by_margin(logits, noise)
+    assert tokens.tolist() == scores.argmax(dim=-1).tolist()
+    largest = torch.cat([scores, torch.full((2, 1), -math.inf, dtype=torch.float64)], dim=1).topk(2, dim=-1).values
+    torch.testing.assert_close(margins, largest[:, 0] - largest[:, 1], rtol=0, atol=0, equal_nan=True)

@@ -2,7 +2,8 @@
 is needed to draft it.
 
 A text that has repeated itself for m tokens goes on to do so for k more with a probability of about m / (m + k). Each
-row has a budget, which grows while its lookups are right; where they are wrong, nothing is looked up for a while.
+row has a budget, which grows while its lookups are right; where they are wrong, nothing is looked up for a while, and
+for as long in the next text, if its first lookup is wrong, too.
 
 Knows nothing of time. Next: `adaptive.py`, which weighs such drafts against it; `../ngrams.py`, which looks up.
 """
@@ -38,6 +39,7 @@ class TextLookup:
 
     def __init__(self) -> None:
         self._rows: dict[int, _Row] = {}
+        self._wait = _WAIT  # of a row of which nothing is known
 
     def begin(self) -> None:
         """Forget the rows: other texts begin."""
@@ -45,7 +47,7 @@ class TextLookup:
 
     def pays(self, row: int, new_tokens: int) -> bool:
         """Whether that row's lookups are worth drafting, now that it has so many new tokens."""
-        of_row = self._rows.setdefault(row, _Row())
+        of_row = self._of(row)
         of_row.at = new_tokens
         return new_tokens >= of_row.until
 
@@ -53,7 +55,7 @@ class TextLookup:
         """For each active row, by how many tokens its text has repeated itself, `REPEATED` or more, and what followed,
         `most` drafts at most; 0 and [] where it does not, or is not asked."""
         numbers, new_tokens, found = session.row_numbers, session.new_tokens, list[tuple[int, list[int]]]()
-        rows = [self._rows.setdefault(row, _Row()) for row in numbers]
+        rows = [self._of(row) for row in numbers]
         if any(row.text is None for row in rows):
             for row, tokens, new in zip(rows, session.texts(), new_tokens, strict=True):
                 row.text, row.known = Text(tokens[-LOOK_BACK:], REPEATED, REPEATED), len(new)
@@ -68,13 +70,17 @@ class TextLookup:
 
     def see(self, row: int, drafted: int, right: int) -> None:
         """Of so many drafts that were looked up when the row was asked last, these were right."""
-        of_row = self._rows.setdefault(row, _Row())
+        of_row = self._of(row)
         if right >= _PAYS * drafted:
             of_row.wait = _WAIT
             of_row.budget = max(of_row.budget, 2 * drafted) if right == drafted else of_row.budget
         else:
             of_row.until, of_row.budget = of_row.at + of_row.wait, max(of_row.budget // 2, _BUDGET)
             of_row.wait = min(2 * of_row.wait, _LONGEST_WAIT)
+        self._wait = of_row.wait
+
+    def _of(self, row: int) -> _Row:
+        return self._rows.setdefault(row, _Row(wait=self._wait))
 
 
 def expected_right(repeated: int, drafted: int) -> float:

@@ -181,18 +181,51 @@ struct Choice {
   double margin;
 };
 
-// Where a row's logits, plus noise if there is any, are largest.
+// Numbers of noise at a time.
+constexpr int64_t LANES = WIDTH / 2;
+using Doubles = double __attribute__((vector_size(8 * LANES)));
+using Numbered = int64_t __attribute__((vector_size(8 * LANES)));
+using FewFloats = float __attribute__((vector_size(4 * LANES)));
+
+// Where a row's logits, plus noise if there is any, are largest; of equal ones the first, and the first that is not a number,
+// if there is one, as torch has it.
 inline Choice choose_of(const float* logits, const double* noise, int64_t vocabulary) {
-  const auto score = [&](int64_t token) { return logits[token] + (noise == nullptr ? 0.0 : noise[token]); };
-  int64_t best = 0;
-  double largest = score(0), second = -INFINITY;
-  for (int64_t token = 1; token < vocabulary && !std::isnan(largest); ++token) {  // (as torch: the first that is not a number)
-    const double one = score(token);
-    if (one <= second) continue;
-    if (one <= largest) second = one;
-    else second = largest, largest = one, best = token;
+  const int64_t whole = vocabulary - vocabulary % LANES;
+  Doubles largest = Doubles{} - INFINITY, second = largest;
+  Numbered best = {}, at = {}, no_numbers = {};
+  for (int64_t lane = 0; lane < LANES; ++lane) at[lane] = lane;
+  for (int64_t token = 0; token < whole; token += LANES, at += LANES) {
+    Doubles score = __builtin_convertvector(copy_from<FewFloats>(logits + token), Doubles);
+    if (noise != nullptr) score += copy_from<Doubles>(noise + token);
+    no_numbers |= score != score;
+    const Numbered larger = score > largest;
+    const Doubles lower = larger ? largest : score;
+    second = lower > second ? lower : second;
+    largest = larger ? score : largest;
+    best = larger ? at : best;
   }
-  return {best, largest - second};
+  Choice choice{0, 0};
+  double top = -INFINITY, next = -INFINITY;
+  const auto meet = [&](double score, int64_t token) {
+    const bool first = score > top || (score == top && token < choice.token);
+    next = first ? top : std::max(next, score);
+    if (first) top = score, choice.token = token;
+  };
+  bool numbers = true;
+  for (int64_t lane = 0; lane < LANES; ++lane) {
+    numbers &= !no_numbers[lane];
+    meet(largest[lane], best[lane]);
+    next = std::max(next, second[lane]);
+  }
+  for (int64_t token = whole; token < vocabulary; ++token) {
+    const double score = logits[token] + (noise == nullptr ? 0.0 : noise[token]);
+    numbers &= !std::isnan(score);
+    meet(score, token);
+  }
+  choice.margin = top - next;
+  for (int64_t token = 0; !numbers; ++token)
+    if (std::isnan(logits[token] + (noise == nullptr ? 0.0 : noise[token]))) return {token, NAN};
+  return choice;
 }
 
 // Without noise a row's margin is that of its logits.
