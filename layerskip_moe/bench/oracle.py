@@ -45,7 +45,8 @@ def oracle(
     *,
     lookup: bool = True,
 ) -> list[ForeseenRound]:
-    """The rounds that make the text's continuation in the least seconds.
+    """The rounds that make the text's continuation in the least seconds. proposing: layers that propose where int8
+    drafts are made in stages, 0: none are; lookup: whether drafts may be looked up.
 
     least(N) = 0 and least(n) = min over e in exit_layers and d >= 0 of seconds(n, e, d) + least(n + d + 1), where
     the d drafts from layer e at n are all right, and over int8 drafts by int8_exits likewise, one by one or, where

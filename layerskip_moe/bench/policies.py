@@ -30,7 +30,7 @@ from layerskip_moe.generation.policies import Fixed
 from layerskip_moe.generation.policies.exits import proposing_layers
 from layerskip_moe.nn import ModelConfig
 
-# To which policies are on the way from the best fixed pair: that of pairs, as it is, and that of every way to draft.
+# What `share_of_way` leads to, from the best fixed pair: the best choice of pairs, and the best of every way to draft.
 ORACLES = "oracle of pairs", "oracle"
 
 
@@ -178,7 +178,7 @@ def compare_policies(
     proposing = proposing_layers(config.n_layers) if most_int8 else 0
     if policies is None:
         policies = contenders(config.n_layers, cost, int8_cost if most_int8 else None, most_int8)
-    total = 3 + 2 * len(exits) + len(int8_exits) + sum(map(len, policies.values()))
+    total = 2 + 2 * (len(exits) + len(int8_exits)) + 1 + sum(map(len, policies.values()))
     with tqdm(total=total, desc="replaying policies", disable=not progress, leave=False) as bar:
 
         def grid(layers: Sequence[int], lengths: Sequence[int], *, int8: bool) -> Array:
@@ -203,8 +203,8 @@ def compare_policies(
             name: str, layers: Sequence[int], int8_layers: Sequence[int], setting: str | None, *, pairs: bool = False
         ) -> PolicyRun:
             bar.update()
-            way = partial(oracle, proposing=0 if pairs else proposing, lookup=not pairs)
-            found = [_as_rounds(text, way(text, layers, int8_layers)) for text in rounds]
+            foresee = partial(oracle, proposing=0 if pairs else proposing, lookup=not pairs)
+            found = [_as_rounds(text, foresee(text, layers, int8_layers)) for text in rounds]
             return PolicyRun(name, None, setting, found)
 
         seconds, int8_seconds = grid(exits, lengths, int8=False), grid(int8_exits, int8_lengths, int8=True)
@@ -267,7 +267,7 @@ def _as_rounds(text: TextRounds, foreseen: Sequence[ForeseenRound]) -> list[Repl
 def _counts(rounds_by_prompt: Sequence[Sequence[ReplayedRound]], tokens: int) -> dict[str, Any]:
     """What a run's rounds come to."""
     rounds = [round for rounds in rounds_by_prompt for round in rounds]
-    drafting = [round for round in rounds if round.exit_layer and round.drafted]  # (or the text told all)
+    drafting = [round for round in rounds if round.exit_layer and round.drafted]  # (or all were looked up)
     drafted = sum(round.drafted for round in rounds)
     experts = [fmean(round.experts) for round in rounds if round.experts]
     return {

@@ -6,7 +6,7 @@
     exit             layers that drafted, mean over the rounds that did
     drafts           tokens drafted and verified, mean over all rounds
     int8             share of the rounds that drafted whose drafts are made from int8 copies
-    way              from the best fixed pair's tokens/s, 0%, to 100% where each round has its best pair, in hindsight
+    way              from the best fixed pair's tokens/s, 0%, to 100%, each round's best pair; more by other drafts
     whole way        to 100% where each is drafted in the best way there is, also in stages and by lookups
     agrees           share of tokens at which an exit says what the last layer says
     told by margin   how often it is larger where they agree than where not: area under the ROC curve, 0.50 is chance

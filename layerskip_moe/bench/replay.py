@@ -79,7 +79,8 @@ class ReplaySession:
     @property
     def newest(self) -> torch.Tensor:
         """As `Session.newest`."""
-        return torch.tensor([self.texts()[0][-1:]])
+        end = self.text_rounds.text.prompt_length + self.place
+        return torch.tensor([self.text_rounds.all_tokens[end - 1 : end]])
 
     def texts(self) -> list[list[int]]:
         """As `Session.texts`."""

@@ -142,7 +142,7 @@ class TextRounds:
 
 def repeated_tokens(tokens: Sequence[int], end: int, least: int) -> tuple[int, int]:
     """Where the last tokens before `end` last stood, `least` or more: how many of them, and how many tokens from `end`
-    on are what followed them there, as the kernel finds it; (0, 0) where they stand nowhere else."""
+    on are what followed them there, as the kernel finds it; (0, 0) where they stand nowhere else, or `least` is 0."""
     if not least:
         return 0, 0
     text, after = Text(tokens[max(end - LOOK_BACK, 0) : end], least, least), tokens[end:]

@@ -4,7 +4,7 @@
     layerskip-moe bench policies --trace runs/trace.npz --out runs/policies
     layerskip-moe bench policies --trace runs/trace.npz --checkpoint runs/main/model --check
 
-Beside them stand the best fixed pair of exit layer and draft length, and the oracle that knows the future. Without a
+Beside them stand the best fixed pair of exit layer and draft length, and oracles that know the future. Without a
 checkpoint nothing is timed, and the same command prints the same numbers again.
 """
 

@@ -126,8 +126,10 @@ def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int], int8_drafts: 
     if int8_drafts:
         int8_copies(model)  # which is not to be timed
     policy = _OneAfterAnother(int8_drafts)
-    shares = [(rows, seconds * rows / sum(sizes)) for rows in sizes]  # the rounds of more take longer
-    timed = [some for rows, share in shares for some in _time_rounds(model, rows, policy, kinds, share)]
+    # (The rounds of all take longer, and are what is decoded for most of the time.)
+    shares = [(rows, seconds * rows / sum(sizes)) for rows in sizes]
+    at_most = _AT_MOST * seconds / len(sizes)
+    timed = [some for rows, share in shares for some in _time_rounds(model, rows, policy, kinds, share, at_most)]
     blocks = [block for some in timed for block in some]
     top_k = config.top_k * bool(config.num_experts)
     empty = CostModel(config.n_layers, moe_layers(config), config.num_experts, top_k, (), int8_drafts)
@@ -142,16 +144,17 @@ def _head_over_layer(model: MoEDecoder) -> float:
 
 
 def _time_rounds(
-    model: MoEDecoder, rows: int, policy: _OneAfterAnother, kinds: list[_Kind], wanted: float
+    model: MoEDecoder, rows: int, policy: _OneAfterAnother, kinds: list[_Kind], wanted: float, at_most: float
 ) -> list[list[_Block]]:
-    """Steps of so many rows, of all kinds in turn, for about as many seconds: of each turn its blocks."""
+    """Steps of so many rows, of all kinds in turn, for about as many seconds, and for no more than so many where two
+    turns take longer: of each turn its blocks."""
     config = model.config
     blocks, started, draw = list[list[_Block]](), time.perf_counter(), random.Random(rows)
     most = _BLOCKS * len(kinds) * max(wanted / _SECONDS, 1.0)
     least, before, sessions = 2 * len(kinds), -1, 0  # the first of a kind is recorded, and takes longer
 
     def is_over() -> bool:
-        late = time.perf_counter() - started > wanted * (1.0 if len(blocks) >= least else _AT_MOST)
+        late = time.perf_counter() - started > (wanted if len(blocks) >= least else at_most)
         return late or len(blocks) >= most
 
     while before < len(blocks) and not is_over():
@@ -209,9 +212,10 @@ def _kinds(config: ModelConfig, batch_size: int, exits: Sequence[int], most: int
     """The rounds to time: plain ones, early to late exits, no drafts, short and long drafts, of at most so many."""
     exits = exits or list(dict.fromkeys(max(config.n_layers // part, 1) for part in (6, 4, 2)))
     exits = exits if batch_size == 1 else list(dict.fromkeys([exits[0], exits[-1]]))  # their rounds take longer
-    # (Of several rows half of what there may be: the longest would take the time that several turns of all need.)
-    room = few_rows.MOST_ROWS // batch_size // min(batch_size, 2)
-    longest = max(min(most, room - 1, config.max_seq_len - 4), 1)
+    room = few_rows.MOST_ROWS // batch_size - 1
+    if batch_size > 1:  # half of it: the longest would take the time that several turns of all kinds need
+        room = max(room // 2, min(room, 2))
+    longest = max(min(most, room, config.max_seq_len - 4), 1)
     pairs = [_Kind(exit_layer, length) for exit_layer in exits for length in sorted({1, longest})]
     let_go = [_Kind(exit_layer, 1, True) for exit_layer in sorted({exits[0], exits[-1]})]
     return [_Kind(0, 0), *pairs, *(_Kind(exits[-1], length) for length in range(3, longest, most // 2)), *let_go]

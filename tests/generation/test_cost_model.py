@@ -202,3 +202,22 @@ def test_costs_beside_others_have_plain_decoding_in_common():
 def test_no_time_is_none_to_fit_by(tiny_model):
     with pytest.raises(ValueError, match="seconds=0 must be above 0"):
         fit_cost_model(tiny_model(), seconds=0)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 11, 16, 21, 31, 40, 64])
+def test_rounds_are_timed_at_several_lengths_where_there_is_room(tiny_model, rows):
+    kinds = fitting._kinds(tiny_model().config, rows, (), 11)
+    lengths, room = {kind.drafts for kind in kinds if kind.exit_layer}, 64 // rows - 1
+    assert min(lengths) == 1 and max(lengths) <= max(room, 1) and (len(lengths) > 1) == (room > 1)
+
+
+def test_every_size_of_a_batch_is_timed_in_every_way(tiny_model, monkeypatch):
+    """However little of the time falls to few rows."""
+    found = []
+    monkeypatch.setattr(fitting, "_AT_MOST", math.inf)
+    monkeypatch.setattr(fitting, "_fitted_to", lambda empty, blocks, head: found.extend(blocks))
+    model = tiny_model()
+    fitting._fit(model, 8, (), False, 0.05)
+    kinds = {(kind.exit_layer, kind.drafts) for kind in fitting._kinds(model.config, 8, (), 5)}
+    for rows in (2, 8):
+        assert {(block.exit_layer, block.made[0]) for block in found if len(block.made) == rows} == kinds

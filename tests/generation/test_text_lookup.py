@@ -113,6 +113,22 @@ def test_a_row_is_asked_less_where_it_was_wrong_and_for_more_where_it_was_right(
     assert drafts(0) == 4
     lookup.see(0, 4, 0)
     assert not lookup.pays(0, 31) and lookup.pays(0, 32), "but where they have been right since"
+    lookup.begin()
+    assert drafts(0) == 4
+    lookup.see(0, 4, 0)
+    assert not lookup.pays(0, 63) and lookup.pays(0, 64), "twice as long as in the text before"
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_the_row_that_was_right_says_how_long_the_next_texts_wait(wrong):
+    lookup = TextLookup()
+    for row in (0, 1):
+        assert lookup.pays(row, 0) and lookup.pays(2, 0)
+        lookup.see(row, 4, 0 if row == wrong else 4)
+    lookup.begin()
+    assert lookup.pays(0, 0)
+    lookup.see(0, 4, 0)
+    assert not lookup.pays(0, 31) and lookup.pays(0, 32)
 
 
 @pytest.mark.parametrize(("repeated", "told"), [(8, 1), (9, 4), (20, 40)])
@@ -273,8 +289,8 @@ def test_a_text_that_does_not_repeat_itself_is_hardly_asked_at_rest(trained_mode
     model = trained_model(n_layers=3, max_seq_len=64)
     cost = CostModel(3, moe_layers(model.config), model.config.num_experts, 2, (1e-3, 0, 0, 1.0, 0, 1e-3, 0, 0, 0))
     policy, asked = Adaptive(cost_model=cost), []
-    drafts = policy._text_lookup.drafts
-    monkeypatch.setattr(policy._text_lookup, "drafts", lambda *how: asked.append(how) or drafts(*how))
+    drafts = TextLookup.drafts
+    monkeypatch.setattr(TextLookup, "drafts", lambda *how: asked.append(how) or drafts(*how))
     how = dict(max_new_tokens=40, temperature=2.0, seed=1)
     out = generate(model, [[5]], SelfSpeculative(policy=policy), **how)
     assert out.tokens == generate(model, [[5]], **how).tokens and out.stats.rounds == 40

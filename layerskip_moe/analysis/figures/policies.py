@@ -33,7 +33,7 @@ _STYLES = (
 # What no policy does: the tree, and the oracles, that of pairs and those that draft in every way.
 _OTHERS = {
     "best tree": ("white", "v"),
-    "oracle of pairs": ("#56b4e9", "*"),
+    "oracle of pairs": ("#b8e0a8", "*"),
     "oracle of one": ("white", "*"),
     "oracle": ("#f0e442", "*"),
 }

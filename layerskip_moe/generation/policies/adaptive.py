@@ -109,6 +109,7 @@ class Adaptive:
         self._acceptances: dict[tuple[bool, bool, bool], Acceptance] = {}
         self._acceptance: Acceptance | None = None
         self._is_new_text, self._text_lookup = NewText(), TextLookup()
+        self._text_lookups: dict[tuple[bool, bool, bool], TextLookup] = {}  # likewise
         # (A given cost model is taken as it is.)
         self._reckoning = None if cost_model is None else Reckoning(cost_model, doubt=0.0)
         self._last: tuple[int, int] | None = None  # what the last round was: exit layer and rows; None: none
@@ -136,7 +137,7 @@ class Adaptive:
         if not cost.is_of(config):
             raise ValueError("the cost model is of another network; fit one to this model, or leave it out.")
         if self._prepared_for is None or self._prepared_for() is not model:
-            self._acceptances, self._looks, self._to_look = {}, 0, _LOOK
+            self._acceptances, self._text_lookups, self._looks, self._to_look = {}, {}, 0, _LOOK
             self._is_new_text, self._plan, self._rest, self._rows = NewText(), PLAIN, 0, []
         if cost is not self.cost_model:
             self._reckoning = Reckoning(cost, doubt=_DOUBT)
@@ -185,6 +186,7 @@ class Adaptive:
             self._acceptances[kind] = Acceptance(self.exits, sure=whole)
         self._acceptance = self._acceptances[kind]
         self._acceptance.begin()
+        self._text_lookup = self._text_lookups.setdefault(kind, TextLookup())
         self._text_lookup.begin()
         self._rest, self._next_rest, self._plan, self._last, self._looks_on = 0, 0, PLAIN, None, False
         self._rows = list[int]()

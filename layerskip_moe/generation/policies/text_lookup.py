@@ -2,8 +2,8 @@
 is needed to draft it.
 
 A text that has repeated itself for m tokens goes on to do so for k more with a probability of about m / (m + k). Each
-row has a budget, which grows while its lookups are right; where they are wrong, nothing is looked up for a while, and
-for as long in the next text, if its first lookup is wrong, too.
+row has a budget, which grows while its lookups are right; where they are wrong, nothing is looked up for a while,
+twice as long each time, also from one text to the next, until one is right.
 
 Knows nothing of time. Next: `adaptive.py`, which weighs such drafts against it; `../ngrams.py`, which looks up.
 """
@@ -24,7 +24,8 @@ _PAYS = 0.5  # share of the drafts that must be right
 @dataclass
 class _Row:
     """What is known of one row: its text; how many new tokens it had when it was asked last, and how many of these the
-    text has; its budget; until which new token nothing is looked up, and for how many more where it is wrong again."""
+    text has; its budget; until which new token nothing is looked up, and for how many more where it is wrong again; and
+    whether it was told how many were right."""
 
     text: Text | None = None
     at: int = 0
@@ -32,17 +33,20 @@ class _Row:
     budget: int = _BUDGET
     until: int = 0
     wait: int = _WAIT
+    told: bool = False
 
 
 class TextLookup:
-    """Of the rows of one batch: what their texts say comes next, and how often that was right."""
+    """Of the rows of one batch after another, texts of one kind: what they say comes next, and how often that was
+    right."""
 
     def __init__(self) -> None:
         self._rows: dict[int, _Row] = {}
         self._wait = _WAIT  # of a row of which nothing is known
 
     def begin(self) -> None:
-        """Forget the rows: other texts begin."""
+        """Forget the rows, but for how long the one that was right last would wait: other texts begin."""
+        self._wait = min((row.wait for row in self._rows.values() if row.told), default=self._wait)
         self._rows.clear()
 
     def pays(self, row: int, new_tokens: int) -> bool:
@@ -71,13 +75,13 @@ class TextLookup:
     def see(self, row: int, drafted: int, right: int) -> None:
         """Of so many drafts that were looked up when the row was asked last, these were right."""
         of_row = self._of(row)
+        of_row.told = True
         if right >= _PAYS * drafted:
             of_row.wait = _WAIT
             of_row.budget = max(of_row.budget, 2 * drafted) if right == drafted else of_row.budget
         else:
             of_row.until, of_row.budget = of_row.at + of_row.wait, max(of_row.budget // 2, _BUDGET)
             of_row.wait = min(2 * of_row.wait, _LONGEST_WAIT)
-        self._wait = of_row.wait
 
     def _of(self, row: int) -> _Row:
         return self._rows.setdefault(row, _Row(wait=self._wait))

@@ -181,24 +181,25 @@ struct Choice {
   double margin;
 };
 
-// Numbers of noise at a time.
+// As many float64 numbers as a register has room for.
 constexpr int64_t LANES = WIDTH / 2;
 using Doubles = double __attribute__((vector_size(8 * LANES)));
-using Numbered = int64_t __attribute__((vector_size(8 * LANES)));
-using FewFloats = float __attribute__((vector_size(4 * LANES)));
+using Indices = int64_t __attribute__((vector_size(8 * LANES)));
+using HalfFloats = float __attribute__((vector_size(4 * LANES)));
 
 // Where a row's logits, plus noise if there is any, are largest; of equal ones the first, and the first that is not a number,
 // if there is one, as torch has it.
 inline Choice choose_of(const float* logits, const double* noise, int64_t vocabulary) {
+  const auto score_of = [&](int64_t token) { return logits[token] + (noise == nullptr ? 0.0 : noise[token]); };
   const int64_t whole = vocabulary - vocabulary % LANES;
   Doubles largest = Doubles{} - INFINITY, second = largest;
-  Numbered best = {}, at = {}, no_numbers = {};
+  Indices best = {}, at = {}, is_nan = {};
   for (int64_t lane = 0; lane < LANES; ++lane) at[lane] = lane;
   for (int64_t token = 0; token < whole; token += LANES, at += LANES) {
-    Doubles score = __builtin_convertvector(copy_from<FewFloats>(logits + token), Doubles);
-    if (noise != nullptr) score += copy_from<Doubles>(noise + token);
-    no_numbers |= score != score;
-    const Numbered larger = score > largest;
+    const Doubles logit = __builtin_convertvector(copy_from<HalfFloats>(logits + token), Doubles);
+    const Doubles score = logit + (noise == nullptr ? Doubles{} : copy_from<Doubles>(noise + token));
+    is_nan |= score != score;
+    const Indices larger = score > largest;
     const Doubles lower = larger ? largest : score;
     second = lower > second ? lower : second;
     largest = larger ? score : largest;
@@ -213,18 +214,18 @@ inline Choice choose_of(const float* logits, const double* noise, int64_t vocabu
   };
   bool numbers = true;
   for (int64_t lane = 0; lane < LANES; ++lane) {
-    numbers &= !no_numbers[lane];
+    numbers &= !is_nan[lane];
     meet(largest[lane], best[lane]);
     next = std::max(next, second[lane]);
   }
   for (int64_t token = whole; token < vocabulary; ++token) {
-    const double score = logits[token] + (noise == nullptr ? 0.0 : noise[token]);
+    const double score = score_of(token);
     numbers &= !std::isnan(score);
     meet(score, token);
   }
   choice.margin = top - next;
   for (int64_t token = 0; !numbers; ++token)
-    if (std::isnan(logits[token] + (noise == nullptr ? 0.0 : noise[token]))) return {token, NAN};
+    if (std::isnan(score_of(token))) return {token, NAN};
   return choice;
 }
 
