@@ -40,6 +40,7 @@ class SpeculationSettings:
         draft_lengths: of the fixed pairs, at the exit layers that `Adaptive` tries
         int8_draft_lengths: of fixed pairs whose drafts are int8, at the last of these layers and at the last of all
         wrong_tokens: decoded where no draft is ever right
+        wrong_repeats: how often that is done with each prompt, each time with another seed
         batch_size: prompts of the batch, whose lengths differ
         batches: how many, each of other prompts
         seed: of prompts and of sampling
@@ -52,6 +53,7 @@ class SpeculationSettings:
     draft_lengths: tuple[int, ...] = (1, 2, 3, 4, 6)
     int8_draft_lengths: tuple[int, ...] = (7, 15)
     wrong_tokens: int = 512
+    wrong_repeats: int = 3
     batch_size: int = 8
     batches: int = 10
     seed: int = 0
@@ -77,7 +79,7 @@ def speculation_benchmark(
         with drafts_never_right():
             compared = compare_decoding(
                 model,
-                prompts,
+                [*prompts] * settings.wrong_repeats,
                 {"plain": Autoregressive(), "adaptive": SelfSpeculative()},
                 max_new_tokens=settings.wrong_tokens,
                 temperature=temperature,

@@ -55,7 +55,8 @@ def run(arguments: list[str]) -> None:
     groups = {"speculation": Options, "text": Text, "settings": fields_of(SpeculationSettings)}
     options, text, flags = parse("layerskip-moe bench speculation", __doc__, groups, arguments)
     settings = SpeculationSettings(**vars(flags))
-    for name in ("num_prompts", "prompt_length", "max_new_tokens", "wrong_tokens", "batch_size", "batches"):
+    lengths = ("prompt_length", "max_new_tokens", "wrong_tokens")
+    for name in ("num_prompts", *lengths, "wrong_repeats", "batch_size", "batches"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name}={getattr(settings, name)} must be 1 or more.")
     if options.threads is not None:

@@ -92,7 +92,13 @@ def test_shadows_and_prompts_are_wrong_too(network):
 
 def test_rows_and_tables(network):
     settings = SpeculationSettings(
-        max_new_tokens=6, draft_lengths=(1, 2), wrong_tokens=8, batch_size=3, batches=2, temperatures=(0.0, 0.7)
+        max_new_tokens=6,
+        draft_lengths=(1, 2),
+        wrong_tokens=8,
+        wrong_repeats=2,
+        batch_size=3,
+        batches=2,
+        temperatures=(0.0, 0.7),
     )
     result = speculation_benchmark(network, {"one": PROMPTS, "other": PROMPTS[::-1]}, settings, progress=False)
     assert [(row["text"], row["temperature"]) for row in result["rows"]] == [
@@ -108,7 +114,7 @@ def test_rows_and_tables(network):
         assert row["best_fixed"]["speed_up"] == max(pair["speed_up"] for pair in row["grid"])
         assert row["identical_in_grid"] == row["outputs_in_grid"] == 4 * 9
         assert row["over_best_fixed"]["low"] <= row["over_best_fixed"]["median"] <= row["over_best_fixed"]["high"]
-    assert [row["prompts"] for row in result["wrong"]] == [4, 4] and result["wrong"][0]["tokens"] == 8
+    assert [row["prompts"] for row in result["wrong"]] == [8, 8] and result["wrong"][0]["tokens"] == 8
     for row in result["batch"]:
         assert (row["batch_size"], row["identical"], row["outputs"]) == (3, 6, 6)
     tables = speculation_text(result).split("\n\n")

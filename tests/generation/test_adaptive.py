@@ -404,6 +404,39 @@ def test_what_was_given_is_taken_as_it_is(fitted):
     assert policy._reckoning.offset == 0.0
 
 
+def rests_of_a_text(policy, session, count):
+    """How many plain steps lie before each of so many looks, where no exit is ever right."""
+    rests = []
+    while len(rests) < count:
+        rests.append(0)
+        while steps := policy.rests(session):
+            rests[-1] += steps
+            policy.rested(1, steps * policy.cost_model.round_seconds([0], [0]))
+        [(exit_layer, length)] = policy.plan(session)
+        length = min(length, 1)
+        tokens = torch.arange(length + 1)[None]
+        wrong, margins = torch.full((1, N_LAYERS, length + 1), 20), torch.ones(1, N_LAYERS, length + 1).double()
+        exits, seconds = [exit_layer if length else 0], policy.cost_model.round_seconds([exit_layer], [length])
+        asked = dict(shadow=wrong, shadow_margins=margins) if policy.shadow else {}
+        judged = [[(1.0, False)] * length]
+        policy.observe(
+            RoundReport([0], exits, [length], [0], [[]], seconds, tokens, made=[length], judged=judged, **asked)
+        )
+    return rests
+
+
+def test_a_text_begins_with_a_quarter_of_the_last_one_s_rest(fitted):
+    policy, session = fitted(row=0.5)
+    first = rests_of_a_text(policy, session, 40)
+    assert first[0] == 0 and first[-1] == 256, "nothing is known at first, and in the end nothing pays"
+    assert [rest for rest in first if rest][:5] == [16, 32, 64, 128, 256]
+    assert rests_of_a_text(policy, OneText(session.model), 3) == [64, 128, 256]
+    assert rests_of_a_text(policy, OneText(session.model), 1) == [64]
+    sampled = OneText(session.model, Sampling(temperature=0.8))
+    assert rests_of_a_text(policy, sampled, 12)[0] == 0, "another kind of text"
+    assert rests_of_a_text(policy, OneText(session.model), 1) == [16], "of which the last text was not"
+
+
 @pytest.mark.parametrize("policy", [Adaptive, DEL])
 @pytest.mark.parametrize(("outer", "inner"), [(8, 4), (4, 8)])
 def test_texts_of_two_models_at_once(trained_model, policy, outer, inner):

@@ -38,13 +38,14 @@ _RETHINK = 8  # rounds from one choice of a plan to the next
 # Rounds from one look at what other exits would have said to the next, times the rows: at first, and later.
 _LOOK, _LOOK_LATER = 10, 96
 _REST, _LONGEST_REST = 16, 256  # steps of plain decoding from one look to the next, where drafting does not pay
+_SHORTER = 4  # times the last text's rest is that of the next, which is of the same kind, at first
 _KNOWN = 30  # drafts judged of each exit, after which a text may begin without a look
 _DOUBT = 0.15  # of a fitted cost model: how far drafting may be from what it says, beside plain steps
 _SURE = 0.08  # doubt beyond this is worth a try of what else may be best
 # Times the margin at which the layers that propose are right half of the time: with what margin they are followed.
 _SURE_TIMES = 5.0
-_LOOK_UP = 8  # plain steps from one lookup to the next, of texts that do not repeat themselves
-_TIMED = 8  # plain steps that are timed, at the end of a rest
+_LOOK_UP = 16  # plain steps from one lookup to the next, of texts that do not repeat themselves
+_TIMED = 4  # plain steps that are timed, at the end of a rest
 
 
 class Adaptive:
@@ -63,9 +64,9 @@ class Adaptive:
     for one that is 2% better, by what exits promise and by how much of their promises they have kept; drafting must
     promise 3% more than plain decoding, 6% of two to four rows or by int8 copies, 20% of more, and less while costs
     are in doubt. Every now and then a round asks what other exits would have said. Where drafting does not pay,
-    decoding is plain for 16 steps, then 32, and so on up to 256, from look to look. What was learnt of acceptance is
-    kept from text to text, and how long steps take beside what was reckoned, too: where it is in doubt which of the
-    two is faster, the other one is tried.
+    decoding is plain for 16 steps, then 32, and so on up to 256, from look to look; a text of the same kind begins with
+    a quarter of the last one's rest. What was learnt of acceptance is kept from text to text, and how long steps take
+    beside what was reckoned, too: where it is in doubt which of the two is faster, the other one is tried.
 
     length: the most drafts of a row in a round, K; None: 7, or 31 int8 ones or such that are looked up. Of several
         rows as many as make 64 places together, of 33 to 64 none
@@ -184,11 +185,13 @@ class Adaptive:
         if kind not in self._acceptances:
             whole = [self._n_layers] if self.int8_drafts else []
             self._acceptances[kind] = Acceptance(self.exits, sure=whole)
+        goes_on = self._acceptance is self._acceptances[kind]
         self._acceptance = self._acceptances[kind]
         self._acceptance.begin()
         self._text_lookup = self._text_lookups.setdefault(kind, TextLookup())
         self._text_lookup.begin()
-        self._rest, self._next_rest, self._plan, self._last, self._looks_on = 0, 0, PLAIN, None, False
+        self._next_rest = self._next_rest // _SHORTER if goes_on else 0
+        self._rest, self._plan, self._last, self._looks_on = 0, PLAIN, None, False
         self._rows = list[int]()
         self._filters = session.sampling.filters
         if not self._acceptance.seen:  # people's text is harder than the model's own, and no measure of it for long
@@ -202,7 +205,7 @@ class Adaptive:
 
     def _begin_rest(self) -> None:
         """Steps of plain decoding, twice as many as the last time."""
-        self._rest = self._next_rest or _REST
+        self._rest = max(self._next_rest, _REST)
         self._next_rest = min(2 * self._rest, _LONGEST_REST)
 
     def plan(self, session: Session) -> list[tuple[int, int]]:

@@ -23,10 +23,11 @@ def judged_shadow(round: RoundReport, exits: Sequence[int]) -> Iterator[tuple[in
     exit layer, and of each place whether it is right."""
     if round.shadow is None or round.shadow_margins is None:
         return
-    right, margins = (round.shadow == round.tokens[:, None]).tolist(), round.shadow_margins.tolist()
+    said, margins, tokens = round.shadow.tolist(), round.shadow_margins.tolist(), round.tokens.tolist()
     for index, (row, accepted) in enumerate(zip(round.rows, round.accepted, strict=True)):
         for exit_layer in exits:
+            of_exit = said[index][exit_layer - 1]
             # (Where another thread began a text of another kind meanwhile, others may have been asked.)
-            if exit_layer != round.exit_layers[index] and int(round.shadow[index, exit_layer - 1, 0]) >= 0:
-                by_place = zip(margins[index][exit_layer - 1], right[index][exit_layer - 1], strict=True)
-                yield row, exit_layer, list(by_place)[: accepted + 1]
+            if exit_layer != round.exit_layers[index] and of_exit[0] >= 0:
+                by_place = zip(margins[index][exit_layer - 1], of_exit, tokens[index], strict=True)
+                yield row, exit_layer, [(margin, its == token) for margin, its, token in by_place][: accepted + 1]
