@@ -3,12 +3,12 @@
 Knows nothing of traces. Next: `policies.py`, which compares them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from layerskip_moe.bench.rounds import RoundCost
 from layerskip_moe.generation.cost_model import CostModel
-from layerskip_moe.generation.fit_cost_model import fit_cost_model
+from layerskip_moe.generation.fit_cost_model import CostFit
 from layerskip_moe.generation.policies import DEL, Adaptive, Cascade, DraftVerify, Fixed, Heuristic
 from layerskip_moe.generation.policies.exits import MOST_DRAFTS, candidate_exits, proposing_layers
 from layerskip_moe.generation.policies.policy import Policy
@@ -23,7 +23,7 @@ MakePolicy = Callable[[], Policy]
 
 PUBLISHED = ("Heuristic", "DraftVerify", "DEL", "Cascade")
 
-_SECONDS = 8.0  # of timing for either cost model: all policies are compared by them
+_SECONDS = 16.0  # of timing: all policies are compared by what it comes to
 _LENGTHS, _SURE = (7, 15, 23, 31), (0.2, 0.4, 0.8)  # of fixed pairs in stages
 _CASCADE_INT8 = 16  # drafts at most of `Cascade` where they are int8, of which more pay
 
@@ -68,13 +68,25 @@ def contenders(
     }
 
 
-def fit_costs(model: MoEDecoder) -> tuple[CostModel, CostModel | None]:
-    """Cost models of rounds by the weights themselves and, where `Adaptive` makes copies unasked, of int8 drafts, in
-    both of which plain decoding is as fast. Takes 8 seconds for each, more on a machine that does other work."""
+def cost_fit(model: MoEDecoder) -> CostFit:
+    """Of rounds by the weights themselves and, where `Adaptive` makes copies unasked, of int8 drafts."""
     n_layers = model.config.n_layers
+    ways: list[tuple[Sequence[int], bool]] = [((), False)]
     with compiling(model, can_compile(model.device)):
-        cost = fit_cost_model(model, seconds=_SECONDS)
-        if why_no_int8(model) is not None or not are_made_unasked(model):
-            return cost, None
-        exits = (*candidate_exits(n_layers, deep=True), n_layers)  # as `Adaptive` has it fitted
-        return cost, fit_cost_model(model, exits=exits, int8_drafts=True, seconds=_SECONDS).beside(cost)
+        if why_no_int8(model) is None and are_made_unasked(model):
+            ways.append(((*candidate_exits(n_layers, deep=True), n_layers), True))  # as `Adaptive` has it fitted
+    return CostFit(model, ways)
+
+
+def fit_costs(model: MoEDecoder) -> tuple[CostModel, CostModel | None]:
+    """Their cost models, timed for 16 seconds, more on a machine that does other work."""
+    fit = cost_fit(model)
+    with compiling(model, can_compile(model.device)):
+        fit.time(_SECONDS)
+    return both_costs(fit)
+
+
+def both_costs(fit: CostFit) -> tuple[CostModel, CostModel | None]:
+    """The second is None where int8 drafts are not made."""
+    cost, *int8_cost = fit.cost_models()
+    return cost, int8_cost[0] if int8_cost else None

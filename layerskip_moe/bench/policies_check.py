@@ -2,7 +2,7 @@
 
 Rounds are, each accepting as many drafts, where a policy looks neither at the clock nor at what is drafted behind a
 refused draft, nor at what was done to make drafts in stages. Times are this machine's as it is now, the modelled ones
-those of the machine that the cost model is of.
+too: by cost models of rounds that are timed between prompts, for a machine's speed changes from minute to minute.
 
 Next: `policies.py`, which replays; `decoding.py`, which times strategies.
 """
@@ -15,13 +15,18 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from layerskip_moe.analysis.trace import TracedText
+from layerskip_moe.bench.contenders import both_costs, cost_fit
 from layerskip_moe.bench.interleave import in_turn
 from layerskip_moe.bench.policies import PolicyRun
-from layerskip_moe.generation import GenerationStats, SelfSpeculative, generate
+from layerskip_moe.bench.replay import replay
+from layerskip_moe.bench.rounds import TextRounds
+from layerskip_moe.generation import Autoregressive, GenerationStats, SelfSpeculative, generate
 from layerskip_moe.generation.policies.policy import Policy, RoundReport
 from layerskip_moe.nn import MoEDecoder
+from layerskip_moe.nn.compiling import can_compile, compiling
 
 _WARM_UP_TOKENS = 16
+_EVERY, _SECONDS = 2, 1.5  # prompts from one timing of rounds to the next, and for how long it goes on
 
 
 class WatchedPolicy:
@@ -70,22 +75,28 @@ class CheckedRun:
 def check_policies(
     model: MoEDecoder, texts: Sequence[TracedText], runs: Sequence[PolicyRun], *, progress: bool = True
 ) -> list[CheckedRun]:
-    """Decode the prompts of these continuations with every policy of the runs, the first of which is plain decoding.
+    """Decode the prompts of these continuations with every policy of the runs; the first is plain decoding, by
+    `Autoregressive`.
 
     Each policy is new and meets the prompts in their order; the policies take turns, prompt by prompt, after a few
-    untimed tokens each. Runs without a policy are left out.
+    untimed tokens each. Runs without a policy are left out. Between prompts rounds are timed, for cost models of the
+    very minutes in which all was decoded.
     """
     makers = {run.name: run.make for run in runs if run.make is not None}
     policies = {name: WatchedPolicy(make()) for name, make in makers.items()}
     counts: dict[str, list[GenerationStats]] = {name: [] for name in makers}
     same_rounds, same_text = dict.fromkeys(makers, 0), dict.fromkeys(makers, 0)
-    replayed = {run.name: run for run in runs}
+    replayed, fit = {run.name: run for run in runs}, cost_fit(model)
 
-    def decode(policy: Policy | WatchedPolicy, text: TracedText, count: int) -> tuple[list[int], GenerationStats]:
+    first = next(iter(makers))
+
+    def decode(
+        name: str, policy: Policy | WatchedPolicy, text: TracedText, count: int
+    ) -> tuple[list[int], GenerationStats]:
         out = generate(
             model,
             [text.tokens[: text.prompt_length].tolist()],
-            SelfSpeculative(policy=policy),
+            Autoregressive() if name == first else SelfSpeculative(policy=policy),
             max_new_tokens=count,
             temperature=text.temperature,
             seed=text.seed,
@@ -94,34 +105,40 @@ def check_policies(
 
     total = (1 + len(texts)) * len(makers)
     with tqdm(total=total, desc="decoding with policies", disable=not progress, leave=False) as bar:
-        for make in makers.values():
-            decode(make(), texts[0], min(_WARM_UP_TOKENS, len(texts[0].tokens) - texts[0].prompt_length))
+        for name, make in makers.items():
+            decode(name, make(), texts[0], min(_WARM_UP_TOKENS, len(texts[0].tokens) - texts[0].prompt_length))
             bar.update()
         for index, text in enumerate(texts):
+            if index % _EVERY == 0:
+                with compiling(model, can_compile(model.device)):
+                    fit.time(_SECONDS)
             expected = text.tokens[text.prompt_length :].tolist()
             for name in in_turn(list(makers), index, len(texts)):
                 policy = policies[name]
                 policy.rounds.clear()
-                new, stats = decode(policy, text, len(expected))
+                new, stats = decode(name, policy, text, len(expected))
                 counts[name].append(stats)
-                accepted = [report.accepted[0] for report in policy.rounds]
+                # (Of steps of plain decoding nobody is told.)
+                accepted = [0] * len(new) if name == first else [report.accepted[0] for report in policy.rounds]
                 same_rounds[name] += accepted == [round.accepted for round in replayed[name].rounds[index]]
                 same_text[name] += new == expected
                 bar.update()
     measured = {name: [stats.decode_seconds for stats in found] for name, found in counts.items()}
-    first = next(iter(makers))
+    rounds = [TextRounds(text, model.config, *both_costs(fit)) for text in texts]
+    modelled = {
+        name: [sum(round.seconds for round in of_text) for of_text in replay(rounds, make(), model.config)]
+        for name, make in makers.items()
+    }
     return [
         CheckedRun(
             name=name,
             same_rounds=same_rounds[name],
             prompts=len(texts),
             same_text=same_text[name],
-            modelled_seconds=sum(replayed[name].seconds),
+            modelled_seconds=sum(modelled[name]),
             measured_seconds=sum(seconds),
-            measured_over_modelled=median(
-                real / told for real, told in zip(seconds, replayed[name].seconds, strict=True)
-            ),
-            modelled_speed_up=sum(replayed[first].seconds) / sum(replayed[name].seconds),
+            measured_over_modelled=median(real / told for real, told in zip(seconds, modelled[name], strict=True)),
+            modelled_speed_up=sum(modelled[first]) / sum(modelled[name]),
             measured_speed_up=sum(measured[first]) / sum(seconds),
         )
         for name, seconds in measured.items()

@@ -5,9 +5,8 @@ own. How many drafts are accepted is exact; a round lasts as long as a cost mode
 Four things that a policy may see are not in a trace: what is drafted after the first refused draft, where the text's
 own places stand in (so `should_stop` or a margin rule may end a round's last, refused drafts elsewhere); what is
 proposed behind a wrong proposal, where drafts are made in stages (`staging.py`); the model itself, of which a session
-here has the config alone; and the clock. What it costs to ask is not in a round's seconds either: rounds with `shadow`
-or `should_stop` take longer than they do here, which `policies_check.py` shows. As in decoding, drafts are int8 in
-rounds that are one call alone: not of a policy with `should_stop`.
+here has the config alone; and the clock. As in decoding, drafts are int8 in rounds that are one call alone: not of a
+policy with `should_stop`.
 
 L layers, T places of a round.
 Knows nothing of how policies are compared. Next: `policies.py`, which does; `rounds.py`.
@@ -152,6 +151,8 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
         asked = limit and stop is None and not lookups
         judged = _judged(text, place, exit_layer, min(accepted + 1, made), int8) if asked else None
         shadow = _shadow(text, places, policy, config) if policy.shadow and not lookups else None
+        watched = 0 if shadow is None else (drafted + 1) * len(watched_exits(policy, config))
+        asking = text.asking_seconds(int8=int8, stops=bool(made) and stop is not None, made=made, shadow=watched)
         session.place += accepted + 1
         report = RoundReport(
             rows=[0],
@@ -161,7 +162,7 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
             confidences=[confidences],
             seconds=seconds,
             tokens=_tokens(text.tokens[places]),
-            experts=experts if experts and getattr(policy, "experts", False) and not lookups else None,
+            experts=experts if experts and getattr(policy, "experts", False) else None,
             shadow=shadow,
             judged=judged,
             made=[made],
@@ -170,7 +171,7 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
             staged=staged,
         )
         policy.observe(report)
-        rounds.append(ReplayedRound(exit_layer, drafted, accepted, experts, seconds, int8))
+        rounds.append(ReplayedRound(exit_layer, drafted, accepted, experts, seconds + asking, int8))
     return rounds
 
 

@@ -38,6 +38,10 @@ class RoundCost(Protocol):
         how many different experts verification reads; by row the drafts that are made, where more are; what was done to
         make them in stages."""
 
+    def asking_seconds(self, *, stops: bool, made: int, shadow: int) -> float:
+        """Seconds more of a round in which a policy is asked whether to stop, after each draft that is made, or wants
+        so many shadow tokens."""
+
 
 class TextRounds:
     """The rounds that one continuation may be made of.
@@ -138,6 +142,12 @@ class TextRounds:
             assert cost is not None, "there are int8 drafts"
             self._seconds[key] = cost.round_seconds([exit_layer], [drafted], experts, [made], staged)
         return self._seconds[key]
+
+    def asking_seconds(self, *, int8: bool, stops: bool, made: int, shadow: int) -> float:
+        """Likewise, of what is asked for."""
+        cost = self._costs[int8]
+        assert cost is not None, "there are int8 drafts"
+        return cost.asking_seconds(stops=stops, made=made, shadow=shadow)
 
 
 def repeated_tokens(tokens: Sequence[int], end: int, least: int) -> tuple[int, int]:

@@ -26,6 +26,8 @@ class CostModel:
         num_experts, top_k: E and K; 0 and 0 in a dense model
         seconds: of each of `features`
         int8_drafts: whether drafts are made from int8 copies of the weights: then every layer verifies
+        asking: seconds that a round takes longer where a policy has `should_stop`, and for each draft that is made;
+            where it wants shadow tokens, and for each of them
     """
 
     n_layers: int
@@ -34,6 +36,7 @@ class CostModel:
     top_k: int
     seconds: tuple[float, ...]
     int8_drafts: bool = False
+    asking: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
 
     def is_of(self, config: ModelConfig) -> bool:
         """Whether it is of such a network."""
@@ -49,7 +52,8 @@ class CostModel:
         ours, others = (cost.round_seconds([0], [0]) for cost in (self, other))
         if not (ours and others):  # of no steps, as where texts have room for none
             return self
-        return replace(self, seconds=tuple(others / ours * seconds for seconds in self.seconds))
+        seconds, asking = (tuple(others / ours * one for one in costs) for costs in (self.seconds, self.asking))
+        return replace(self, seconds=seconds, asking=asking)
 
     def round_seconds(
         self,
@@ -63,6 +67,12 @@ class CostModel:
         how many different experts verification reads, by default as many as independent choices would be; by row the
         drafts that are made, where more are than are verified; what was done to make one row's in stages."""
         return self.seconds_of(self.features(exit_layers, drafted, experts, made, staged))
+
+    def asking_seconds(self, *, stops: bool, made: int, shadow: int) -> float:
+        """Seconds more of a round that asks for something: of `should_stop`, after each of the drafts that are made;
+        of shadow tokens, so many."""
+        did = stops, stops * made, shadow > 0, shadow
+        return sum(map(operator.mul, self.asking, did))
 
     def seconds_of(self, features: Sequence[float]) -> float:
         """Seconds of a round that does so much."""

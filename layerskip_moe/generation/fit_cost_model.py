@@ -1,34 +1,23 @@
 """fit_cost_model: the constants of a model's cost model on this machine, from rounds of the model itself, timed once.
 
-L layers, E experts, K chosen. Next: `cost_model.py`; `policies/adaptive.py`, which asks for it.
+L layers, E experts, K chosen. Next: `cost_model.py`; `timed_rounds.py`, which times; `policies/adaptive.py`, which asks
+for it.
 """
 
-import math
-import random
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
 
-from layerskip_moe.generation.autoregressive import Autoregressive
 from layerskip_moe.generation.cost_model import CostModel, moe_layers
-from layerskip_moe.generation.policies.exits import proposing_layers
-from layerskip_moe.generation.policies.policy import RoundReport
-from layerskip_moe.generation.sampling import Sampling
-from layerskip_moe.generation.session import Session
-from layerskip_moe.nn import ModelConfig, MoEDecoder, few_rows
+from layerskip_moe.generation.timed_rounds import SECONDS, Block, kinds_of, time_rounds
+from layerskip_moe.nn import MoEDecoder
 from layerskip_moe.nn.int8_copies import int8_copies
 from layerskip_moe.nn.modes import evaluating
-from layerskip_moe.nn.ragged import MarginRule, Stage, Staged
+from layerskip_moe.nn.ragged import Staged
 
 _AT_MOST = 2.7  # times the time there is, where other work holds the processors, and a round may take as long
-_BLOCKS, _STEPS = 5, 3  # of each kind in _SECONDS, while there is time, and of each block
-_SECONDS = 1.5  # for timing rounds
-_STAGED = 6  # drafts in stages
-_COLD = 8  # places that come before: what a kind of step reads is not near at first
 
 _fitted: "WeakKeyDictionary[MoEDecoder, dict[object, CostModel]]" = WeakKeyDictionary()
 
@@ -39,7 +28,7 @@ def fit_cost_model(
     *,
     exits: Sequence[int] = (),
     int8_drafts: bool = False,
-    seconds: float = _SECONDS,
+    seconds: float = SECONDS,
 ) -> CostModel:
     """Time rounds of this model, for about so many seconds, or 2.7 times that where the machine is busy, and fit the
     cost model; at once where it was done before in this process. The rounds are those of `generate` under `compiling`,
@@ -58,82 +47,56 @@ def fit_cost_model(
     return fitted[key]
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Steps of one kind, one after the other.
+class CostFit:
+    """Cost models of rounds of one row, one for each way to draft, whose rounds are timed in turn, at once or now and
+    then, and what a policy asks for, too. Plain decoding is as fast in all of them.
 
-    exit_layer, drafted, made: 0, 0 and 0 of plain decoding; by row
-    experts: as `RoundReport` has them, of one of the steps; None of plain decoding
-    greedy: whether the text is
-    seconds: of the last few; of the last, where a text has room for no more
-    staged: of drafts in stages, as `RoundReport` has it: each such step is a block of its own, for no two do the same
+    ways: exit layers, as `fit_cost_model` has them, and whether drafts are int8
     """
 
-    exit_layer: int
-    drafted: tuple[int, ...]
-    made: tuple[int, ...]
-    experts: list[int] | None
-    greedy: bool
-    seconds: list[float]
-    staged: Staged | None = None
+    def __init__(self, model: MoEDecoder, ways: Sequence[tuple[Sequence[int], bool]]) -> None:
+        kinds = [kind for exits, int8 in ways for kind in kinds_of(model.config, 1, exits, int8, asking=True)]
+        self._model, self._ways, self._kinds = model, list(ways), list(dict.fromkeys(kinds))
+        self._blocks, self._times = list[Block](), 0
+
+    def time(self, seconds: float) -> None:
+        """Time rounds, for about so many seconds; for two turns of all kinds at least, where these do not take 2.7
+        times as long."""
+        with evaluating(self._model):
+            if any(int8 for _, int8 in self._ways):
+                int8_copies(self._model)  # which is not to be timed
+            timed = time_rounds(self._model, 1, self._kinds, seconds, _AT_MOST * seconds, begun=self._times)
+        self._blocks += [block for some in timed for block in some]
+        self._times += 1
+
+    def cost_models(self) -> list[CostModel]:
+        """By what was timed so far."""
+        first, *others = (_cost_model(self._model, self._blocks, int8) for _, int8 in self._ways)
+        return [first, *(other.beside(first) for other in others)]
 
 
-class _Kind(NamedTuple):
-    """A kind of round: layers that draft, drafts of each row, whether the first is to be let go, and none verified,
-    where a margin rule holds: this tells what choosing a draft costs from what verifying one does; and how drafts are
-    made in stages."""
-
-    exit_layer: int
-    drafts: int
-    let_go: bool = False
-    stage: Stage | None = None
-
-
-class _OneAfterAnother:
-    """A policy of one kind of round after another, as it is told."""
-
-    shadow, should_stop = False, None
-
-    def __init__(self, int8_drafts: bool) -> None:
-        self.kind, self.experts, self.int8_drafts = _Kind(0, 0), False, int8_drafts
-        self.margin_rule: MarginRule | None = None
-        self.stage: Stage | None = None
-        self.report: RoundReport | None = None
-
-    def plan(self, session: Session) -> list[tuple[int, int]]:
-        """The same for every row."""
-        rows = len(session.row_numbers)
-        self.margin_rule = MarginRule([math.inf] * rows, 1.0) if self.kind.let_go else None
-        self.stage = self.kind.stage
-        return [(self.kind.exit_layer, self.kind.drafts)] * rows
-
-    def observe(self, round: RoundReport) -> None:
-        """Keep it."""
-        self.report = round
-
-
-def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int], int8_drafts: bool, seconds: float) -> CostModel:
-    config = model.config
-    kinds = _kinds(config, batch_size, exits, 11 if int8_drafts else 5)
-    if int8_drafts and batch_size == 1 and (proposing := proposing_layers(config.n_layers)):
-        # Every proposal is followed, most in vain: this tells what further places of a run cost.
-        kinds.append(
-            _Kind(config.n_layers, min(_STAGED, max(kind.drafts for kind in kinds)), False, Stage(proposing, 0.0, 0))
-        )
+def _fit(model: MoEDecoder, batch_size: int, exits: Sequence[int], int8: bool, seconds: float) -> CostModel:
+    kinds = kinds_of(model.config, batch_size, exits, int8)
     # Rows of a batch end one by one, and what fewer take cannot be told from what all do. (All come last: their
     # recordings serve the batch.)
     sizes = [batch_size] if batch_size == 1 else [-(-batch_size // 4), batch_size]
-    if int8_drafts:
-        int8_copies(model)  # which is not to be timed
-    policy = _OneAfterAnother(int8_drafts)
+    if int8:
+        int8_copies(model)
     # (The rounds of all take longer, and are what is decoded for most of the time.)
     shares = [(rows, seconds * rows / sum(sizes)) for rows in sizes]
     at_most = _AT_MOST * seconds / len(sizes)
-    timed = [some for rows, share in shares for some in _time_rounds(model, rows, policy, kinds, share, at_most)]
-    blocks = [block for some in timed for block in some]
+    timed = [some for rows, share in shares for some in time_rounds(model, rows, kinds, share, at_most)]
+    return _cost_model(model, [block for some in timed for block in some], int8)
+
+
+def _cost_model(model: MoEDecoder, blocks: Sequence[Block], int8: bool) -> CostModel:
+    """Of one way to draft, by those of the blocks that are of it, or of none."""
+    config = model.config
     top_k = config.top_k * bool(config.num_experts)
-    empty = CostModel(config.n_layers, moe_layers(config), config.num_experts, top_k, (), int8_drafts)
-    return _fitted_to(empty, blocks, head=_head_over_layer(model))
+    empty = CostModel(config.n_layers, moe_layers(config), config.num_experts, top_k, (), int8)
+    of_way = [block for block in blocks if not block.kind.exit_layer or block.kind.int8 == int8]
+    cost = _fitted_to(empty, [block for block in of_way if not block.kind.asks], head=_head_over_layer(model))
+    return replace(cost, asking=_asking(cost, [block for block in of_way if block.kind.asks]))
 
 
 def _head_over_layer(model: MoEDecoder) -> float:
@@ -143,106 +106,18 @@ def _head_over_layer(model: MoEDecoder) -> float:
     return model.config.vocab_size * model.config.d_model * model.config.n_layers / max(active - outside, 1)
 
 
-def _time_rounds(
-    model: MoEDecoder, rows: int, policy: _OneAfterAnother, kinds: list[_Kind], wanted: float, at_most: float
-) -> list[list[_Block]]:
-    """Steps of so many rows, of all kinds in turn, for about as many seconds, and for no more than so many where two
-    turns take longer: of each turn its blocks."""
-    config = model.config
-    blocks, started, draw = list[list[_Block]](), time.perf_counter(), random.Random(rows)
-    most = _BLOCKS * len(kinds) * max(wanted / _SECONDS, 1.0)
-    least, before, sessions = 2 * len(kinds), -1, 0  # the first of a kind is recorded, and takes longer
-
-    def is_over() -> bool:
-        late = time.perf_counter() - started > (wanted if len(blocks) >= least else at_most)
-        return late or len(blocks) >= most
-
-    while before < len(blocks) and not is_over():
-        before = len(blocks)
-        tokens = min(256, config.max_seq_len - 2)
-        prompts = [[draw.randrange(config.vocab_size) for _ in range(2)] for _ in range(rows)]
-        # Greedy text runs in circles, and reads fewer experts: that tells what they cost from what rows cost.
-        sampling = Sampling(temperature=float(sessions % 2 == 0))
-        session, sessions = Session(model, prompts, sampling, max_new_tokens=tokens), sessions + 1
-        _run(session, policy, kinds, blocks, is_over)
-        session.close()
-    return blocks[len(kinds) :] or blocks
-
-
-def _run(
-    session: Session,
-    policy: _OneAfterAnother,
-    kinds: list[_Kind],
-    blocks: list[list[_Block]],
-    is_over: Callable[[], bool],
-) -> None:
-    """Time steps of all kinds, some of each in turn, until a row has no use for the longest drafts, or time is up."""
-    from layerskip_moe.generation.self_speculative import SelfSpeculative  # which imports `Adaptive`, and that this
-
-    rows = len(session.rows)
-    plain, drafting = Autoregressive(), SelfSpeculative(policy=policy)
-    longest = max(kind.drafts for kind in kinds)
-    session.prefill()
-    while len(session.row_numbers) == rows and min(session.remaining) > longest and not is_over():
-        policy.kind = exit_layer, drafts, _, stage = kinds[len(blocks) % len(kinds)]
-        seconds, experts, staged = list[float](), None, list[Staged | None]()
-        cold = max(math.ceil(_COLD / (rows * (drafts + 1))), 2)  # the first tells of experts, which is another step
-        for turn in range(cold + _STEPS):
-            if turn and (len(session.row_numbers) < rows or min(session.remaining) <= longest or is_over()):
-                break
-            policy.experts = turn == 0
-            began = time.perf_counter()
-            (drafting if drafts else plain).step(session)
-            seconds.append(time.perf_counter() - began)  # a GPU was waited for: it was asked for the tokens
-            if policy.experts and drafts and policy.report is not None:
-                experts = policy.report.experts
-            staged.append(policy.report.staged if stage and policy.report is not None else None)
-        made = (drafts,) * rows
-        drafted = tuple(policy.report.drafted) if drafts and policy.report is not None else made
-        timed = seconds[cold:] or seconds[-1:]
-        of_block = exit_layer, drafted, made, experts, session.sampling.greedy
-        if stage:
-            told = zip(timed, staged[-len(timed) :], strict=True)
-            blocks.append([_Block(*of_block, [took], did) for took, did in told])
-        else:
-            blocks.append([_Block(*of_block, timed)])
-
-
-def _kinds(config: ModelConfig, batch_size: int, exits: Sequence[int], most: int) -> list[_Kind]:
-    """The rounds to time: plain ones, early to late exits, no drafts, short and long drafts, of at most so many."""
-    exits = exits or list(dict.fromkeys(max(config.n_layers // part, 1) for part in (6, 4, 2)))
-    exits = exits if batch_size == 1 else list(dict.fromkeys([exits[0], exits[-1]]))  # their rounds take longer
-    room = few_rows.MOST_ROWS // batch_size - 1
-    if batch_size > 1:  # half of it: the longest would take the time that several turns of all kinds need
-        room = max(room // 2, min(room, 2))
-    longest = max(min(most, room, config.max_seq_len - 4), 1)
-    pairs = [_Kind(exit_layer, length) for exit_layer in exits for length in sorted({1, longest})]
-    let_go = [_Kind(exit_layer, 1, True) for exit_layer in sorted({exits[0], exits[-1]})]
-    return [_Kind(0, 0), *pairs, *(_Kind(exits[-1], length) for length in range(3, longest, most // 2)), *let_go]
-
-
 # Features of the head, and those of layers whose costs it has, times its weights over a layer's: in rounds of one row a
 # draft is chosen for every place that is verified, but for one, and what either costs would hardly be told apart.
 _TIED = {2: 3, 8: 6}
 
 
-def _fitted_to(empty: CostModel, blocks: Sequence[_Block], *, head: float) -> CostModel:
+def _fitted_to(empty: CostModel, blocks: Sequence[Block], *, head: float) -> CostModel:
     """Least squares of relative errors, no cost below 0; of steps of one kind the median counts. Of no steps, as where
     texts have room for none, nothing costs anything. head: its weights over a layer's"""
     if not blocks:
         return replace(empty, seconds=(0.0,) * len(empty.amounts(0, 0, 0, 1, 1, 0.0)))
-    seconds: dict[object, list[float]] = {}
-    did: dict[object, list[list[float]]] = {}
-    for block in blocks:
-        kind = block.exit_layer, block.drafted, block.made, block.greedy, block.staged
-        exit_layers = [block.exit_layer] * len(block.drafted)
-        # (A plain step of several rows: as many experts as independent choices read.)
-        seconds.setdefault(kind, []).extend(block.seconds)
-        did.setdefault(kind, []).append(
-            empty.features(exit_layers, block.drafted, block.experts, block.made, block.staged)
-        )
-    medians = torch.tensor([sorted(some)[len(some) // 2] for some in seconds.values()], dtype=torch.float64)
-    features = torch.stack([torch.tensor(some, dtype=torch.float64).mean(dim=0) for some in did.values()])
+    # (A plain step of several rows: as many experts as independent choices read.)
+    medians, features = _by_kind(blocks, lambda block: empty.features(*_round_of(block)))
     free = [feature for feature in range(features.shape[1]) if feature not in _TIED]
     for of_head, of_layer in _TIED.items():
         features[:, of_layer] += head * features[:, of_head]
@@ -251,6 +126,37 @@ def _fitted_to(empty: CostModel, blocks: Sequence[_Block], *, head: float) -> Co
     for of_head, of_layer in _TIED.items():
         costs[of_head] = head * costs[of_layer]
     return replace(empty, seconds=tuple(costs.tolist()))
+
+
+def _asking(cost: CostModel, blocks: Sequence[Block]) -> tuple[float, ...]:
+    """`CostModel.asking`: what rounds that ask took beyond what the others would have, fitted likewise."""
+    if not blocks:
+        return cost.asking
+
+    def did(block: Block) -> list[float]:
+        kind, rows, made = block.kind, len(block.drafted), max(block.made)
+        shadow = kind.shadow * (cost.n_layers - 1) * (sum(block.drafted) + rows)
+        return [kind.stops, kind.stops * made, kind.shadow, shadow, cost.round_seconds(*_round_of(block))]
+
+    medians, features = _by_kind(blocks, did)
+    more = (medians - features[:, -1]) / medians
+    return tuple(_nonnegative_least_squares(features[:, :-1] / medians[:, None], more).tolist())
+
+
+def _round_of(block: Block) -> tuple[Sequence[int], Sequence[int], Sequence[int] | None, Sequence[int], Staged | None]:
+    """What `CostModel.round_seconds` is asked of."""
+    return [block.kind.exit_layer] * len(block.drafted), block.drafted, block.experts, block.made, block.staged
+
+
+def _by_kind(blocks: Sequence[Block], amounts: Callable[[Block], Sequence[float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of steps that did the same, N of them, median seconds [N] and mean amounts [N, .], float64."""
+    seconds, did = dict[object, list[float]](), dict[object, list[Sequence[float]]]()
+    for block in blocks:
+        same = block.kind, block.drafted, block.made, block.greedy, block.staged
+        seconds.setdefault(same, []).extend(block.seconds)
+        did.setdefault(same, []).append(amounts(block))
+    medians = torch.tensor([sorted(some)[len(some) // 2] for some in seconds.values()], dtype=torch.float64)
+    return medians, torch.stack([torch.tensor(some, dtype=torch.float64).mean(dim=0) for some in did.values()])
 
 
 def _nonnegative_least_squares(matrix: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,7 @@ class LookupSpeculative:
             logits = self._draft_and_verify(round_, texts, found, rows)
         else:
             propose(round_, found)
-            logits = verify(round_)
+            logits, _ = verify(round_)
         tokens, accepted = round_.settle(logits)
         texts.extend(tokens, accepted)
         session.append(tokens, accepted, drafted=round_.limits)

@@ -49,6 +49,7 @@ class PromptLookup:
         assert isinstance(texts, Texts)
         round_ = Round.begin(session, [self.draft_length] * len(texts.rows), "shared")
         propose(round_, [text.continuation(self.draft_length) for text in texts.rows])
-        tokens, accepted = round_.settle(verify(round_))
+        logits, _ = verify(round_)
+        tokens, accepted = round_.settle(logits)
         texts.extend(tokens, accepted)
         session.append(tokens, accepted, drafted=round_.limits)

@@ -62,15 +62,18 @@ def propose(round_: Round, drafts: Sequence[Sequence[int]]) -> None:
         round_.drafts = list(torch.tensor(padded, device=round_.session.newest.device).split(1, dim=1))
 
 
-def verify(round_: Round) -> Tensor:
-    """The full model's logits [A, T, V] after the newest token of each row and after its drafts; zeros beyond."""
-    session, limits = round_.session, round_.limits
-    text, layers = torch.cat([session.newest, *round_.drafts], dim=1), range(session.model.config.n_layers)
+def verify(round_: Round, *, choices: bool = False) -> tuple[Tensor, dict[int, Tensor]]:
+    """The full model's logits [A, T, V] after the newest token of each row and after its drafts, zeros beyond; and with
+    choices, by MoE layer, the experts that were chosen [., K]."""
+    session, limits, model = round_.session, round_.limits, round_.session.model
+    text, layers = torch.cat([session.newest, *round_.drafts], dim=1), range(model.config.n_layers)
     if len(set(limits)) == 1:
-        return session.decode(text, layers, session.positions(text.shape[1]))
+        positions = session.positions(text.shape[1])
+        output, logits = model.decode(text, layers, positions=positions, cache=session.cache, choices=choices)
+        return logits, output.chosen
     rows, places = as_index(*in_turn([range(limit + 1) for limit in limits]), text.device)
-    _, told = session.model.decode(text[rows, places][:, None], layers, **session.at(rows, places))
-    return by_row(told, rows, places, shape=(len(limits), text.shape[1]))
+    output, told = model.decode(text[rows, places][:, None], layers, **session.at(rows, places), choices=choices)
+    return by_row(told, rows, places, shape=(len(limits), text.shape[1])), output.chosen
 
 
 def verify_rest(round_: Round, exit_layer: int, states: Tensor, known: Sequence[int]) -> Tensor:

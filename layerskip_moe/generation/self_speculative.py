@@ -207,9 +207,10 @@ class SelfSpeculative:
         judged, staged, wanted, looked_up = None, None, round_.limits, [0] * len(plan)
         together = go_together(session, round_, exit_layers, drafter)
         if any(lookups) and (copies is None or not together):
-            watch, exit_layers = Watch((), False, False), [0] * len(plan)
+            watch, exit_layers = Watch((), experts, False), [0] * len(plan)
             propose(round_, lookups)  # the other rows draft nothing
-            tokens, accepted = round_.settle(verify_proposals(round_))
+            logits, watch.chosen = verify_proposals(round_, choices=experts)
+            tokens, accepted = round_.settle(logits)
             looked_up = round_.limits
         elif together:
             known = [drafts[:limit] for drafts, limit in zip(lookups, wanted, strict=True)]

@@ -16,4 +16,15 @@ def test_plain_decoding_takes_as_long_by_both_cost_models(small_model, monkeypat
     assert cost.round_seconds([0], [0]) == pytest.approx(int8_cost.round_seconds([0], [0]))
     assert not model.compiled
     monkeypatch.setattr(contenders, "are_made_unasked", lambda model: False)
-    assert contenders.fit_costs(model) == (cost, None), "where `Adaptive` would make no copies"
+    cost, int8_cost = contenders.fit_costs(model)
+    assert int8_cost is None and not cost.int8_drafts, "where `Adaptive` would make no copies"
+
+
+@pytest.mark.skipif(not has_kernels(), reason="int8 drafts are made by kernels")
+def test_what_a_policy_asks_for_takes_time(small_model, monkeypatch):
+    monkeypatch.setattr(contenders, "_SECONDS", 0.5)
+    cost, int8_cost = contenders.fit_costs(small_model())
+    asked = dict(stops=True, made=3, shadow=0), dict(stops=False, made=3, shadow=12)
+    assert all(cost.asking_seconds(**some) > 0 for some in asked)
+    assert cost.asking_seconds(stops=False, made=3, shadow=0) == 0.0
+    assert int8_cost.asking_seconds(**asked[0]) == 0.0 < int8_cost.asking_seconds(**asked[1]), "int8 drafts do not stop"

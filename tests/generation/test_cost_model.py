@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip_moe.generation import fit_cost_model as fitting
+from layerskip_moe.generation import timed_rounds
 from layerskip_moe.generation.cost_model import CostModel
-from layerskip_moe.generation.fit_cost_model import fit_cost_model
+from layerskip_moe.generation.fit_cost_model import CostFit, fit_cost_model
+from layerskip_moe.generation.timed_rounds import Block, Kind, kinds_of
 from layerskip_moe.nn.compiling import compiling
 from layerskip_moe.nn.ragged import Staged
 
@@ -101,9 +103,8 @@ def test_costs_of_rounds_that_lasted_what_they_should():
     for index, (exit_layer, drafted, made, rows) in enumerate(kinds):
         experts = [2 + index % 3, 4 - index % 2, 2 + index % 2]
         seconds = true.round_seconds([exit_layer] * rows, [drafted] * rows, experts, [made] * rows)
-        block = fitting._Block(
-            exit_layer, (drafted,) * rows, (made,) * rows, experts, False, [seconds, seconds, 10 * seconds]
-        )
+        kind, times = Kind(exit_layer, made), [seconds, seconds, 10 * seconds]
+        block = Block(kind, (drafted,) * rows, (made,) * rows, experts, False, times)
         blocks += [block, block]
     found = fitting._fitted_to(SPARSE, blocks, head=3.0)  # which the head's costs are of a layer's
     for exit_layer, drafted, made, rows in (*kinds, (2, 3, 3, 2), (2, 2, 3, 1)):
@@ -163,7 +164,7 @@ def test_rounds_are_timed_once_for_each_way_to_decode(tiny_model, monkeypatch):
 def test_where_rounds_take_long_few_are_timed(tiny_model, monkeypatch):
     """As where other work holds the processors: a clock that runs."""
     clock = itertools.count(step=1.0)
-    monkeypatch.setattr(fitting.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(timed_rounds.time, "perf_counter", lambda: float(next(clock)))
     blocks, own = [], fitting._fitted_to
 
     def noted(empty, some, *, head):
@@ -206,7 +207,7 @@ def test_no_time_is_none_to_fit_by(tiny_model):
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 11, 16, 21, 31, 40, 64])
 def test_rounds_are_timed_at_several_lengths_where_there_is_room(tiny_model, rows):
-    kinds = fitting._kinds(tiny_model().config, rows, (), 11)
+    kinds = kinds_of(tiny_model().config, rows, (), True)
     lengths, room = {kind.drafts for kind in kinds if kind.exit_layer}, 64 // rows - 1
     assert min(lengths) == 1 and max(lengths) <= max(room, 1) and (len(lengths) > 1) == (room > 1)
 
@@ -215,9 +216,46 @@ def test_every_size_of_a_batch_is_timed_in_every_way(tiny_model, monkeypatch):
     """However little of the time falls to few rows."""
     found = []
     monkeypatch.setattr(fitting, "_AT_MOST", math.inf)
-    monkeypatch.setattr(fitting, "_fitted_to", lambda empty, blocks, head: found.extend(blocks))
+    monkeypatch.setattr(fitting, "_cost_model", lambda model, blocks, int8: found.extend(blocks))
     model = tiny_model()
     fitting._fit(model, 8, (), False, 0.05)
-    kinds = {(kind.exit_layer, kind.drafts) for kind in fitting._kinds(model.config, 8, (), 5)}
     for rows in (2, 8):
-        assert {(block.exit_layer, block.made[0]) for block in found if len(block.made) == rows} == kinds
+        assert {block.kind for block in found if len(block.made) == rows} == {*kinds_of(model.config, 8, (), False)}
+
+
+def test_what_is_asked_for_is_found_again():
+    """Beside rounds of the same kinds that ask for nothing."""
+    asking = (2e-3, 1e-3, 5e-4, 1e-4)
+    true = replace(SPARSE, seconds=(1e-3, 5e-4, 3e-4, 1e-4, 2e-5, 3e-4, 4e-5, 5e-5, 6e-5), asking=asking)
+    blocks = []
+    for kind in (Kind(2, 1, stops=True), Kind(2, 5, stops=True), Kind(0, 0, shadow=True), Kind(3, 4, shadow=True)):
+        drafted, experts = (kind.drafts,), [2, 3, 4]
+        asked = dict(stops=kind.stops, made=kind.drafts, shadow=kind.shadow * 5 * (kind.drafts + 1))
+        seconds = true.round_seconds([kind.exit_layer], drafted, experts) + true.asking_seconds(**asked)
+        blocks.append(Block(kind, drafted, drafted, experts, False, [seconds] * 3))
+    assert fitting._asking(replace(true, asking=(0.0,) * 4), blocks) == pytest.approx(asking)
+    assert fitting._asking(true, []) == asking, "nothing was timed"
+
+
+def test_drafts_that_are_looked_up_are_timed(tiny_model, monkeypatch):
+    """No layer makes them; all layers verify them, and it is told how many experts that reads."""
+    found = []
+    monkeypatch.setattr(fitting, "_cost_model", lambda model, blocks, int8: found.extend(blocks))
+    fitting._fit(tiny_model(max_seq_len=64), 1, (), False, 0.3)
+    looked_up = [block for block in found if block.drafted != (0,) and not block.kind.exit_layer]
+    assert {block.drafted[0] for block in looked_up} == {5, 31}
+    for block in looked_up:
+        assert block.made == (0,) and all(2 <= read <= 5 for read in block.experts)
+
+
+def test_rounds_of_several_ways_to_draft_are_timed_in_turn(tiny_model):
+    fit = CostFit(tiny_model(), [((), False), ((3,), True)])
+    with compiling(fit._model):
+        fit.time(0.2)
+        fit.time(0.2)
+    own, int8 = fit.cost_models()
+    assert (own.int8_drafts, int8.int8_drafts) == (False, True)
+    assert own.round_seconds([0], [0]) == pytest.approx(int8.round_seconds([0], [0]))
+    ways = [{*kinds_of(fit._model.config, 1, *way, asking=True)} for way in fit._ways]
+    assert {block.kind for block in fit._blocks} == {*fit._kinds} == ways[0] | ways[1]
+    assert len(fit._kinds) < len(ways[0]) + len(ways[1]), "plain steps are both ways'"

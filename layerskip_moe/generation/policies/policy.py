@@ -80,8 +80,8 @@ class Policy(Protocol):
         says, where the round is one call; elsewhere it is left aside
     lookup_drafts: asked after each `plan`: for each row drafts that no layer is asked for, or none, or () where no
         row has any; a row that has some drafts no others. In rounds of `int8_drafts` that are one call, rows that
-        have none draft as planned; elsewhere these draft nothing then, and the round is not asked for `shadow` and
-        `experts`. Left aside with coupling="rejection"
+        have none draft as planned; elsewhere these draft nothing then, and the round is not asked for `shadow`. Left
+        aside with coupling="rejection"
     stage: asked after each `plan`: how int8 drafts of one row are made in two stages, a `Stage`, or None; where fewer
         layers are to draft than it says, or the same, it is left aside
     rests: a method of the session, asked first: how many steps are plain decoding from here on, without `plan` and
