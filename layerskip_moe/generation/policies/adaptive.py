@@ -34,8 +34,8 @@ _PAYS, _PAYS_FOR_SEVERAL, _PAYS_IN_BATCHES = 1.03, 1.06, 1.2
 _FEW = 4  # rows whose weights are waited for longer than their sums
 _MOST_ROWS_INT8 = few_rows.MOST_ROWS // 2  # of which each may have a draft
 _MOST = 7  # drafts of a row in a round, of the weights themselves
-_RETHINK = 8  # rounds from one choice of a plan to the next
-# Rounds from one look at what other exits would have said to the next, times the rows: at first, and later.
+_RETHINK, _RETHINK_SEVERAL = 8, 16  # rounds from one choice of a plan to the next, of one row and of more
+# Rounds from one look at what other exits would have said to the next: at first, and later, times the rows.
 _LOOK, _LOOK_LATER = 10, 96
 _REST, _LONGEST_REST = 16, 256  # steps of plain decoding from one look to the next, where drafting does not pay
 _SHORTER = 4  # times the last text's rest is that of the next, which is of the same kind, at first
@@ -45,6 +45,7 @@ _SURE = 0.08  # doubt beyond this is worth a try of what else may be best
 # Times the margin at which the layers that propose are right half of the time: with what margin they are followed.
 _SURE_TIMES = 5.0
 _LOOK_UP = 16  # plain steps from one lookup to the next, of texts that do not repeat themselves
+_SELDOM = 4  # rounds of several rows from one lookup to the next, likewise
 _TIMED = 4  # plain steps that are timed, at the end of a rest
 
 
@@ -60,13 +61,13 @@ class Adaptive:
     at least as many layers then choose as propose (`Stage`): the first quarter proposes where it is sure, or the text
     does, where it repeats itself. What followed in a text that has done so for long is drafted as it is, no layer
     asked (`text_lookup.py`): at the end of such rounds, in batches beside other rows' int8 drafts, and else in rounds
-    of their own, where these promise more tokens per second. The plan is chosen anew every eighth round, and changed
-    for one that is 2% better, by what exits promise and by how much of their promises they have kept; drafting must
-    promise 3% more than plain decoding, 6% of two to four rows or by int8 copies, 20% of more, and less while costs
-    are in doubt. Every now and then a round asks what other exits would have said. Where drafting does not pay,
-    decoding is plain for 16 steps, then 32, and so on up to 256, from look to look; a text of the same kind begins with
-    a quarter of the last one's rest. What was learnt of acceptance is kept from text to text, and how long steps take
-    beside what was reckoned, too: where it is in doubt which of the two is faster, the other one is tried.
+    of their own, where these promise more tokens per second. The plan is chosen anew every 8 rounds, of several rows
+    every 16, and changed for one that is 2% better, by what exits promise and by how much of their promises they have
+    kept; drafting must promise 3% more than plain decoding, 6% of two to four rows or by int8 copies, 20% of more, and
+    less while costs are in doubt. Every now and then a round asks what other exits would have said. Where drafting does
+    not pay, decoding is plain for 16 steps, then 32, and so on up to 256, from look to look; a text of the same kind
+    begins with a quarter of the last one's rest. What was learnt of acceptance is kept from text to text, and how long
+    steps take beside what was reckoned, too: where it is in doubt which of the two is faster, the other one is tried.
 
     length: the most drafts of a row in a round, K; None: 7, or 31 int8 ones or such that are looked up. Of several
         rows as many as make 64 places together, of 33 to 64 none
@@ -220,7 +221,8 @@ class Adaptive:
             if any(self.lookup_drafts):
                 return [(1, 0)] * len(rows)
         self._rest, self._rounds = 0, self._rounds + 1
-        if not self._plan.exit_layer or self._rounds % _RETHINK == 0 or rows != self._rows:
+        every = _RETHINK if len(rows) == 1 else _RETHINK_SEVERAL
+        if not self._plan.exit_layer or self._rounds % every == 0 or rows != self._rows:
             self._choose(rows)
         self._has_room = min(session.remaining) > self._plan.length
         self._to_look -= 1
@@ -229,9 +231,11 @@ class Adaptive:
         self.experts = self.shadow and drafts
         if self.shadow:
             self._looks += 1
-            self._to_look = min(_LOOK + 2 * self._looks * len(rows), _LOOK_LATER * len(rows))
-        else:
+            # (A look takes as much longer as there are rows, and tells as much more.)
+            self._to_look = min(_LOOK + 2 * self._looks * len(rows) ** 2, _LOOK_LATER * len(rows))
+        elif len(rows) == 1 or self._looks_on or self._rounds % _SELDOM == 0:
             self.lookup_drafts = self._look_up(session)
+            self._looks_on = any(self.lookup_drafts)
         self.stage = self._stage(session)
         if drafts and self._plan.least > 0:
             halves = [self._acceptance.half(row, self._plan.exit_layer) for row in rows]
