@@ -191,6 +191,31 @@ def test_whatever_is_looked_up_the_text_is_the_model_s(trained_model, beside, ho
     assert max(right for of_round in rights for right, known in of_round if known) >= 3, "several at a time"
 
 
+@pytest.mark.parametrize("compile", [True, False])
+def test_experts_that_verifying_lookups_reads_are_told(trained_model, compile):
+    """Those that the model itself, over the whole text at once, sends these places to."""
+    model = trained_model(n_layers=3, max_seq_len=64)
+    prompt, how = PROMPTS[0], dict(max_new_tokens=30, compile=compile)
+    new = generate(model, [prompt], Autoregressive(), **how).tokens[0]
+    text = torch.tensor([[*prompt, *new]])
+    with torch.no_grad():
+        positions = torch.arange(text.shape[1])[None]
+        chosen = model.run(model.embed(text), range(3), positions=positions, choices=True).chosen
+    policy, reports = LooksUp(4, False, [new]), []
+    policy.plan = lambda session: (
+        setattr(policy, "lookup_drafts", [new[len(session.new_tokens[0]) :][:5]]) or [(1, 0)] * len(session.row_numbers)
+    )
+    policy.observe = reports.append
+    generate(model, [prompt], SelfSpeculative(policy=policy), **how)
+    place, told = len(prompt) - 1, []
+    for report in reports:
+        places = slice(place, place + report.drafted[0] + 1)
+        told.append([len(chosen[layer][places].unique()) for layer in range(3)])
+        place += report.accepted[0] + 1
+    assert [report.experts for report in reports] == told and max(map(max, told)) > 2
+    assert max(report.looked_up[0] for report in reports) == 5
+
+
 def test_texts_that_end_in_what_was_looked_up(trained_model):
     """At a stop token among the drafts, at the last token there may be, and row by row."""
     model = copy.deepcopy(trained_model(n_layers=3, max_seq_len=64))
