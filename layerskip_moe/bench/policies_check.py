@@ -86,9 +86,7 @@ def check_policies(
     policies = {name: WatchedPolicy(make()) for name, make in makers.items()}
     counts: dict[str, list[GenerationStats]] = {name: [] for name in makers}
     same_rounds, same_text = dict.fromkeys(makers, 0), dict.fromkeys(makers, 0)
-    replayed, fit = {run.name: run for run in runs}, cost_fit(model)
-
-    first = next(iter(makers))
+    replayed, fit, first = {run.name: run for run in runs}, cost_fit(model), next(iter(makers))
 
     def decode(
         name: str, policy: Policy | WatchedPolicy, text: TracedText, count: int
@@ -124,7 +122,8 @@ def check_policies(
                 same_text[name] += new == expected
                 bar.update()
     measured = {name: [stats.decode_seconds for stats in found] for name, found in counts.items()}
-    rounds = [TextRounds(text, model.config, *both_costs(fit)) for text in texts]
+    costs = both_costs(fit)
+    rounds = [TextRounds(text, model.config, *costs) for text in texts]
     modelled = {
         name: [sum(round.seconds for round in of_text) for of_text in replay(rounds, make(), model.config)]
         for name, make in makers.items()

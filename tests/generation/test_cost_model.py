@@ -240,6 +240,7 @@ def test_what_is_asked_for_is_found_again():
 def test_drafts_that_are_looked_up_are_timed(tiny_model, monkeypatch):
     """No layer makes them; all layers verify them, and it is told how many experts that reads."""
     found = []
+    monkeypatch.setattr(fitting, "_AT_MOST", math.inf)
     monkeypatch.setattr(fitting, "_cost_model", lambda model, blocks, int8: found.extend(blocks))
     fitting._fit(tiny_model(max_seq_len=64), 1, (), False, 0.3)
     looked_up = [block for block in found if block.drafted != (0,) and not block.kind.exit_layer]
@@ -248,7 +249,8 @@ def test_drafts_that_are_looked_up_are_timed(tiny_model, monkeypatch):
         assert block.made == (0,) and all(2 <= read <= 5 for read in block.experts)
 
 
-def test_rounds_of_several_ways_to_draft_are_timed_in_turn(tiny_model):
+def test_rounds_of_several_ways_to_draft_are_timed_in_turn(tiny_model, monkeypatch):
+    monkeypatch.setattr(fitting, "_AT_MOST", math.inf)  # however busy the machine is
     fit = CostFit(tiny_model(), [((), False), ((3,), True)])
     with compiling(fit._model):
         fit.time(0.2)
