@@ -57,17 +57,20 @@ class CostFit:
     def __init__(self, model: MoEDecoder, ways: Sequence[tuple[Sequence[int], bool]]) -> None:
         kinds = [kind for exits, int8 in ways for kind in kinds_of(model.config, 1, exits, int8, asking=True)]
         self._model, self._ways, self._kinds = model, list(ways), list(dict.fromkeys(kinds))
-        self._blocks, self._times = list[Block](), 0
+        self._blocks, self._times, self._next = list[Block](), 0, 0
 
     def time(self, seconds: float) -> None:
         """Time rounds, for about so many seconds; for two turns of all kinds at least, where these do not take 2.7
-        times as long."""
+        times as long: then the next call goes on with those that are left."""
         with evaluating(self._model):
             if any(int8 for _, int8 in self._ways):
                 int8_copies(self._model)  # which is not to be timed
-            timed = time_rounds(self._model, 1, self._kinds, seconds, _AT_MOST * seconds, begun=self._times)
+            kinds = self._kinds[self._next :] + self._kinds[: self._next]
+            timed = time_rounds(self._model, 1, kinds, seconds, _AT_MOST * seconds, begun=self._times)
         self._blocks += [block for some in timed for block in some]
         self._times += 1
+        if timed:
+            self._next = (self._kinds.index(timed[-1][0].kind) + 1) % len(self._kinds)
 
     def cost_models(self) -> list[CostModel]:
         """By what was timed so far."""

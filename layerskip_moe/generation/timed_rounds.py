@@ -131,23 +131,28 @@ def time_rounds(
         session, sessions = Session(model, prompts, sampling, max_new_tokens=tokens), sessions + 1
         _run(session, kinds, blocks, is_over)
         session.close()
-    return blocks[len(kinds) :] or blocks
+    # The first of a kind, where it is not the only one.
+    first = max(min(len(kinds), len(blocks) - len(kinds)), 0)
+    return blocks[first:]
 
 
 def _run(session: Session, kinds: list[Kind], blocks: list[list[Block]], is_over: Callable[[], bool]) -> None:
-    """Time steps of all kinds, some of each in turn, until a row has no use for the longest drafts, or time is up."""
+    """Time steps of all kinds, some of each in turn, until a row has no use for so long drafts, or time is up."""
     from layerskip_moe.generation.self_speculative import SelfSpeculative  # which imports `Adaptive`, and that this
 
     rows, policy = len(session.rows), _OneAfterAnother()
     plain, drafting = Autoregressive(), SelfSpeculative(policy=policy)
-    longest = max(kind.drafts for kind in kinds)
     session.prefill()
-    while len(session.row_numbers) == rows and min(session.remaining) > longest and not is_over():
+    begun = len(blocks)
+    while len(session.row_numbers) == rows and not is_over():
         policy.kind = kind = kinds[len(blocks) % len(kinds)]
-        seconds, experts, staged = list[float](), None, list[Staged | None]()
         cold = max(math.ceil(_COLD / (rows * (kind.drafts + 1))), 2)  # the first tells of experts, and is another step
+        # (A text that has no room for more than cold steps makes way for another one, which has more.)
+        if min(session.remaining) <= (kind.drafts if len(blocks) == begun else (cold + 1) * (kind.drafts + 1)):
+            break
+        seconds, experts, staged = list[float](), None, list[Staged | None]()
         for turn in range(cold + _STEPS):
-            if turn and (len(session.row_numbers) < rows or min(session.remaining) <= longest or is_over()):
+            if turn and (len(session.row_numbers) < rows or min(session.remaining) <= kind.drafts or is_over()):
                 break
             policy.experts = turn == 0
             began = time.perf_counter()
@@ -196,4 +201,5 @@ def kinds_of(
         asks = [PLAIN._replace(shadow=True)]
         asks += [kind._replace(shadow=True) for kind in pairs[:2]]
         asks += [] if int8 else [kind._replace(stops=True) for kind in pairs]
-    return [PLAIN, *pairs, *between, *let_go, *looked_up, *staged, *asks]
+    # (Where time is up before all had their turn: none of the others tells what verification takes.)
+    return [PLAIN, *looked_up, *pairs, *between, *let_go, *staged, *asks]

@@ -3,12 +3,13 @@
 import copy
 import functools
 import random
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import torch
 
-from layerskip_moe.generation.sampling import gumbel_noise, log_probabilities
+from layerskip_moe.generation.sampling import Sampling, gumbel_noise, log_probabilities
 from layerskip_moe.nn import ModelConfig, MoEDecoder, RunOutput
 from layerskip_moe.nn.ragged import MarginRule
 
@@ -256,3 +257,37 @@ def find_tie():
 def assert_same_text():
     """assert_same_text(model, prompts, expected, got, sampling, first_row=0)."""
     return _assert_same_text
+
+
+@dataclass(eq=False)
+class OneText:
+    """As much of a session as a policy asks."""
+
+    model: MoEDecoder
+    sampling: Sampling = field(default_factory=Sampling)
+    row_numbers: list[int] = field(default_factory=lambda: [0])
+    one_call: bool = True
+
+    @property
+    def stats(self):
+        return [None] * len(self.row_numbers)
+
+    @property
+    def remaining(self):
+        return [1000] * len(self.row_numbers)
+
+    @property
+    def new_tokens(self):
+        return [[] for _ in self.row_numbers]
+
+    def texts(self):
+        return [[0] for _ in self.row_numbers]
+
+    def prompt_agreement(self, exits):
+        return []
+
+
+@pytest.fixture
+def one_text():
+    """`OneText`: what policies are asked with where nothing is decoded."""
+    return OneText

@@ -1,7 +1,7 @@
 """Adaptive: what it plans where acceptance and costs are known, and that the text never depends on it."""
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ from layerskip_moe.generation.cost_model import CostModel
 from layerskip_moe.generation.policies import DEL, Adaptive
 from layerskip_moe.generation.policies.exits import candidate_exits
 from layerskip_moe.generation.policies.plans import best_by_margin
-from layerskip_moe.generation.policies.policy import RoundReport
 from layerskip_moe.generation.sampling import gumbel_noise
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 
@@ -140,10 +139,10 @@ def test_the_default_is_adaptive_and_times_the_model_by_itself(trained_model):
     assert isinstance(SelfSpeculative().policy, Adaptive) and SelfSpeculative().policy is not strategy.policy
 
 
-def test_rows_of_a_batch_draft_each_as_much_as_pays():
+def test_rows_of_a_batch_draft_each_as_much_as_pays(one_text):
     """Row 0 is right where row 1, as sure, is wrong."""
     model = MoEDecoder(ModelConfig(23, n_layers=4, d_model=16, n_heads=2, num_experts=0, d_ff=8))
-    policy, session = Adaptive(cost_model=cost_model(row=0.05)), OneText(model, row_numbers=[0, 1])
+    policy, session = Adaptive(cost_model=cost_model(row=0.05)), one_text(model, row_numbers=[0, 1])
     policy.prepare(model, 2)
     policy.plan(session)
     for _ in range(40):
@@ -155,13 +154,13 @@ def test_rows_of_a_batch_draft_each_as_much_as_pays():
     assert first >= 3 and first > second
 
 
-def test_several_rows_draft_no_longer_than_pays_for_all():
+def test_several_rows_draft_no_longer_than_pays_for_all(one_text):
     """They wait for the one that drafts most, at a layer's time a step, which a row alone would gladly take."""
     model = MoEDecoder(ModelConfig(23, n_layers=4, d_model=16, n_heads=2, num_experts=0, d_ff=8))
 
     def planned(sure, unsure, **costs):
         rows = list(range(sure + unsure))
-        policy, session = Adaptive(cost_model=cost_model(**costs)), OneText(model, row_numbers=rows)
+        policy, session = Adaptive(cost_model=cost_model(**costs)), one_text(model, row_numbers=rows)
         policy.prepare(model, len(rows))
         policy.plan(session)
         for row in rows:
@@ -174,10 +173,10 @@ def test_several_rows_draft_no_longer_than_pays_for_all():
     assert exit_layer and 0 < length < 7
 
 
-def test_the_others_draft_on_by_the_same_layers_as_a_row_ends():
+def test_the_others_draft_on_by_the_same_layers_as_a_row_ends(one_text):
     """Unless others are better by 2%: what they draft by is recorded."""
     model = MoEDecoder(ModelConfig(23, n_layers=4, d_model=16, n_heads=2, num_experts=0, d_ff=8))
-    policy, session = Adaptive(cost_model=cost_model()), OneText(model, row_numbers=[0, 1, 2])
+    policy, session = Adaptive(cost_model=cost_model()), one_text(model, row_numbers=[0, 1, 2])
     policy.prepare(model, 3)
     policy.plan(session)
     for row in range(3):
@@ -314,127 +313,6 @@ def test_a_model_of_one_layer_has_nothing_to_draft_with(trained_model):
     model = trained_model(n_layers=1)
     expected = generate(model, [[1, 2]], max_new_tokens=6)
     assert generate(model, [[1, 2]], SelfSpeculative(), max_new_tokens=6).tokens == expected.tokens
-
-
-@dataclass(eq=False)
-class OneText:
-    """As much of a session as a policy asks."""
-
-    model: MoEDecoder
-    sampling: Sampling = field(default_factory=Sampling)
-    row_numbers: list[int] = field(default_factory=lambda: [0])
-    one_call: bool = True
-
-    @property
-    def stats(self):
-        return [None] * len(self.row_numbers)
-
-    @property
-    def remaining(self):
-        return [1000] * len(self.row_numbers)
-
-    @property
-    def new_tokens(self):
-        return [[] for _ in self.row_numbers]
-
-    def texts(self):
-        return [[0] for _ in self.row_numbers]
-
-    def prompt_agreement(self, exits):
-        return []
-
-
-def told(policy, session, *, plain, drafting, steps=400):
-    """Rounds in which all drafts are right, and plain steps, that last so many times as long as reckoned."""
-    drafted = 0
-    for _ in range(steps):
-        if policy.rests(session):
-            policy.rested(1, plain * policy.cost_model.round_seconds([0], [0]))
-            continue
-        [(exit_layer, length)] = policy.plan(session)
-        drafted += length > 0
-        exits, lengths = [exit_layer if length else 0], [length]
-        seconds = (drafting if length else plain) * policy.cost_model.round_seconds(exits, lengths)
-        tokens = torch.arange(length + 1)[None]
-        shadow = tokens[:, None].expand(1, N_LAYERS, -1) if policy.shadow else None
-        margins = torch.ones(1, N_LAYERS, length + 1).double() if policy.shadow else None
-        judged = [[(1.0, True)] * length]
-        told = dict(made=lengths, judged=judged, shadow=shadow, shadow_margins=margins)
-        policy.observe(RoundReport([0], exits, lengths, [length], [[]], seconds, tokens, **told))
-    return drafted / steps
-
-
-@pytest.fixture
-def fitted(monkeypatch):
-    """fitted(**costs): an Adaptive for which a cost model was fitted, and a session of its model."""
-
-    def build(**costs):
-        cost = cost_model(**costs)
-        monkeypatch.setattr("layerskip_moe.generation.policies.adaptive.fit_cost_model", lambda *_, **__: cost)
-        model, policy = (
-            MoEDecoder(ModelConfig(23, n_layers=4, d_model=16, n_heads=2, num_experts=0, d_ff=8)),
-            Adaptive(),
-        )
-        policy.prepare(model, 1)
-        return policy, OneText(model)
-
-    return build
-
-
-@pytest.mark.parametrize("both", [0.7, 1.0, 1.5])
-def test_a_machine_that_is_slower_than_when_it_was_timed_changes_no_plan(fitted, both):
-    policy, session = fitted(row=0.2)
-    assert told(policy, session, plain=both, drafting=both) > 0.9
-    assert abs(policy._reckoning.offset) < 0.1
-
-
-def test_drafts_that_cost_more_than_reckoned_are_left(fitted):
-    policy, session = fitted(row=0.7)
-    assert told(policy, session, plain=1.0, drafting=1.0) > 0.9
-    policy, session = fitted(row=0.7)
-    assert told(policy, session, plain=1.0, drafting=2.5, steps=1500) < 0.5
-    assert policy._reckoning.offset > 0.1
-
-
-def test_what_was_given_is_taken_as_it_is(fitted):
-    _, session = fitted()
-    policy = Adaptive(cost_model=cost_model(row=0.2))
-    policy.prepare(session.model, 1)
-    told(policy, session, plain=1.0, drafting=2.0)
-    assert policy._reckoning.offset == 0.0
-
-
-def rests_of_a_text(policy, session, count):
-    """How many plain steps lie before each of so many looks, where no exit is ever right."""
-    rests = []
-    while len(rests) < count:
-        rests.append(0)
-        while steps := policy.rests(session):
-            rests[-1] += steps
-            policy.rested(1, steps * policy.cost_model.round_seconds([0], [0]))
-        [(exit_layer, length)] = policy.plan(session)
-        length = min(length, 1)
-        tokens = torch.arange(length + 1)[None]
-        wrong, margins = torch.full((1, N_LAYERS, length + 1), 20), torch.ones(1, N_LAYERS, length + 1).double()
-        exits, seconds = [exit_layer if length else 0], policy.cost_model.round_seconds([exit_layer], [length])
-        asked = dict(shadow=wrong, shadow_margins=margins) if policy.shadow else {}
-        judged = [[(1.0, False)] * length]
-        policy.observe(
-            RoundReport([0], exits, [length], [0], [[]], seconds, tokens, made=[length], judged=judged, **asked)
-        )
-    return rests
-
-
-def test_a_text_begins_with_a_quarter_of_the_last_one_s_rest(fitted):
-    policy, session = fitted(row=0.5)
-    first = rests_of_a_text(policy, session, 40)
-    assert first[0] == 0 and first[-1] == 256, "nothing is known at first, and in the end nothing pays"
-    assert [rest for rest in first if rest][:5] == [16, 32, 64, 128, 256]
-    assert rests_of_a_text(policy, OneText(session.model), 3) == [64, 128, 256]
-    assert rests_of_a_text(policy, OneText(session.model), 1) == [64]
-    sampled = OneText(session.model, Sampling(temperature=0.8))
-    assert rests_of_a_text(policy, sampled, 12)[0] == 0, "another kind of text"
-    assert rests_of_a_text(policy, OneText(session.model), 1) == [16], "of which the last text was not"
 
 
 @pytest.mark.parametrize("policy", [Adaptive, DEL])

@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -261,3 +262,40 @@ def test_rounds_of_several_ways_to_draft_are_timed_in_turn(tiny_model, monkeypat
     ways = [{*kinds_of(fit._model.config, 1, *way, asking=True)} for way in fit._ways]
     assert {block.kind for block in fit._blocks} == {*fit._kinds} == ways[0] | ways[1]
     assert len(fit._kinds) < len(ways[0]) + len(ways[1]), "plain steps are both ways'"
+
+
+@pytest.fixture
+def ticking(monkeypatch):
+    """A clock that is a second later whenever it is asked."""
+    clock = itertools.count(step=1.0)
+    monkeypatch.setattr(timed_rounds, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+
+
+def test_what_is_cut_short_counts_all_that_was_timed(tiny_model, ticking):
+    """As where rounds take long: the first rounds of a kind are left aside only where there are others."""
+    model, found = tiny_model(), [0]
+    kinds = kinds_of(model.config, 1, (), False)
+    while found[-1] < len(kinds):
+        at_most = 40.0 * len(found)
+        timed = timed_rounds.time_rounds(model, 1, kinds, 1.0, at_most)
+        found.append(len({block.kind for some in timed for block in some}))
+        assert at_most < 4000, "all have their turn"
+    assert found == sorted(found) and 1 <= found[1] < len(kinds)
+
+
+def test_a_fit_that_is_cut_short_goes_on_where_it_stopped(tiny_model, ticking):
+    fit, found = CostFit(tiny_model(), [((), False), ((3,), False)]), [0]
+    while found[-1] < len(fit._kinds):
+        fit.time(40.0)
+        found.append(len({block.kind for block in fit._blocks}))
+        assert found[-1] > found[-2], "each call has kinds that none before it had"
+    assert len(found) > 3
+
+
+def test_short_texts_are_timed_by_steps_that_follow_others(tiny_model):
+    """Though they have room for one round of the longest drafts."""
+    model = tiny_model(max_seq_len=33)
+    kinds = kinds_of(model.config, 1, (), False)
+    timed = timed_rounds.time_rounds(model, 1, kinds, 1.0, math.inf)
+    steps = {kind: max(len(block.seconds) for some in timed for block in some if block.kind == kind) for kind in kinds}
+    assert all(count > 1 for kind, count in steps.items() if kind.drafts <= 2)

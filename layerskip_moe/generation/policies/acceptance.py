@@ -67,18 +67,20 @@ class Acceptance:
         """Drafts of that row that were judged; where so many exits were told of the same places, each tells of the row
         that much less."""
         known, of_row = self._exits[exit_layer], self._rows.setdefault(row, [0.0, 0.0])
+        (of_exit, slower), (differs, above), level = known, of_row, self._level
         for margin, right in judged:
             if math.isnan(margin):
-                wrong_by = right - self.rate(row, exit_layer)
+                wrong_by = right - _course(_quarters(of_exit + differs, level + above), 0, 1)[0][1]
             else:
                 log_margin = min(max(math.log(margin), -_FARTHEST), _FARTHEST) if margin > 0 else -_FARTHEST
-                wrong_by = right - _sigmoid(log_margin + known[0] + of_row[0])
-                above = log_margin - self._level - of_row[1]
-                self._level += _LEVEL_STEP / exits_told * above
-                of_row[1] += _ROW_LEVEL_STEP / exits_told * above
-            known[1] = min(known[1] + _SLOWER, _SLOWEST)
-            known[0] += _STEP / known[1] * wrong_by
-            of_row[0] += _ROW_STEP / exits_told * wrong_by
+                wrong_by = right - _sigmoid(log_margin + of_exit + differs)
+                higher = (log_margin - level - above) / exits_told
+                level += _LEVEL_STEP * higher
+                above += _ROW_LEVEL_STEP * higher
+            slower = min(slower + _SLOWER, _SLOWEST)
+            of_exit += _STEP / slower * wrong_by
+            differs += _ROW_STEP / exits_told * wrong_by
+        known[:], of_row[:], self._level = (of_exit, slower), (differs, above), level
 
     def half(self, row: int, exit_layer: int) -> float:
         """h: the margin at which that exit's drafts are right half of the time."""
@@ -96,7 +98,7 @@ class Acceptance:
     def _quarters(self, row: int, exit_layer: int) -> int:
         """Of log(M / h). (Not to the last digit: courses are the same then, and known.)"""
         of_row, above = self._rows.get(row, (0.0, 0.0))
-        return round(4 * (self._exits[exit_layer][0] + of_row + self._level + above - _MEAN_LOG))
+        return _quarters(self._exits[exit_layer][0] + of_row, self._level + above)
 
     def rate(self, row: int, exit_layer: int) -> float:
         """The probability that a draft is right of whose margin nothing is known."""
@@ -125,6 +127,11 @@ def _totals(quarters: int, least: int, length: int) -> tuple[float, float, float
     kept = sum(share for share, _ in course)
     # The first draft is made in any case, each other one where the one before it was kept.
     return kept, sum(share * right for share, right in course), 1.0 + kept - course[-1][0]
+
+
+def _quarters(minus_log_half: float, level: float) -> int:
+    """Of log(M / h), of -log h and mean log margin."""
+    return round(4 * (minus_log_half + level - _MEAN_LOG))
 
 
 def _sigmoid(logit: float) -> float:

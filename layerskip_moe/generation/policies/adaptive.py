@@ -34,18 +34,18 @@ _PAYS, _PAYS_FOR_SEVERAL, _PAYS_IN_BATCHES = 1.03, 1.06, 1.2
 _FEW = 4  # rows whose weights are waited for longer than their sums
 _MOST_ROWS_INT8 = few_rows.MOST_ROWS // 2  # of which each may have a draft
 _MOST = 7  # drafts of a row in a round, of the weights themselves
-_RETHINK, _RETHINK_SEVERAL = 8, 16  # rounds from one choice of a plan to the next, of one row and of more
+_RETHINK, _RETHINK_SEVERAL = 8, 32  # rounds from one choice of a plan to the next, of one row and of more
 # Rounds from one look at what other exits would have said to the next: at first, and later, times the rows.
 _LOOK, _LOOK_LATER = 10, 96
 _REST, _LONGEST_REST = 16, 256  # steps of plain decoding from one look to the next, where drafting does not pay
-_SHORTER = 4  # times the last text's rest is that of the next, which is of the same kind, at first
+_SHORTER = 4  # times a text's rest is shorter at first than the last one's next would have been, of the same kind
 _KNOWN = 30  # drafts judged of each exit, after which a text may begin without a look
 _DOUBT = 0.15  # of a fitted cost model: how far drafting may be from what it says, beside plain steps
 _SURE = 0.08  # doubt beyond this is worth a try of what else may be best
 # Times the margin at which the layers that propose are right half of the time: with what margin they are followed.
 _SURE_TIMES = 5.0
 _LOOK_UP = 16  # plain steps from one lookup to the next, of texts that do not repeat themselves
-_SELDOM = 4  # rounds of several rows from one lookup to the next, likewise
+_SELDOM = 8  # rounds of several rows from one lookup to the next, likewise
 _TIMED = 4  # plain steps that are timed, at the end of a rest
 
 
@@ -62,12 +62,13 @@ class Adaptive:
     does, where it repeats itself. What followed in a text that has done so for long is drafted as it is, no layer
     asked (`text_lookup.py`): at the end of such rounds, in batches beside other rows' int8 drafts, and else in rounds
     of their own, where these promise more tokens per second. The plan is chosen anew every 8 rounds, of several rows
-    every 16, and changed for one that is 2% better, by what exits promise and by how much of their promises they have
+    every 32, and changed for one that is 2% better, by what exits promise and by how much of their promises they have
     kept; drafting must promise 3% more than plain decoding, 6% of two to four rows or by int8 copies, 20% of more, and
     less while costs are in doubt. Every now and then a round asks what other exits would have said. Where drafting does
     not pay, decoding is plain for 16 steps, then 32, and so on up to 256, from look to look; a text of the same kind
-    begins with a quarter of the last one's rest. What was learnt of acceptance is kept from text to text, and how long
-    steps take beside what was reckoned, too: where it is in doubt which of the two is faster, the other one is tried.
+    begins with a quarter of what the last one's next rest would have been. What was learnt of acceptance is kept from
+    text to text, and how long steps take beside what was reckoned, too: where it is in doubt which of the two is
+    faster, the other one is tried.
 
     length: the most drafts of a row in a round, K; None: 7, or 31 int8 ones or such that are looked up. Of several
         rows as many as make 64 places together, of 33 to 64 none
@@ -118,6 +119,7 @@ class Adaptive:
         self._rounds = self._rest = self._looks = 0
         self._to_look, self._next_rest, self._looks_on = _LOOK, 0, False
         self._plan, self._rows = PLAIN, list[int]()
+        self._kind: tuple[tuple[bool, bool, bool], int] | None = None  # of this text, and how many rows it began with
         self._n_layers, self._most_int8 = 0, MOST_DRAFTS
         self._has_room = False  # whether texts end after the longest drafts of this round
         self._tells_margins, self._filters = True, False  # whether rounds do; whether this text is filtered
@@ -140,7 +142,7 @@ class Adaptive:
             raise ValueError("the cost model is of another network; fit one to this model, or leave it out.")
         if self._prepared_for is None or self._prepared_for() is not model:
             self._acceptances, self._text_lookups, self._looks, self._to_look = {}, {}, 0, _LOOK
-            self._is_new_text, self._plan, self._rest, self._rows = NewText(), PLAIN, 0, []
+            self._is_new_text, self._plan, self._rest, self._rows, self._kind = NewText(), PLAIN, 0, [], None
         if cost is not self.cost_model:
             self._reckoning = Reckoning(cost, doubt=_DOUBT)
         self.cost_model, self._prepared_for, self._prepared_how = cost, weakref.ref(model), (rows, one_call)
@@ -186,7 +188,8 @@ class Adaptive:
         if kind not in self._acceptances:
             whole = [self._n_layers] if self.int8_drafts else []
             self._acceptances[kind] = Acceptance(self.exits, sure=whole)
-        goes_on = self._acceptance is self._acceptances[kind]
+        of_so_many = kind, len(session.row_numbers)
+        goes_on, self._kind = self._kind == of_so_many, of_so_many
         self._acceptance = self._acceptances[kind]
         self._acceptance.begin()
         self._text_lookup = self._text_lookups.setdefault(kind, TextLookup())
@@ -225,13 +228,14 @@ class Adaptive:
         if not self._plan.exit_layer or self._rounds % every == 0 or rows != self._rows:
             self._choose(rows)
         self._has_room = min(session.remaining) > self._plan.length
-        self._to_look -= 1
+        # (A look takes as much longer as there are rows, and comes the later for that: not where fewer rows are left.)
+        apart = min(_LOOK + 2 * self._looks * len(rows) ** 2, _LOOK_LATER * len(rows))
+        self._to_look = min(self._to_look, apart) - 1
         drafts = self._plan.exit_layer > 0
         self.shadow = not drafts or self._to_look <= 0
         self.experts = self.shadow and drafts
         if self.shadow:
             self._looks += 1
-            # (A look takes as much longer as there are rows, and tells as much more.)
             self._to_look = min(_LOOK + 2 * self._looks * len(rows) ** 2, _LOOK_LATER * len(rows))
         elif len(rows) == 1 or self._looks_on or self._rounds % _SELDOM == 0:
             self.lookup_drafts = self._look_up(session)

@@ -24,15 +24,19 @@ constexpr int SLOTS = WIDTH;  // that are scored together
 // The scores of SLOTS keys for one head. The order of summation does not depend on what else is scored.
 template <class Cached>
 void score(const Cached* const* keys, Reader& reader, int64_t slot, int64_t head_dim, float scale) {
-  Floats sums[SLOTS] = {};
+  Floats sums[SLOTS];
+#pragma GCC unroll 16
+  for (int s = 0; s < SLOTS; ++s) sums[s] = Floats{};
   const int64_t whole = head_dim - head_dim % WIDTH;
   for (int64_t d = 0; d < whole; d += WIDTH) {
     Floats query = load(reader.query + d);
     hold(query);
+#pragma GCC unroll 16
     for (int s = 0; s < SLOTS; ++s) sums[s] = multiply_add(load(keys[s] + d), query, sums[s]);
   }
   if (whole < head_dim) {
     const Floats query = load_first(reader.query + whole, head_dim - whole);
+#pragma GCC unroll 16
     for (int s = 0; s < SLOTS; ++s) sums[s] = multiply_add(load_first(keys[s] + whole, head_dim - whole), query, sums[s]);
   }
   const Floats totals = sum_each(sums) * scale;

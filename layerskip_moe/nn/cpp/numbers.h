@@ -131,14 +131,17 @@ inline Floats sum_each(const Floats* values) {
 #if defined(__AVX512F__)
   // Halves, then quarters of what is left, so that each level sums twice as many registers at once.
   __m512 by_two[8], by_four[4], by_eight[2];
+#pragma GCC unroll 16
   for (int i = 0; i < 8; ++i) {  // registers i and i + 8
     const __m512 low = _mm512_shuffle_f32x4(values[i], values[i + 8], 0x44), high = _mm512_shuffle_f32x4(values[i], values[i + 8], 0xee);
     by_two[i] = _mm512_add_ps(low, high);
   }
+#pragma GCC unroll 16
   for (int i = 0; i < 4; ++i) {  // and i + 4, i + 12
     const __m512 even = _mm512_shuffle_f32x4(by_two[i], by_two[i + 4], 0x88), odd = _mm512_shuffle_f32x4(by_two[i], by_two[i + 4], 0xdd);
     by_four[i] = _mm512_add_ps(even, odd);  // fours of i, i + 8, i + 4, i + 12
   }
+#pragma GCC unroll 16
   for (int i = 0; i < 2; ++i)  // i and i + 2 side by side, twice
     by_eight[i] = _mm512_add_ps(_mm512_unpacklo_ps(by_four[i], by_four[i + 2]), _mm512_unpackhi_ps(by_four[i], by_four[i + 2]));
   const __m512 sums = _mm512_add_ps(_mm512_unpacklo_ps(by_eight[0], by_eight[1]), _mm512_unpackhi_ps(by_eight[0], by_eight[1]));
