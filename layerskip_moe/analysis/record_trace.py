@@ -27,6 +27,7 @@ from layerskip_moe.generation.policies.exits import MOST_DRAFTS
 from layerskip_moe.generation.sampling import choose, choose_by_margin, choose_with_confidence, gumbel_noise
 from layerskip_moe.nn import ModelConfig, MoEDecoder, RunOutput, few_rows
 from layerskip_moe.nn.compiling import compiling
+from layerskip_moe.nn.drafts import choose_draft
 from layerskip_moe.nn.int8_copies import are_made_unasked, int8_copies, why_no_int8
 from layerskip_moe.nn.modes import evaluating
 
@@ -149,9 +150,10 @@ class _Recording:
                 )
                 noise = None
                 if not sampling.greedy:  # (that of all places at once may take more memory than there is)
-                    noise = gumbel_noise(sampling.seed, session.rows, positions[:, at] + 1, model.config.vocab_size)[0]
+                    drawn = gumbel_noise(sampling.seed, session.rows, positions[:, at] + 1, model.config.vocab_size)
+                    noise = drawn[0] * sampling.temperature
                 for layer in layers:
-                    drafts, by = choose_by_margin(model.unembed(output.collected[layer][0]), sampling, noise)
+                    drafts, by = choose_draft(model, output.collected[layer][0], noise)
                     right[layer, place, :count] = (drafts == text[place : place + count]).cpu()
                     margins[layer, place, :count] = by.float().cpu()
         self.int8_right, self.int8_margin = right, margins

@@ -151,7 +151,8 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
         asked = limit and stop is None and not lookups
         judged = _judged(text, place, exit_layer, min(accepted + 1, made), int8) if asked else None
         shadow = _shadow(text, places, policy, config) if policy.shadow and not lookups else None
-        watched = 0 if shadow is None else (drafted + 1) * len(watched_exits(policy, config))
+        most = getattr(policy, "shadow_places", None) or drafted + 1
+        watched = 0 if shadow is None else min(drafted + 1, most) * len(watched_exits(policy, config))
         asking = text.asking_seconds(int8=int8, stops=bool(made) and stop is not None, made=made, shadow=watched)
         session.place += accepted + 1
         report = RoundReport(
@@ -203,11 +204,14 @@ def _judged(text: TextRounds, place: int, exit_layer: int, count: int, int8: boo
 
 
 def _shadow(text: TextRounds, places: slice, policy: Policy, config: ModelConfig) -> torch.Tensor:
-    """[1, L, T], as in a report: of the exits that the policy watches, and of the last layer."""
+    """[1, L, T], as in a report: of the exits that the policy watches, at the places that it asks for, and of the last
+    layer."""
     said = _tokens(text.said[:, places])
     watched = [*watched_exits(policy, config), config.n_layers]
     others = [layer for layer in range(config.n_layers) if layer + 1 not in watched]
     said[:, others] = -1
+    if (most := getattr(policy, "shadow_places", None)) is not None:
+        said[:, :-1, most:] = -1
     return said
 
 

@@ -52,6 +52,7 @@ class Watch:
     exits:   exit layers, below L, after which the states are
     choices: whether the choices of verification's routers are
     shadow:  whether shadow tokens are asked for in this round
+    places:  of each row's first so many places; None: of all
     seen:    (layer index, its states), each place once for each layer
     chosen:  layer index -> experts chosen there [N, K]
     """
@@ -59,6 +60,7 @@ class Watch:
     exits: Sequence[int]
     choices: bool
     shadow: bool
+    places: int | None = None
     seen: list[tuple[int, States]] = field(default_factory=list)
     chosen: dict[int, Tensor] = field(default_factory=dict)
 
@@ -271,7 +273,7 @@ def _told(should_stop: Callable[[Tensor, int], Tensor | bool], confidence: Tenso
 
 def shadow_tokens(session: Session, round_: Round, watch: Watch, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """[A, L, T] int64: what the state after each layer that is watched says at each place, with the drafts' noise; the
-    last layer's are `tokens` [A, T]; -1 elsewhere, and beyond a row's places. And margins [A, L, T], see
+    last layer's are `tokens` [A, T]; -1 elsewhere, and beyond the places that are asked for. And margins [A, L, T], see
     `RoundReport.shadow_margins`. Before the round is appended."""
     n_rows, places = tokens.shape
     shadow = tokens.new_full((n_rows, session.model.config.n_layers, places), -1)
@@ -282,7 +284,9 @@ def shadow_tokens(session: Session, round_: Round, watch: Watch, tokens: Tensor)
         layers = tokens.new_tensor([layer for layer, states in watch.seen for _ in states.rows])
         states = States.join(states for _, states in watch.seen)
         rows, at = as_index(states.rows, states.places, tokens.device)
-        scores, seen = session.model.unembed(states.hidden)[:, 0], session.seen(places, round_.drafts)
+        asked = at < (places if watch.places is None else watch.places)
+        layers, rows, at = layers[asked], rows[asked], at[asked]
+        scores, seen = session.model.unembed(states.hidden[asked])[:, 0], session.seen(places, round_.drafts)
         assert seen is None or len(round_.drafts) + 1 == places, "a round with a penalty notes its drafts"
         if seen is not None:
             scores = penalize(scores, seen[rows, at], session.sampling.repetition_penalty)

@@ -195,7 +195,8 @@ class SelfSpeculative:
         lookups = lookups if any(lookups) and self.coupling == "shared" else [[] for _ in plan]
         _check_lookups(lookups, session)
         started = _clock(session)
-        watch = Watch(watched_exits(policy, session.model.config) if shadow else (), experts, shadow)
+        exits = watched_exits(policy, session.model.config) if shadow else ()
+        watch = Watch(exits, experts, shadow, getattr(policy, "shadow_places", None))
         stop, copies = policy.should_stop, kept_copies(session.model) if int8 else None
         lengths = [len(drafts) or length for (_, length), drafts in zip(plan, lookups, strict=True)]
         round_ = Round.begin(session, lengths, self.coupling, confident=stop is not None)

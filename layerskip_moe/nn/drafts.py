@@ -18,6 +18,7 @@ from layerskip_moe.nn.attention import Places, locate_within
 from layerskip_moe.nn.cache import KVCache
 from layerskip_moe.nn.checks import check_positions, check_run
 from layerskip_moe.nn.graphs import Graph
+from layerskip_moe.nn.linear import linear
 from layerskip_moe.nn.ragged import MarginRule, Stage
 from layerskip_moe.nn.replay import Recording, drafts_of, round_of
 from layerskip_moe.nn.run_blocks import recordable
@@ -89,6 +90,13 @@ def draft_places(
     return torch.cat(tokens, dim=1)[:, 1:], [torch.cat(parts, dim=1) for parts in zip(*states, strict=True)]
 
 
+def choose_draft(model: "MoEDecoder", hidden: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What states [N, D] say, with noise [N, V] in logits if there is any, and by what margin, as
+    `few_rows.choose_by_margin`."""
+    normed = model.norm(hidden)
+    return few_rows.choose_by_margin(linear(normed, model.head_weight), noise, of=(normed, model.head_weight))
+
+
 def _draft_by_place(
     model: "MoEDecoder",
     states_of: Callable[[Tensor, Places], list[Tensor]],
@@ -129,7 +137,7 @@ def _drafting(
 
     def choice_of(inputs: list[Tensor]) -> list[Tensor]:
         hidden, *noise = inputs
-        return list(few_rows.choose_by_margin(model.unembed(hidden), noise[0] if noise else None))
+        return list(choose_draft(model, hidden, noise[0] if noise else None))
 
     of = None if copies is None else copies.number
     with few_rows.reading({} if copies is None else copies.parts):

@@ -25,14 +25,19 @@ MOST_PER_REPEATED = 2
 Judged = tuple[float, bool]  # of a draft: its margin (nan: not known), and whether the model that verifies agreed
 
 
+def likely_right(margin: float, half: float) -> float:
+    """How likely a draft of that margin, 0 or more, is right, where one of margin `half` is right half of the time."""
+    return 1.0 - math.exp2(-math.sqrt(margin / half))
+
+
 @dataclass(frozen=True)
 class MarginRule:
     """When a row drafts no more: by its drafts' margins, which are by how much what a draft was chosen by, its logit
     and its place's noise, is larger than the second largest. The model that verifies chooses with the same noise, so
     that a draft which was clearly the first is likely to be its choice, too.
 
-    A draft of margin m is taken to be right with probability m / (m + half), and is kept while all of a row's drafts so
-    far, it too, are right with probability `least` or more.
+    A draft of margin m is taken to be right with probability 1 - 2^-sqrt(m / half), and is kept while all of a row's
+    drafts so far, it too, are right with probability `least` or more.
 
     Attributes:
         halves: by row, above 0, in logits: the margin of drafts that are right half of the time
@@ -54,7 +59,7 @@ class MarginRule:
         for half, of_row, limit in zip(self.halves, margins.tolist(), limits, strict=True):
             all_right, count = 1.0, 0
             for margin in of_row[:limit]:
-                all_right *= 1.0 if math.isinf(margin) else margin / (margin + half)
+                all_right *= likely_right(margin, half)
                 if not all_right >= self.least:  # (nor where it is not a number)
                     break
                 count += 1

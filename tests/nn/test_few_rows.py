@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from layerskip_moe.nn import ModelConfig, few_rows
 from layerskip_moe.nn.kernels import has_kernels, using_kernels
 from layerskip_moe.nn.rotary import rotary_table
+from layerskip_moe.nn.rounding import nearest
 from layerskip_moe.nn.router import Router
 
 pytestmark = pytest.mark.skipif(not has_kernels(), reason="there is no C++ compiler")
@@ -308,6 +309,32 @@ def test_choose(n, vocab_size, dtype, noisy, seed):
     others = [[*row[:token], *row[token + 1 :]] for row, token in zip(scores.tolist(), chosen.tolist(), strict=True)]
     second = torch.tensor([max(row, default=float("-inf")) for row in others], dtype=torch.float64)
     torch.testing.assert_close(margins, best - second, atol=1e-9, rtol=1e-12)
+
+
+@given(rows, st.integers(1, 40), dtypes, st.booleans(), seeds)
+@few_examples
+@torch.no_grad()
+def test_a_copy_proposes_two_tokens_and_the_weight_decides(n, vocab_size, dtype, noisy, seed):
+    """Where an int8 copy is read, and nowhere else."""
+    x, weight = drawn(seed, n, 24, dtype=dtype), drawn(seed + 1, vocab_size, 24, dtype=dtype)
+    noise = drawn(seed + 2, n, vocab_size).double() if noisy else None
+    values, scale = nearest(weight, 24, bits=4)  # (in 8 bits, what is largest hardly ever changes)
+    exact = few_rows.linear(x, weight)
+    plain = few_rows.choose_by_margin(exact, noise, of=(x, weight))
+    assert all(map(torch.equal, plain, few_rows.choose_by_margin(exact, noise)))
+    with few_rows.reading({id(weight): (few_rows.packed(values), scale[:, 0].float())}):
+        near = few_rows.linear(x, weight)
+        tokens, margins = few_rows.choose_by_margin(near, noise, of=(x, weight))
+    assert vocab_size < 9 or not torch.equal(near, exact)
+    by_copy, by_weight = (logits.double() if noise is None else logits + noise for logits in (near, exact))
+    for row in range(n):
+        two = by_copy[row].topk(min(2, vocab_size)).indices
+        scores = by_weight[row, two].sort(descending=True).values
+        assert by_weight[row, tokens[row]] == scores[0]
+        if vocab_size == 1:
+            assert margins[row] == math.inf
+        elif by_copy[row].topk(min(3, vocab_size)).values.diff().all():  # (of equal ones there may be another second)
+            assert margins[row] == scores[0] - scores[1]
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from layerskip_moe.bench.rounds import repeated_tokens
 from layerskip_moe.nn import KVCache, few_rows, rounds
 from layerskip_moe.nn.compiling import compiling
+from layerskip_moe.nn.drafts import choose_draft
 from layerskip_moe.nn.int8_copies import int8_copies
 from layerskip_moe.nn.kernels import has_kernels
 from layerskip_moe.nn.ragged import MOST_PER_REPEATED, MarginRule, Stage
@@ -37,7 +38,8 @@ def begun(model, rows):
 
 def by_hand(model, cache, newest, exit_layer, noise, limits, positions, drafter=None):
     """Tokens of the full model, drafts, states and drafts' margins, row by row, each by one call of `run` for each, and
-    how near the drafts' routers were to other experts. Of another drafter all that is left are its drafts."""
+    how near the drafts' routers were to other experts, and other tokens to the two that are weighed again. Of another
+    drafter all that is left are its drafts, and of two that say most by it the model's own head decides."""
     drafter = drafter or model
     drafts, tokens, states, margins, gaps = [], [], [], [], []
     for row, limit in enumerate(limits):
@@ -48,9 +50,14 @@ def by_hand(model, cache, newest, exit_layer, noise, limits, positions, drafter=
             ordered = [routing.logits.sort(descending=True).values for routing in run.routing.values()]
             gaps += [float((logits[:, 1] - logits[:, 2]).min()) for logits in ordered]  # (two are chosen)
             scores = drafter.unembed(run.hidden)[0, 0].double() + (0 if noise is None else noise[row, place])
-            token = scores.argmax()[None, None]
+            largest, weighed = scores.topk(3)
+            if drafter is not model:
+                gaps.append(float(largest[1] - largest[2]))
+                exact = model.unembed(run.hidden)[0, 0].double() + (0 if noise is None else noise[row, place])
+                largest, order = exact[weighed[:2]].sort(descending=True)
+                weighed = weighed[order]
+            token = weighed[:1, None]
             said.append(int(token))
-            largest = scores.topk(2).values
             sure.append(float(largest[0] - largest[1]))
         text = torch.tensor([[int(newest[row]), *said]])
         run = model.run(
@@ -231,8 +238,8 @@ def whole_differs(done, model, proposing, how, newest):
     with few_rows.reading(how["copies"].parts), compiling(model, False):
         text, cache = torch.cat([newest, done.drafts], dim=1), how["cache"]
         hidden = model.run(model.embed(text), range(proposing), positions=how["positions"], cache=cache).hidden
-        scores = model.unembed(hidden)[0].double() + (0 if how["noise"] is None else how["noise"][0])
-    return [int(said) != draft for said, draft in zip(scores.argmax(-1), drafts, strict=False)]
+        said, _ = choose_draft(model, hidden[0], None if how["noise"] is None else how["noise"][0, : hidden.shape[1]])
+    return [one != draft for one, draft in zip(said.tolist(), drafts, strict=False)]
 
 
 @settings(deadline=None, max_examples=40)
@@ -261,7 +268,7 @@ def test_a_row_drafts_no_more_where_it_is_unsure(model, data, rows, longest, tem
             return
         kept = []
         for margins, half, limit in zip(whole.margins.tolist(), halves, limits, strict=True):
-            right = torch.tensor([margin / (margin + half) for margin in margins[:limit]], dtype=torch.float64)
+            right = torch.tensor([1 - 2 ** -((margin / half) ** 0.5) for margin in margins[:limit]], dtype=torch.float64)
             kept.append(int((right.cumprod(0) >= least).sum()))
         expected = speculate(model, newest, 2, limits=kept, **how) if any(kept) else None
         aside = speculate(model, newest, 2, limits=limits, rule=MarginRule(halves, least), **how)

@@ -3,7 +3,11 @@
 Draft and full model choose with the same noise, so that much depends on a draft's margin m, by how much what it was
 chosen by is larger than the second largest:
 
-    P(right) = m / (m + h) = sigmoid(log m - log h).
+    P(right) = 1 - 2^-sqrt(m / h),
+
+right half of the time where m = h. (Measured of int8 drafts by all exits, greedy and sampled: its log-likelihood is up to 19% of a
+constant rate's better than that of m / (m + h), which doubts large margins; a square root, for wrong drafts of large
+margins are more than exponentially few, and because of none is half of the smallest always right.)
 
 How margins are spread over places decides between plans, never which draft is kept. They are taken to be exponentially
 distributed about a text's own mean M, whatever the exit: that is what noise makes of them where no token dominates, and
@@ -20,8 +24,9 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate, pairwise
 
-from layerskip_moe.nn.ragged import Judged
+from layerskip_moe.nn.ragged import Judged, likely_right
 
 # By place of a draft: the share of rounds that keep as many, and how likely these are all right then.
 Course = tuple[tuple[float, float], ...]
@@ -33,8 +38,13 @@ _STEP, _SLOWER, _SLOWEST = 1.0, 0.15, 160.0
 _ROW_STEP = 0.12
 _LEVEL_STEP, _ROW_LEVEL_STEP = 0.02, 0.04  # of mean log margins
 _MEAN_LOG = -0.5772  # of exponentially distributed numbers whose mean is 1
+_LARGEST = 1.0  # gradient of a draft that is wrong
 _FARTHEST = 8.0  # log margins are taken to lie between minus and plus this
-_PARTS = 16  # of the distribution of margins
+# Quantiles between which margins are taken to be all the same: close together where they are small, for there the
+# drafts of a sure exit are wrong, if they are. Each part's share, and its margin, over the mean of all.
+_QUANTILES = [0.0, *(2.0**-power for power in range(12, 4, -1)), *(part / 16 for part in range(1, 17))]
+_SHARES = [high - low for low, high in pairwise(_QUANTILES)]
+_MARGINS = [-math.log(1 - (low + high) / 2) for low, high in pairwise(_QUANTILES)]
 
 
 class Acceptance:
@@ -73,7 +83,7 @@ class Acceptance:
                 wrong_by = right - _course(_quarters(of_exit + differs, level + above), 0, 1)[0][1]
             else:
                 log_margin = min(max(math.log(margin), -_FARTHEST), _FARTHEST) if margin > 0 else -_FARTHEST
-                wrong_by = right - _sigmoid(log_margin + of_exit + differs)
+                wrong_by = _gradient(log_margin + of_exit + differs, right)
                 higher = (log_margin - level - above) / exits_told
                 level += _LEVEL_STEP * higher
                 above += _ROW_LEVEL_STEP * higher
@@ -109,13 +119,15 @@ class Acceptance:
 def _course(quarters: int, least: int, length: int) -> Course:
     """Where log(M / h) is so many quarters, and `least` so many 32nds. Drafts are right independently of each other."""
     half = math.exp(-min(max(quarters / 4, -30.0), 30.0))
-    margins = [-math.log(1 - (part + 0.5) / _PARTS) for part in range(_PARTS)]
-    rising = [margin / (margin + half) for margin in margins]
+    rising = [likely_right(margin, half) for margin in _MARGINS]
+    # Of the margins from each one on: their share, and the share that is right, too.
+    shares = [*accumulate(reversed(_SHARES), initial=0.0)][::-1]
+    rights = [*accumulate((share * part for share, part in zip(reversed(_SHARES), reversed(rising))), initial=0.0)][::-1]
     kept, right, course = 1.0, 1.0, list[tuple[float, float]]()
     for _ in range(length):
-        sure = rising[bisect_left(rising, least / 32 / right) :] if least else rising
-        kept *= len(sure) / _PARTS
-        right *= sum(sure) / len(sure) if sure else 1.0
+        first = bisect_left(rising, least / 32 / right) if least else 0
+        kept *= shares[first]
+        right *= rights[first] / shares[first] if shares[first] else 1.0
         course.append((kept, right))
     return tuple(course)
 
@@ -134,5 +146,10 @@ def _quarters(minus_log_half: float, level: float) -> int:
     return round(4 * (minus_log_half + level - _MEAN_LOG))
 
 
-def _sigmoid(logit: float) -> float:
-    return 1.0 / (1.0 + math.exp(-min(max(logit, -30.0), 30.0)))
+def _gradient(log_ratio: float, right: bool) -> float:
+    """Of the log-likelihood of one draft by -log h, of log(m / h); weighted down where that is large, lest one draft
+    that was wrong in spite of its margin counts for many."""
+    exponent = math.log(2) * math.exp(min(max(log_ratio, -60.0), 60.0) / 2)
+    wrong = math.exp(-exponent)
+    step = min(exponent / 2, _LARGEST)
+    return step * wrong / -math.expm1(-exponent) if right else -step

@@ -82,6 +82,7 @@ class Adaptive:
     """
 
     should_stop = None
+    shadow_places = 8  # of a look, which is mostly the head on these, for every exit
 
     def __init__(
         self,

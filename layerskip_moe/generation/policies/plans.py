@@ -58,11 +58,17 @@ def best_by_margin(
         return Plan(0.0, exit_layer, 0, 0.0)
     # What it costs that every row keeps one more is to run them through all layers. (Of int8 drafts, also to make
     # the next one, which is worth something, too.)
-    more = seconds(exit_layer, 2, 3 * n_rows, n_rows) - seconds(exit_layer, 1, 2 * n_rows, n_rows)
-    least = min(worth * max(more, 0.0) / n_rows, _SUREST)
+    many = max(length, 2) if int8 else 2
+    few = many // 2
+    more = seconds(exit_layer, many, (many + 1) * n_rows, n_rows) - seconds(exit_layer, few, (few + 1) * n_rows, n_rows)
+    more = max(more, 0.0) / (many - few) / n_rows
     shares = _SHARES_OF_OTHERS if not int8 else _SHARES if n_rows == 1 else _SHARES_OF_SEVERAL
-    plans = (_of_least(acceptance, reckoning, exit_layer, rows, length, share * least) for share in shares)
-    return max(plans, key=lambda plan: plan.worth)
+    best = Plan(worth, exit_layer, 0, 0.0)
+    for _ in range(2):  # what a draft must be worth is known when it is known what the others are
+        leasts = (min(share * more * best.worth, _SUREST) for share in shares)
+        plans = (_of_least(acceptance, reckoning, exit_layer, rows, length, least) for least in leasts)
+        best = max(plans, key=lambda plan: plan.worth)
+    return best
 
 
 def _of_least(

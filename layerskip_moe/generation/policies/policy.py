@@ -35,8 +35,8 @@ class RoundReport:
         experts: by MoE layer, how many different experts verification read; None where the policy has no `experts`,
             and in dense models
         shadow: [A, L, T] int64, the token that the state after each layer says at each place, by the shared head and
-            with the drafts' noise (the last layer's are `tokens`); -1 beyond a row's drafts and one more, and at layers
-            that are not among the policy's `exits`. None where its `shadow` is False.
+            with the drafts' noise (the last layer's are `tokens`); -1 beyond a row's drafts and one more, beyond the
+            policy's `shadow_places`, and at layers that are not among its `exits`. None where its `shadow` is False.
         made: drafts of each row that layers made, one more than are kept where a margin rule let one go
         looked_up: how many of each row's drafts, the last ones, no layer was asked for
         judged: for each row the margin (`nn/ragged.py`) of each draft, and whether the full model agreed, as far as
@@ -74,6 +74,7 @@ class Policy(Protocol):
     experts: asked before each round: where True, `RoundReport.experts` is filled in
     exits: exit layers, below L: shadow tokens are of these alone. Their states at the end of the prompts are kept,
         too, in `Session.prompt`
+    shadow_places: shadow tokens are of each row's first so many places alone; None: of all
     margin_rule: asked after each `plan`: a `MarginRule` by which rows draft no more where they are unsure, or None. It
         is left aside in rounds of which nothing would be `judged`
     int8_drafts: asked after each `plan`: whether drafts are made from int8 copies of the weights, as `SelfSpeculative`

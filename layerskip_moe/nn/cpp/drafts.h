@@ -10,13 +10,13 @@
 namespace few_rows {
 
 // How likely a draft of that margin is right, where one of margin `half` is right half of the time.
-inline double likely_right(double margin, double half) { return std::isinf(margin) ? 1.0 : margin / (margin + half); }
+inline double likely_right(double margin, double half) { return 1.0 - std::exp2(-std::sqrt(margin / half)); }
 
 // states_of: (token [A], row [A], position [A]) -> states [A, .], of which the first are what `choice_of` takes;
 // choice_of: (states [A, .], noise [A, V], if there is any) -> token [A], margin [A].
 // newest, rows: [A]; positions [A, n + 1]; noise [A, n or more, V]; limits [A], the drafts that a row wants, up to n.
 // halves [A], least: the margin rule of ragged.py, if there is one. A draft of margin m is taken to be right with
-// probability m / (m + half), and is kept while all of a row's drafts so far, it too, are right with probability `least` or
+// probability 1 - 2^-sqrt(m / half), and is kept while all of a row's drafts so far, it too, are right with probability `least` or
 // more; then the row drafts no more.
 //
 // looked_up: [A, n], drafts that no layer is asked for, of rows that have some, and -1 beyond: these rows draft no others,

@@ -34,7 +34,7 @@ STABLE_TORCH_LIBRARY(layerskip_moe_few_rows, library) {
   library.def(
       "remember(Tensor logits, Tensor(a!) memory, Tensor rows, Tensor positions, float[] weights, int hold) -> Tensor");
   library.def("uniforms(Tensor hashes, int count) -> Tensor");
-  library.def("choose(Tensor logits, Tensor? noise) -> (Tensor, Tensor)");
+  library.def("choose(Tensor logits, Tensor? noise, Tensor? x, Tensor? weight) -> (Tensor, Tensor)");
   library.def(
       "attend(Tensor queries, Tensor new_keys, Tensor new_values, Tensor(a!) keys, Tensor(b!) values, Tensor rows, "
       "Tensor positions, int window, float scale) -> Tensor");

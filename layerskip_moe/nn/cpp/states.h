@@ -175,10 +175,11 @@ inline Tensor remember(
   return y;
 }
 
-// What a row says, and by how much it is larger than what is largest but for it.
+// What a row says, by how much it is larger than what is largest but for it, and where that is.
 struct Choice {
   int64_t token;
   double margin;
+  int64_t second;
 };
 
 // As many float64 numbers as a register has room for.
@@ -192,8 +193,8 @@ using HalfFloats = float __attribute__((vector_size(4 * LANES)));
 inline Choice choose_of(const float* logits, const double* noise, int64_t vocabulary) {
   const auto score_of = [&](int64_t token) { return logits[token] + (noise == nullptr ? 0.0 : noise[token]); };
   const int64_t whole = vocabulary - vocabulary % LANES;
-  Doubles largest = Doubles{} - INFINITY, second = largest;
-  Indices best = {}, at = {}, is_nan = {};
+  Doubles largest = Doubles{} - INFINITY, lesser = largest;
+  Indices best = {}, second = {}, at = {}, is_nan = {};
   for (int64_t lane = 0; lane < LANES; ++lane) at[lane] = lane;
   for (int64_t token = 0; token < whole; token += LANES, at += LANES) {
     const Doubles logit = __builtin_convertvector(copy_from<HalfFloats>(logits + token), Doubles);
@@ -201,22 +202,22 @@ inline Choice choose_of(const float* logits, const double* noise, int64_t vocabu
     is_nan |= score != score;
     const Indices larger = score > largest;
     const Doubles lower = larger ? largest : score;
-    second = lower > second ? lower : second;
+    const Indices lower_at = larger ? best : at, not_least = lower > lesser;
+    lesser = not_least ? lower : lesser;
+    second = not_least ? lower_at : second;
     largest = larger ? score : largest;
     best = larger ? at : best;
   }
-  Choice choice{0, 0};
+  Choice choice{0, 0, 0};
   double top = -INFINITY, next = -INFINITY;
   const auto meet = [&](double score, int64_t token) {
-    const bool first = score > top || (score == top && token < choice.token);
-    next = first ? top : std::max(next, score);
-    if (first) top = score, choice.token = token;
+    if (score > top || (score == top && token < choice.token)) next = top, choice.second = choice.token, top = score, choice.token = token;
+    else if (score > next) next = score, choice.second = token;
   };
   bool numbers = true;
   for (int64_t lane = 0; lane < LANES; ++lane) {
     numbers &= !is_nan[lane];
-    meet(largest[lane], best[lane]);
-    next = std::max(next, second[lane]);
+    meet(largest[lane], best[lane]), meet(lesser[lane], second[lane]);
   }
   for (int64_t token = whole; token < vocabulary; ++token) {
     const double score = score_of(token);
@@ -225,22 +226,55 @@ inline Choice choose_of(const float* logits, const double* noise, int64_t vocabu
   }
   choice.margin = top - next;
   for (int64_t token = 0; !numbers; ++token)
-    if (std::isnan(score_of(token))) return {token, NAN};
+    if (std::isnan(score_of(token))) return {token, NAN, token};
   return choice;
 }
 
-// Without noise a row's margin is that of its logits.
-inline std::tuple<Tensor, Tensor> choose(const Tensor& logits, const std::optional<Tensor>& noise) {
+// The same where the logits are products of x [inputs] and a copy of w [vocabulary, inputs], rounded: of the two that are
+// largest by these, whichever is by w itself.
+template <class Weight, class Logit>
+Choice choose_again(Choice choice, const Weight* w, const float* x, int64_t inputs, const double* noise, Logit) {
+  if (choice.second == choice.token) return choice;
+  const auto score_of = [&](int64_t token) {
+    float product[1][4];
+    dot<1, 1, false>(w + token * inputs, &x, inputs, product);
+    Logit logit;
+    store(product[0][0], &logit);
+    return number(logit) + (noise == nullptr ? 0.0 : noise[token]);
+  };
+  const double first = score_of(choice.token), second = score_of(choice.second);
+  if (second > first || (second == first && choice.second < choice.token)) std::swap(choice.token, choice.second);
+  choice.margin = std::abs(first - second);
+  return choice;
+}
+
+// Without noise a row's margin is that of its logits. x [N, K], weight [V, K]: of which the logits are products by a copy that
+// was rounded, if they are.
+inline std::tuple<Tensor, Tensor> choose(
+    const Tensor& logits, const std::optional<Tensor>& noise, const std::optional<Tensor>& x, const std::optional<Tensor>& weight) {
   if (noise) check_dense(*noise, ScalarType::Double);
-  check_sizes(logits.dim() == 2 && (!noise || noise->numel() == logits.numel()));
+  check_sizes(logits.dim() == 2 && (!noise || noise->numel() == logits.numel()) && x.has_value() == weight.has_value());
+  if (weight) check_dense(*weight), check_sizes(x->dim() == 2 && x->size(0) == logits.size(0));
+  if (weight) check_sizes(weight->size(0) == logits.size(1) && weight->size(1) == x->size(1));
   Tensor tokens = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Long);
   Tensor margins = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Double);
   perform([=] {
     const int64_t rows = present_rows(logits), vocabulary = logits.size(1);
     const Reading floats(logits);
     const double* drawn = noise ? static_cast<const double*>(noise->data_ptr()) : nullptr;
+    const Numbers states = x ? as_floats(*x) : Numbers();
     for (int64_t n = 0; n < rows; ++n) {
-      const Choice choice = choose_of(floats.data() + n * vocabulary, drawn == nullptr ? drawn : drawn + n * vocabulary, vocabulary);
+      const double* of_row = drawn == nullptr ? drawn : drawn + n * vocabulary;
+      Choice choice = choose_of(floats.data() + n * vocabulary, of_row, vocabulary);
+      if (weight) {
+        const int64_t inputs = x->size(1);
+        with_float_type(weight->scalar_type(), [&](auto of_weight) {
+          const auto* w = static_cast<decltype(of_weight)>(weight->data_ptr());
+          with_float_type(logits.scalar_type(), [&](auto of_logit) {
+            choice = choose_again(choice, w, states.data() + n * inputs, inputs, of_row, std::remove_pointer_t<decltype(of_logit)>());
+          });
+        });
+      }
       static_cast<int64_t*>(tokens.data_ptr())[n] = choice.token;
       static_cast<double*>(margins.data_ptr())[n] = choice.margin;
     }
