@@ -269,8 +269,8 @@ class Curious:
 
     shadow, experts = True, True
 
-    def __init__(self, exits=None):
-        self.count = 0
+    def __init__(self, exits=None, shadow_places=None):
+        self.count, self.shadow_places = 0, shadow_places
         if exits is not None:
             self.exits = exits
 
@@ -285,12 +285,15 @@ class Curious:
         pass
 
 
-@pytest.mark.parametrize(("moe_layers", "exits"), [("all", None), ("every other", None), ("all", (1, 3))])
-def test_reports_are_those_of_decoding(small_model, cost_of, moe_layers, exits):
+@pytest.mark.parametrize(
+    ("moe_layers", "asked"),
+    [("all", ()), ("every other", ()), ("all", ((1, 3),)), ("all", ((1, 3), 2))],
+)
+def test_reports_are_those_of_decoding(small_model, cost_of, moe_layers, asked):
     """Up to the first draft that is refused, beyond which a trace knows nothing; experts where none is."""
     model = small_model(moe_layers=moe_layers)
     texts = record_texts(model, PROMPTS, max_new_tokens=NEW, temperatures=[0.8], progress=False)
-    told, (again, _) = really(model, texts, Curious(exits)), replayed(model, texts, Curious(exits), cost_of(4))
+    told, (again, _) = really(model, texts, Curious(*asked)), replayed(model, texts, Curious(*asked), cost_of(4))
     compared = 0
     for real, copy in zip(itertools.chain(*told), itertools.chain(*again), strict=True):
         count = real.accepted[0] + 1

@@ -9,37 +9,55 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip_moe.generation.policies.acceptance import Acceptance, _course
-from layerskip_moe.nn.ragged import MarginRule
+from layerskip_moe.nn.ragged import MarginRule, likely_right
 
 EXITS = (1, 2, 4)
 
 
-def sigmoid(logit):
-    return 1 / (1 + math.exp(-logit))
-
-
 def drawn(draw, half, mean, count):
-    """Drafts of exponentially distributed margins, right with probability m / (m + half)."""
+    """Drafts of exponentially distributed margins, right with probability 1 - 2^-sqrt(m / half)."""
     margins = [draw.expovariate(1 / mean) for _ in range(count)]
-    return [(margin, draw.random() < margin / (margin + half)) for margin in margins]
+    return [(margin, draw.random() < 1 - 2 ** -math.sqrt(margin / half)) for margin in margins]
 
 
 def test_nothing_known_is_the_same_for_all():
     acceptance = Acceptance(EXITS)
     assert acceptance.seen == 0
-    assert {acceptance.half(row, exit_layer) for row in (0, 3) for exit_layer in EXITS} == {math.exp(-2)}
+    assert {acceptance.half(row, exit_layer) for row in (0, 3) for exit_layer in EXITS} == {math.exp(-2.5)}
 
 
 def test_a_step_along_the_gradient():
-    """One draft of margin 3, right: the exit by 1 / 1.15 of what was missing, the row by 0.12 of it."""
-    acceptance = Acceptance(EXITS)
-    missing = 1 - 3 / (3 + math.exp(-2))
-    acceptance.see(5, 2, [(3.0, True)])
-    known = 2 + 1 / 1.15 * missing
-    assert acceptance.half(5, 2) == pytest.approx(math.exp(-known - 0.12 * missing))
-    assert acceptance.half(6, 2) == pytest.approx(math.exp(-known)), "another row"
-    assert acceptance.half(5, 4) == pytest.approx(math.exp(-2 - 0.12 * missing)), "the row's other exits"
-    assert acceptance.seen == 0, "of the others nothing"
+    """Of the logarithm of P(right), or of P(wrong), by -log h: the exit by 1 / 1.15 of it, the row by 0.12; of one that
+    was wrong in spite of its margin no more than by 1."""
+    for margin, right in ((0.1, True), (0.1, False), (3.0, False)):
+        acceptance, step = Acceptance(EXITS), 1e-6
+
+        def log_likelihood(minus_log_half, margin=margin, right=right):
+            wrong = 2 ** -math.sqrt(margin * math.exp(minus_log_half))
+            return math.log(1 - wrong if right else wrong)
+
+        gradient = (log_likelihood(2.5 + step) - log_likelihood(2.5 - step)) / (2 * step)
+        assert (gradient > 0) == right and (gradient < -1) == (margin == 3.0)
+        gradient = max(gradient, -1.0)
+        acceptance.see(5, 2, [(margin, right)])
+        known = 2.5 + 1 / 1.15 * gradient
+        assert acceptance.half(5, 2) == pytest.approx(math.exp(-known - 0.12 * gradient))
+        assert acceptance.half(6, 2) == pytest.approx(math.exp(-known)), "another row"
+        assert acceptance.half(5, 4) == pytest.approx(math.exp(-2.5 - 0.12 * gradient)), "the row's other exits"
+        assert acceptance.seen == 0, "of the others nothing"
+
+
+@given(st.floats(0.02, 2.0), st.floats(1e-3, 50.0))
+def test_steps_have_no_bent(half, margin):
+    """What a draft that is as likely right as it is taken to be is expected to tell is nothing, weighted or not."""
+    right = likely_right(margin, half)
+    told = []
+    for was in (True, False):
+        acceptance = Acceptance((1,))
+        acceptance._exits[1][0] = -math.log(half)
+        acceptance.see(0, 1, [(margin, was)])
+        told.append(-math.log(half) - acceptance._exits[1][0])
+    assert right * told[0] + (1 - right) * told[1] == pytest.approx(0, abs=1e-9)
 
 
 def test_places_of_which_several_exits_are_told_tell_of_the_row_once():
@@ -106,7 +124,8 @@ def test_all_stay_probabilities(judged, times, least):
 @pytest.mark.parametrize("least", [0, 10, 20, 28])
 @pytest.mark.parametrize("quarters", [2, 5, 9])
 def test_a_course_is_what_comes_of_the_rule(quarters, least):
-    """Beside 4000 rounds of drafts drawn as it takes them to be."""
+    """Beside 4000 rounds of drafts drawn as it takes them to be. (How likely those that are kept are right is taken to
+    be the same in all rounds, which keeps a few too many.)"""
     course, half, draw = _course(quarters, least, 4), math.exp(-quarters / 4), random.Random(0)
     rounds = [drawn(draw, half, 1.0, 4) for _ in range(4000)]
     margins = torch.tensor([[margin for margin, _ in drafts] for drafts in rounds])
@@ -114,7 +133,7 @@ def test_a_course_is_what_comes_of_the_rule(quarters, least):
     for place, (kept, right) in enumerate(course):
         pairs = zip(rounds, counts, strict=True)
         there = [all(was for _, was in drafts[: place + 1]) for drafts, count in pairs if count > place]
-        assert kept == pytest.approx(len(there) / len(rounds), abs=0.09)
+        assert kept == pytest.approx(len(there) / len(rounds), abs=0.12)
         assert len(there) < 200 or right == pytest.approx(sum(there) / len(there), abs=0.08)
 
 

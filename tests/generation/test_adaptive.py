@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from layerskip_moe.generation import Autoregressive, Sampling, SelfSpeculative, Session, generate
 from layerskip_moe.generation.cost_model import CostModel
 from layerskip_moe.generation.policies import DEL, Adaptive
+from layerskip_moe.generation.policies.acceptance import Acceptance
 from layerskip_moe.generation.policies.exits import candidate_exits
 from layerskip_moe.generation.policies.plans import best_by_margin
+from layerskip_moe.generation.policies.reckoning import Reckoning
 from layerskip_moe.generation.sampling import gumbel_noise
 from layerskip_moe.nn import ModelConfig, MoEDecoder
 
@@ -197,6 +199,20 @@ def test_the_others_draft_on_by_the_same_layers_as_a_row_ends(one_text):
         policy._rows, session.row_numbers = [0, 1, 2], [0, 1]
         policy._reckoning._promises[best] = [1e6 * factor, 1e6]  # so far its promises are to be trusted
         assert policy.plan(session)[0][0] == expected
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_what_a_draft_must_be_worth_is_what_others_of_the_plan_are(int8):
+    """Whatever was known to be possible before, as long as that was less."""
+    acceptance = Acceptance((1, 2), sure=[4])
+    for _ in range(40):
+        acceptance.see(0, 4, [(0.5, True)] * 9)
+    reckoning = Reckoning(CostModel(4, (), 0, 0, (1e-3, 1e-4, 1e-5, 3e-5, 1e-5, 3e-5, 1e-5, 0, 0), int8), doubt=0.0)
+    plain = 1 / reckoning.seconds(0, 0, 1, 1)
+    plan, again = (
+        best_by_margin(acceptance, reckoning, 4, [0], 31, worth=worth, int8=int8) for worth in (plain, 1.5 * plain)
+    )
+    assert plan == again and plan.worth > 1.5 * plain and plan.least > 0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

@@ -3,6 +3,7 @@
 In row r (prompt token 40 r) the token at position p is 40 r + p; a wrong draft says 39.
 """
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from layerskip_moe.generation import Autoregressive, SelfSpeculative, generate
 from layerskip_moe.generation.policies import Fixed
+from layerskip_moe.generation.policies.judging import judged_shadow
 from layerskip_moe.nn import decoder
 from layerskip_moe.nn.ragged import MarginRule
 
@@ -189,6 +191,27 @@ def test_shadows_are_what_drafts_would_be(trained_model, sampling):
         report = policy.reports[0]
         right = (report.shadow[0, layer - 1] == report.tokens[0])[:2].tolist()
         assert report.accepted[0] == [*right, False].index(False)
+
+
+@pytest.mark.parametrize("by_row", [False, True], ids=["together", "by row"])
+@pytest.mark.parametrize("places", [1, 2, 9])
+def test_shadows_of_the_first_places_alone(trained_model, places, by_row):
+    """Are those of all, as far as they go; what the full model says is told everywhere."""
+    how = dict(shadow=True) | ({} if by_row else dict(should_stop=None))
+    whole, some = (Planned([(2, 4), (2, 3)], **how, **more) for more in ({}, {"shadow_places": places}))
+    for policy in (whole, some):
+        strategy = SelfSpeculative(policy=policy)
+        generate(trained_model(), [[3, 9, 21], [5]], strategy, max_new_tokens=8, temperature=0.7)
+    one, other = whole.reports[0], some.reports[0]
+    assert torch.equal(one.shadow[:, -1], other.shadow[:, -1])
+    pairs = (other.shadow, one.shadow, -1), (other.shadow_margins, one.shadow_margins, math.nan)
+    for told, expected, nothing in pairs:
+        left = torch.full_like(expected[:, :-1, places:], nothing)
+        torch.testing.assert_close(told[:, :-1, places:], left, rtol=0, atol=0, equal_nan=True)
+        first = told[..., :places], expected[..., :places]
+        torch.testing.assert_close(*first, rtol=0, atol=0, equal_nan=True)
+    for row, exit_layer, judged in judged_shadow(other, [1]):
+        assert exit_layer == 1 and len(judged) == min(places, other.accepted[row] + 1)
 
 
 @pytest.mark.parametrize("compile", [True, False], ids=["compiled", "not compiled"])

@@ -110,6 +110,18 @@ def test_promises_are_measured_in_plain_steps(share, slower):
     assert reckoning.trust(3) == 1.0
 
 
+def test_early_exits_are_trusted_less_where_all_layers_may_draft():
+    """Until it is seen what they keep; not by a cost model that is taken as it is."""
+    reckoning = Reckoning(INT8, doubt=0.1)
+    assert reckoning.trust(2) == 0.9 and reckoning.trust(8) == 1.0
+    seconds = INT8.round_seconds([2], [3])
+    for _ in range(150):
+        reckoning.see_plain(1, INT8.round_seconds([0], [0]))
+        reckoning.see_round(report(2, 3, 3, seconds), 4 / seconds)
+    assert 0.95 < reckoning.trust(2) < 1.0
+    assert Reckoning(INT8, doubt=0.0).trust(2) == 1.0
+
+
 def test_what_was_not_promised_does_not_count():
     reckoning = Reckoning(COST, doubt=0.1)
     for _ in range(10):

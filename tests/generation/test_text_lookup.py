@@ -287,7 +287,9 @@ def test_adaptive_looks_up(looping_model, prompts, int8, drafting):
             in_stages = [round for round in looked_up if round.staged is not None]
             assert in_stages or len(prompts) > 1
             assert all(len(round.rows) == 1 for round in in_stages), "or of the last of several that goes on alone"
-            assert sum(sum(round.accepted) for round in looked_up) > (20 if len(prompts) == 1 else 10), "seldom looked up"
+            assert sum(sum(round.accepted) for round in looked_up) > (20 if len(prompts) == 1 else 10), (
+                "seldom looked up"
+            )
             assert len(prompts) == 1 or any(max(round.exit_layers) for round in looked_up), "beside rows that draft"
     assert drafting < 1 or rounds[0] < rounds[1]
 

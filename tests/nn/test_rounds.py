@@ -268,7 +268,9 @@ def test_a_row_drafts_no_more_where_it_is_unsure(model, data, rows, longest, tem
             return
         kept = []
         for margins, half, limit in zip(whole.margins.tolist(), halves, limits, strict=True):
-            right = torch.tensor([1 - 2 ** -((margin / half) ** 0.5) for margin in margins[:limit]], dtype=torch.float64)
+            right = torch.tensor(
+                [1 - 2 ** -((margin / half) ** 0.5) for margin in margins[:limit]], dtype=torch.float64
+            )
             kept.append(int((right.cumprod(0) >= least).sum()))
         expected = speculate(model, newest, 2, limits=kept, **how) if any(kept) else None
         aside = speculate(model, newest, 2, limits=limits, rule=MarginRule(halves, least), **how)

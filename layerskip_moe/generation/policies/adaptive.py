@@ -43,7 +43,7 @@ _KNOWN = 30  # drafts judged of each exit, after which a text may begin without 
 _DOUBT = 0.15  # of a fitted cost model: how far drafting may be from what it says, beside plain steps
 _SURE = 0.08  # doubt beyond this is worth a try of what else may be best
 # Times the margin at which the layers that propose are right half of the time: with what margin they are followed.
-_SURE_TIMES = 5.0
+_SURE_TIMES = 6.0
 _LOOK_UP = 16  # plain steps from one lookup to the next, of texts that do not repeat themselves
 _SELDOM = 8  # rounds of several rows from one lookup to the next, likewise
 _TIMED = 4  # plain steps that are timed, at the end of a rest
@@ -58,7 +58,7 @@ class Adaptive:
     time times the tokens per second of the best plan. How likely a draft is right is told by its margin
     (`MarginRule`); where margins are not known, all rows draft a fixed number. Several rows wait for the one that
     drafts most, so the number of their drafts is limited, too. For one row, int8 drafts are made in two stages where
-    at least as many layers then choose as propose (`Stage`): the first quarter proposes where it is sure, or the text
+    at least as many layers then choose as propose (`Stage`): the first third proposes where it is sure, or the text
     does, where it repeats itself. What followed in a text that has done so for long is drafted as it is, no layer
     asked (`text_lookup.py`): at the end of such rounds, in batches beside other rows' int8 drafts, and else in rounds
     of their own, where these promise more tokens per second. The plan is chosen anew every 8 rounds, of several rows

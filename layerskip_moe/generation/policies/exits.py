@@ -21,6 +21,6 @@ def has_stages(exit_layer: int, proposing: int) -> bool:
 
 
 def proposing_layers(n_layers: int) -> int:
-    """How many layers propose where the whole model drafts in stages: a quarter of them, which is enough to be mostly
+    """How many layers propose where the whole model drafts in stages: a third of them, which is enough to be mostly
     right; none of a model of one layer."""
-    return max(n_layers // 4, 1) if n_layers > 1 else 0
+    return max(n_layers // 3, 1) if n_layers > 1 else 0

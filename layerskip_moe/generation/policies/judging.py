@@ -31,6 +31,8 @@ def judged_shadow(round: RoundReport, exits: Sequence[int]) -> Iterator[tuple[in
             # (Where another thread began a text of another kind meanwhile, others may have been asked.)
             if exit_layer != round.exit_layers[index] and of_exit[0] >= 0:
                 by_place = zip(margins[index][exit_layer - 1], of_exit, tokens[index], strict=True)
-                yield row, exit_layer, [
-                    (margin, its == token) for margin, its, token in islice(by_place, accepted + 1) if its >= 0
-                ]
+                yield (
+                    row,
+                    exit_layer,
+                    [(margin, its == token) for margin, its, token in islice(by_place, accepted + 1) if its >= 0],
+                )
