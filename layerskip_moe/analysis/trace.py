@@ -24,7 +24,7 @@ from layerskip_moe.refusals import require_whole, shortened, shown
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
-_VERSION = 5  # of the file
+_VERSION = 6  # of the file
 _MOST_BYTES = 2**32  # of its arrays, unpacked
 _PER_STATE = ("said", "second", "confidence", "margin", "experts")
 _PER_DRAFT = ("int8_right", "int8_margin")

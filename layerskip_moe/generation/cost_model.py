@@ -72,6 +72,7 @@ class CostModel:
         """Seconds more of a round that asks for something: of `should_stop`, after each of the drafts that are made;
         of shadow tokens, so many."""
         did = stops, stops * made, shadow > 0, shadow
+        assert len(self.asking) == len(did)
         return sum(map(operator.mul, self.asking, did))
 
     def seconds_of(self, features: Sequence[float]) -> float:

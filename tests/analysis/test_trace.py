@@ -166,5 +166,5 @@ def test_files_that_are_no_trace(trace, tmp_path):
     header = json.loads(arrays["header"].tobytes())
     words = json.dumps({**header, "version": 7}).encode()
     np.savez(path, header=np.frombuffer(words, dtype=np.uint8))  # whose arrays are others
-    with pytest.raises(ValueError, match="of version 7, and this library reads version 5; record it anew"):
+    with pytest.raises(ValueError, match="of version 7, and this library reads version 6; record it anew"):
         load_trace(path)

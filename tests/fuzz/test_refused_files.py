@@ -263,7 +263,7 @@ def test_settings_of_strategies_that_are_none(says, words, make):
 
 @pytest.mark.parametrize("texts", [[None], ["x"], "abc", [[1]], {"a": 1}], ids=str)
 def test_a_trace_whose_texts_are_no_texts(tmp_path, says, texts):
-    header = dict(version=5, config=dict(vocab_size=11), about={}, texts=texts)
+    header = dict(version=6, config=dict(vocab_size=11), about={}, texts=texts)
     names = ("tokens", "said", "second", "confidence", "margin", "experts", "int8_right", "int8_margin")
     arrays = {name: np.zeros(1) for name in names}
     np.savez(tmp_path / "trace.npz", header=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8), **arrays)
