@@ -151,8 +151,9 @@ def _replay_text(text: TextRounds, policy: Policy, config: ModelConfig) -> list[
         asked = limit and stop is None and not lookups
         judged = _judged(text, place, exit_layer, min(accepted + 1, made), int8) if asked else None
         shadow = _shadow(text, places, policy, config) if policy.shadow and not lookups else None
-        most = getattr(policy, "shadow_places", None) or drafted + 1
-        watched = 0 if shadow is None else min(drafted + 1, most) * len(watched_exits(policy, config))
+        most = getattr(policy, "shadow_places", None)
+        asked_of = drafted + 1 if most is None else min(drafted + 1, most)
+        watched = 0 if shadow is None else asked_of * len(watched_exits(policy, config))
         asking = text.asking_seconds(int8=int8, stops=bool(made) and stop is not None, made=made, shadow=watched)
         session.place += accepted + 1
         report = RoundReport(

@@ -52,7 +52,7 @@ class Watch:
     exits:   exit layers, below L, after which the states are
     choices: whether the choices of verification's routers are
     shadow:  whether shadow tokens are asked for in this round
-    places:  of each row's first so many places; None: of all
+    first:   of each row's first so many places; None: of all
     seen:    (layer index, its states), each place once for each layer
     chosen:  layer index -> experts chosen there [N, K]
     """
@@ -60,7 +60,7 @@ class Watch:
     exits: Sequence[int]
     choices: bool
     shadow: bool
-    places: int | None = None
+    first: int | None = None
     seen: list[tuple[int, States]] = field(default_factory=list)
     chosen: dict[int, Tensor] = field(default_factory=dict)
 
@@ -284,7 +284,7 @@ def shadow_tokens(session: Session, round_: Round, watch: Watch, tokens: Tensor)
         layers = tokens.new_tensor([layer for layer, states in watch.seen for _ in states.rows])
         states = States.join(states for _, states in watch.seen)
         rows, at = as_index(states.rows, states.places, tokens.device)
-        asked = at < (places if watch.places is None else watch.places)
+        asked = at < (places if watch.first is None else watch.first)
         layers, rows, at = layers[asked], rows[asked], at[asked]
         scores, seen = session.model.unembed(states.hidden[asked])[:, 0], session.seen(places, round_.drafts)
         assert seen is None or len(round_.drafts) + 1 == places, "a round with a penalty notes its drafts"

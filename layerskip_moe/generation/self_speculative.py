@@ -182,6 +182,7 @@ class SelfSpeculative:
             shadow, experts = policy.shadow, getattr(policy, "experts", False)
             rule, int8 = getattr(policy, "margin_rule", None), getattr(policy, "int8_drafts", False)
             stage, lookups = getattr(policy, "stage", None), getattr(policy, "lookup_drafts", ())
+            first = getattr(policy, "shadow_places", None)
         _check_plan(plan, session)
         if rule is not None and not isinstance(rule, MarginRule):
             raise ValueError(f"the policy's margin_rule={shown(rule)} is no rule; give a MarginRule, or None.")
@@ -190,13 +191,15 @@ class SelfSpeculative:
                 f"the policy's margin rule is for {len(rule.halves)} rows, and {len(plan)} are active; "
                 "give a half for each."
             )
+        if first is not None and not first >= 1:
+            raise ValueError(f"the policy's shadow_places={shown(first)} must be 1 or more, or None for all.")
         if stage is not None and not isinstance(stage, Stage):
             raise ValueError(f"the policy's stage={shown(stage)} is no stage; give a Stage, or None.")
         lookups = lookups if any(lookups) and self.coupling == "shared" else [[] for _ in plan]
         _check_lookups(lookups, session)
         started = _clock(session)
         exits = watched_exits(policy, session.model.config) if shadow else ()
-        watch = Watch(exits, experts, shadow, getattr(policy, "shadow_places", None))
+        watch = Watch(exits, experts, shadow, first)
         stop, copies = policy.should_stop, kept_copies(session.model) if int8 else None
         lengths = [len(drafts) or length for (_, length), drafts in zip(plan, lookups, strict=True)]
         round_ = Round.begin(session, lengths, self.coupling, confident=stop is not None)

@@ -203,9 +203,10 @@ def choose_by_margin(
 ) -> tuple[Tensor, Tensor]:
     """The same, and by how much they are larger there than where they are second largest, [N] float64. of: x [N, K] and
     weight [V, K] whose `linear` the logits are: where that read an int8 copy, the weight itself decides between the two
-    that are largest by it, which costs two products a row and lets fewer go wrong."""
+    that are largest by it, which costs two products a row and lets fewer go wrong; margins are then between these two,
+    by the weight."""
     if are_few(logits) and has_kernels():
-        exactly = of if of is not None and id(of[1]) in _instead.get() else (None, None)
+        exactly = (of[0], of[1].contiguous()) if of is not None and id(of[1]) in _instead.get() else (None, None)
         noise = None if noise is None else noise.contiguous()
         return torch.ops.layerskip_moe_few_rows.choose.default(logits, noise, *exactly)
     scores = logits if noise is None else logits + noise

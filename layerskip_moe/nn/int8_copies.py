@@ -1,7 +1,8 @@
 """Int8 copies of a model's weights, which drafts may be made from: they read a quarter of float32's bytes.
 
 A draft is only a proposal, which the model itself verifies, so it may be computed with less care than the answer. The
-model stays as it is: the copies stand in for its weights while a draft's steps are recorded (`few_rows.reading`).
+model stays as it is: the copies stand in for its weights while a draft's steps are recorded (`few_rows.reading`), but
+that the head itself decides between the two tokens that say most by its copy (`drafts.choose_draft`).
 
 O outputs, K inputs. Knows nothing of drafting. Next: `rounds.py`, which drafts by them;
 `pretrained/quantize.py`, which makes whole models of such weights.
@@ -55,7 +56,7 @@ class Int8Copies:
     def follow(self) -> bool:
         """Round again what was changed in place since; False where a weight was put in another's place, or is of
         another type or elsewhere by now. (What is written through `.data`, or to a weight that was made in inference
-        mode, is not seen: drafts are then of weights of before.)"""
+        mode, is not seen: drafts are then of weights of before, but for the head's last word.)"""
         for index, (module, name, weight) in enumerate(self._from):
             panels, scale = self.parts[id(weight)]
             if getattr(module, name) is not weight or (weight.dtype, weight.device) != self._kinds[index]:

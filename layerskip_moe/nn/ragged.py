@@ -33,8 +33,9 @@ def likely_right(margin: float, half: float) -> float:
 @dataclass(frozen=True)
 class MarginRule:
     """When a row drafts no more: by its drafts' margins, which are by how much what a draft was chosen by, its logit
-    and its place's noise, is larger than the second largest. The model that verifies chooses with the same noise, so
-    that a draft which was clearly the first is likely to be its choice, too.
+    and its place's noise, is larger than the second largest (of int8 drafts, as `few_rows.choose_by_margin` says). The
+    model that verifies chooses with the same noise, so that a draft which was clearly the first is likely to be its
+    choice, too.
 
     A draft of margin m is taken to be right with probability 1 - 2^-sqrt(m / half), and is kept while all of a row's
     drafts so far, it too, are right with probability `least` or more.

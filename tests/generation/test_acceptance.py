@@ -125,7 +125,7 @@ def test_all_stay_probabilities(judged, times, least):
 @pytest.mark.parametrize("quarters", [2, 5, 9])
 def test_a_course_is_what_comes_of_the_rule(quarters, least):
     """Beside 4000 rounds of drafts drawn as it takes them to be. (How likely those that are kept are right is taken to
-    be the same in all rounds, which keeps a few too many.)"""
+    be the same in all rounds, which is off by up to 0.12 where many in a row are kept.)"""
     course, half, draw = _course(quarters, least, 4), math.exp(-quarters / 4), random.Random(0)
     rounds = [drawn(draw, half, 1.0, 4) for _ in range(4000)]
     margins = torch.tensor([[margin for margin, _ in drafts] for drafts in rounds])
@@ -133,7 +133,7 @@ def test_a_course_is_what_comes_of_the_rule(quarters, least):
     for place, (kept, right) in enumerate(course):
         pairs = zip(rounds, counts, strict=True)
         there = [all(was for _, was in drafts[: place + 1]) for drafts, count in pairs if count > place]
-        assert kept == pytest.approx(len(there) / len(rounds), abs=0.12)
+        assert kept == pytest.approx(len(there) / len(rounds), abs=0.12 if least == 10 and place >= 2 else 0.06)
         assert len(there) < 200 or right == pytest.approx(sum(there) / len(there), abs=0.08)
 
 

@@ -193,6 +193,13 @@ def test_shadows_are_what_drafts_would_be(trained_model, sampling):
         assert report.accepted[0] == [*right, False].index(False)
 
 
+@pytest.mark.parametrize("places", [0, -1])
+def test_shadows_of_no_places_are_refused(trained_model, places):
+    policy = Planned([(2, 4)], shadow=True, shadow_places=places)
+    with pytest.raises(ValueError, match=f"shadow_places={places} must be 1 or more, or None for all"):
+        generate(trained_model(), [[3]], SelfSpeculative(policy=policy), max_new_tokens=8)
+
+
 @pytest.mark.parametrize("by_row", [False, True], ids=["together", "by row"])
 @pytest.mark.parametrize("places", [1, 2, 9])
 def test_shadows_of_the_first_places_alone(trained_model, places, by_row):

@@ -12,6 +12,7 @@ from layerskip_moe import Autoregressive, SelfSpeculative, generate
 from layerskip_moe.generation import Sampling, Session, self_speculative
 from layerskip_moe.generation.cost_model import CostModel, moe_layers
 from layerskip_moe.generation.policies import Adaptive, Fixed
+from layerskip_moe.generation.policies.exits import candidate_exits, proposing_layers
 from layerskip_moe.nn import int8_copies as int8_file
 from layerskip_moe.nn.compiling import compiling
 from layerskip_moe.nn.kernels import has_kernels
@@ -144,6 +145,25 @@ def test_adaptive_drafts_in_stages_for_one_row(trained_model, monkeypatch):
     seen.clear()
     generate(model, PROMPTS, SelfSpeculative(policy=policy), max_new_tokens=20)
     assert all(round.staged is None for round in seen if len(round.rows) > 1)
+
+
+def test_a_head_whose_rows_do_not_lie_together(trained_model):
+    """Decodes as any other."""
+    model = copy.deepcopy(trained_model(n_layers=3, max_seq_len=64))
+    strategy, how = SelfSpeculative(3, 5, int8_drafts=True), dict(max_new_tokens=12, temperature=0.8)
+    expected = generate(model, PROMPTS, strategy, **how).tokens
+    weight = model.head_weight.detach()
+    model.head.weight = torch.nn.Parameter(weight.t().contiguous().t())
+    assert not model.head_weight.is_contiguous()
+    assert generate(model, PROMPTS, strategy, **how).tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "proposing"), [(1, 0), (2, 1), (4, 1), (6, 2), (12, 4), (16, 4), (32, 8), (48, 16)]
+)
+def test_the_layers_that_propose_are_an_exit_that_is_known(n_layers, proposing):
+    assert proposing_layers(n_layers) == proposing
+    assert not proposing or proposing in candidate_exits(n_layers)
 
 
 def test_weights_that_change_are_followed(trained_model):

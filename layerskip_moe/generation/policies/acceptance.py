@@ -8,15 +8,17 @@ chosen by is larger than the second largest:
 right half of the time where m = h. (Of int8 drafts of a model trained here, by all exits, greedy and sampled, this has
 a better likelihood than m / (m + h), which doubts large margins too much: of many drafts in a row, it trusts too few.)
 
-How margins are spread over places decides between plans, never which draft is kept. They are taken to be exponentially
+How margins are spread over places decides between plans, and so how sure drafts must be; how likely a single draft is
+right, its own margin alone. They are taken to be exponentially
 distributed about a text's own mean M, whatever the exit: that is what noise makes of them where no token dominates, and
 was measured to be close here, greedy text included; a model that is sure of most tokens has narrower ones. So all that
 is to be known is h, of which -log h = b + d: b is the exit's, kept from text to text, d the row's, which tells easy
 stretches from hard; and M, the rows' and that of all. Where margins are not known, P(right) is the mean over them,
 which depends on h / M alone.
 
-b and d take a step along the gradient of the log-likelihood for each draft that was judged, b a smaller one the more it
-has seen. Knows nothing of time. Next: `adaptive.py`, which weighs acceptance against it.
+b and d take a step for each draft that was judged, b a smaller one the more it has seen: along the gradient of the
+log-likelihood, with large ones cut off; where margins are not known, by how far right or wrong is from the rate. Knows
+nothing of time. Next: `adaptive.py`, which weighs acceptance against it.
 """
 
 import math
@@ -79,7 +81,7 @@ class Acceptance:
         (of_exit, slower), (differs, above), level = known, of_row, self._level
         for margin, right in judged:
             if math.isnan(margin):
-                wrong_by = right - _course(_quarters(of_exit + differs, level + above), 0, 1)[0][1]
+                wrong_by = right - _course(_in_quarters(of_exit + differs, level + above), 0, 1)[0][1]
             else:
                 log_margin = min(max(math.log(margin), -_FARTHEST), _FARTHEST) if margin > 0 else -_FARTHEST
                 wrong_by = _gradient(log_margin + of_exit + differs, right)
@@ -107,7 +109,7 @@ class Acceptance:
     def _quarters(self, row: int, exit_layer: int) -> int:
         """Of log(M / h). (Not to the last digit: courses are the same then, and known.)"""
         of_row, above = self._rows.get(row, (0.0, 0.0))
-        return _quarters(self._exits[exit_layer][0] + of_row, self._level + above)
+        return _in_quarters(self._exits[exit_layer][0] + of_row, self._level + above)
 
     def rate(self, row: int, exit_layer: int) -> float:
         """The probability that a draft is right of whose margin nothing is known."""
@@ -140,7 +142,7 @@ def _totals(quarters: int, least: int, length: int) -> tuple[float, float, float
     return kept, sum(share * right for share, right in course), 1.0 + kept - course[-1][0]
 
 
-def _quarters(minus_log_half: float, level: float) -> int:
+def _in_quarters(minus_log_half: float, level: float) -> int:
     """Of log(M / h), of -log h and mean log margin."""
     return round(4 * (minus_log_half + level - _MEAN_LOG))
 

@@ -22,5 +22,6 @@ def has_stages(exit_layer: int, proposing: int) -> bool:
 
 def proposing_layers(n_layers: int) -> int:
     """How many layers propose where the whole model drafts in stages: a third of them, which is enough to be mostly
-    right; none of a model of one layer."""
-    return max(n_layers // 3, 1) if n_layers > 1 else 0
+    right, or a few less, as many as a candidate has, of which it is known how sure it must be; none of a model of one
+    layer."""
+    return max((layer for layer in candidate_exits(n_layers) if layer <= max(n_layers // 3, 1)), default=0)

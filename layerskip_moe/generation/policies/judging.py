@@ -21,7 +21,7 @@ def judged_drafts(round: RoundReport, index: int) -> list[Judged]:
 
 def judged_shadow(round: RoundReport, exits: Sequence[int]) -> Iterator[tuple[int, int, list[Judged]]]:
     """What these exits would have said of the tokens that became text, where they were asked and did not draft: row,
-    exit layer, and of each place whether it is right."""
+    exit layer, and of each place that was asked whether it is right."""
     if round.shadow is None or round.shadow_margins is None:
         return
     said, margins, tokens = round.shadow.tolist(), round.shadow_margins.tolist(), round.tokens.tolist()

@@ -57,7 +57,7 @@ def best_by_margin(
     if not length:
         return Plan(0.0, exit_layer, 0, 0.0)
     # What it costs that every row keeps one more is to run them through all layers. (Of int8 drafts, also to make
-    # the next one, which is worth something, too.)
+    # the next one, which is worth something, too: on average, from half of the most drafts on.)
     many = max(length, 2) if int8 else 2
     few = many // 2
     more = seconds(exit_layer, many, (many + 1) * n_rows, n_rows) - seconds(exit_layer, few, (few + 1) * n_rows, n_rows)
@@ -67,7 +67,7 @@ def best_by_margin(
     for _ in range(2):  # what a draft must be worth is known when it is known what the others are
         leasts = [min(share * more * max(worth, best.worth), _SUREST) for share in shares]
         plans = [_of_least(acceptance, reckoning, exit_layer, rows, length, least) for least in leasts]
-        best = max(plans, key=lambda plan: plan.worth)
+        best = max([best, *plans], key=lambda plan: plan.worth)
     return best
 
 

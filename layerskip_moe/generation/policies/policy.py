@@ -74,7 +74,7 @@ class Policy(Protocol):
     experts: asked before each round: where True, `RoundReport.experts` is filled in
     exits: exit layers, below L: shadow tokens are of these alone. Their states at the end of the prompts are kept,
         too, in `Session.prompt`
-    shadow_places: shadow tokens are of each row's first so many places alone; None: of all
+    shadow_places: shadow tokens are of each row's first so many places alone, 1 or more; None: of all
     margin_rule: asked after each `plan`: a `MarginRule` by which rows draft no more where they are unsure, or None. It
         is left aside in rounds of which nothing would be `judged`
     int8_drafts: asked after each `plan`: whether drafts are made from int8 copies of the weights, as `SelfSpeculative`

@@ -21,9 +21,9 @@ _STAGED_MEMORY = 0.9  # of what was done in stages for a draft, from round to ro
 # Drafts in stages, and what was done for them: runs of either stage, places, runs of the head; while nothing is known.
 _FIRST_STAGED = 20.0, 24.0, 10.0, 24.0, 34.0
 _EXACT = 16  # parts of what is done for a draft that are told apart
-_PROMISED = 40.0  # tokens promised, of which an exit that was never tried is taken to have kept all
+_PROMISED = 40.0  # tokens promised, of which every exit is always taken to have kept all, beside those of its rounds,
 # or, an early one where int8 drafts may be made by all layers, which are nearly always right, so much of them: what is
-# mostly left of the best promise of several exits that are less well known.
+# mostly left of the best promise of several exits that are less well known, and which of them is best changes.
 _KEPT = 0.9
 _PROMISE_MEMORY = 0.95  # of an exit's promises, from round to round
 
@@ -107,7 +107,8 @@ class Reckoning:
         return Staged(self.proposing, proposing, choosing, places, heads)
 
     def trust(self, exit_layer: int) -> float:
-        """The share of its promises that an exit has kept; near 1, or `_KEPT`, while it has made few."""
+        """The share of its promises that an exit has kept, of the last twenty rounds or so; near 1 while it has made
+        few, or `_KEPT`, by a fitted cost model."""
         came, promised = self._promises.get(exit_layer, (0.0, 0.0))
         kept = _KEPT if self._cost.int8_drafts and exit_layer < self._cost.n_layers and self._drift.doubt else 1.0
         return (came + kept * _PROMISED) / (promised + _PROMISED)
