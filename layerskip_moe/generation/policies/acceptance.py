@@ -9,12 +9,11 @@ right half of the time where m = h. (Of int8 drafts of a model trained here, by 
 a better likelihood than m / (m + h), which doubts large margins too much: of many drafts in a row, it trusts too few.)
 
 How margins are spread over places decides between plans, and so how sure drafts must be; how likely a single draft is
-right, its own margin alone. They are taken to be exponentially
-distributed about a text's own mean M, whatever the exit: that is what noise makes of them where no token dominates, and
-was measured to be close here, greedy text included; a model that is sure of most tokens has narrower ones. So all that
-is to be known is h, of which -log h = b + d: b is the exit's, kept from text to text, d the row's, which tells easy
-stretches from hard; and M, the rows' and that of all. Where margins are not known, P(right) is the mean over them,
-which depends on h / M alone.
+right, its own margin alone. They are taken to be exponentially distributed about a text's own mean M, whatever the
+exit: that is what noise makes of them where no token dominates, and was measured to be close here, greedy text
+included; a model that is sure of most tokens has narrower ones. So all that is to be known is h, of which -log h = b +
+d: b is the exit's, kept from text to text, d the row's, which tells easy stretches from hard; and M, the rows' and that
+of all. Where margins are not known, P(right) is the mean over them, which depends on h / M alone.
 
 b and d take a step for each draft that was judged, b a smaller one the more it has seen: along the gradient of the
 log-likelihood, with large ones cut off; where margins are not known, by how far right or wrong is from the rate. Knows
