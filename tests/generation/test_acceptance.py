@@ -27,8 +27,8 @@ def test_nothing_known_is_the_same_for_all():
 
 
 def test_a_step_along_the_gradient():
-    """Of the logarithm of P(right), or of P(wrong), by -log h: the exit by 1 / 1.15 of it, the row by 0.12; of one that
-    was wrong in spite of its margin no more than by 1."""
+    """Of the logarithm of P(right), or of P(wrong), by -log h: the exit by 0.5 / 1.15 of it, the row by 0.12; of one
+    that was wrong in spite of its margin no more than by 1."""
     for margin, right in ((0.1, True), (0.1, False), (3.0, False)):
         acceptance, step = Acceptance(EXITS), 1e-6
 
@@ -40,7 +40,7 @@ def test_a_step_along_the_gradient():
         assert (gradient > 0) == right and (gradient < -1) == (margin == 3.0)
         gradient = max(gradient, -1.0)
         acceptance.see(5, 2, [(margin, right)])
-        known = 2.5 + 1 / 1.15 * gradient
+        known = 2.5 + 0.5 / 1.15 * gradient
         assert acceptance.half(5, 2) == pytest.approx(math.exp(-known - 0.12 * gradient))
         assert acceptance.half(6, 2) == pytest.approx(math.exp(-known)), "another row"
         assert acceptance.half(5, 4) == pytest.approx(math.exp(-2.5 - 0.12 * gradient)), "the row's other exits"

@@ -34,7 +34,7 @@ Course = tuple[tuple[float, float], ...]
 _FIRST_GUESS = 2.5  # b of an exit of which nothing is known: right half of the time where the margin is 0.08
 _SURE_GUESS = 7.0  # the same of one that is sure: 0.0009
 # b moves by _STEP / (1 + _SLOWER * seen), and at least by _STEP / _SLOWEST.
-_STEP, _SLOWER, _SLOWEST = 1.0, 0.15, 160.0
+_STEP, _SLOWER, _SLOWEST = 0.5, 0.15, 160.0
 _ROW_STEP = 0.12
 _LEVEL_STEP, _ROW_LEVEL_STEP = 0.02, 0.04  # of mean log margins
 _MEAN_LOG = -0.5772  # of exponentially distributed numbers whose mean is 1

@@ -15,7 +15,7 @@ from layerskip_moe.generation.policies.text_lookup import expected_right
 _SUREST = 0.98  # of how likely a draft must be right
 # Of how likely one draft must be right to be worth its time, what is asked of all together: of one row's int8 drafts,
 # of several rows', and of others. (Making an int8 draft, not verifying it, is what takes time.)
-_SHARES, _SHARES_OF_SEVERAL, _SHARES_OF_OTHERS = (0.25, 0.5), (0.5,), (1.0,)
+_SHARE, _SHARE_OF_SEVERAL, _SHARE_OF_OTHERS = 0.75, 0.5, 1.0
 _LENGTHS = (1, 2, 3, 5)  # of several rows' drafts that are weighed, beside the most
 
 
@@ -62,12 +62,12 @@ def best_by_margin(
     few = many // 2
     more = seconds(exit_layer, many, (many + 1) * n_rows, n_rows) - seconds(exit_layer, few, (few + 1) * n_rows, n_rows)
     more = max(more, 0.0) / (many - few) / n_rows
-    shares = _SHARES_OF_OTHERS if not int8 else _SHARES if n_rows == 1 else _SHARES_OF_SEVERAL
+    share = _SHARE_OF_OTHERS if not int8 else _SHARE if n_rows == 1 else _SHARE_OF_SEVERAL
     best = Plan(0.0, exit_layer, 0, 0.0)
     for _ in range(2):  # what a draft must be worth is known when it is known what the others are
-        leasts = [min(share * more * max(worth, best.worth), _SUREST) for share in shares]
-        plans = [_of_least(acceptance, reckoning, exit_layer, rows, length, least) for least in leasts]
-        best = max([best, *plans], key=lambda plan: plan.worth)
+        least = min(share * more * max(worth, best.worth), _SUREST)
+        plan = _of_least(acceptance, reckoning, exit_layer, rows, length, least)
+        best = max(best, plan, key=lambda plan: plan.worth)
     return best
 
 
